@@ -1,0 +1,168 @@
+use serde::{Deserialize, Serialize};
+
+use crate::{Fd, GuestEnd};
+
+/// Everything that `bulkhead-vmm run` needs, in one packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// [`WIRE_VERSION`](crate::WIRE_VERSION).
+    pub version: u32,
+    /// The sandbox's id, for log lines only.
+    pub sandbox_id: String,
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u32,
+    /// Guest memory in MiB, at least 64.
+    pub memory_mib: u64,
+    /// `/dev/kvm`, opened read-write.
+    pub kvm: Fd,
+    /// Uncompressed ELF `vmlinux`, read-only.
+    pub kernel: Fd,
+    /// Initial RAM file system with the agent as `/init`, read-only.
+    pub initrd: Fd,
+    /// Words appended to the command line that the VMM builds.
+    #[serde(default)]
+    pub extra_cmdline: Vec<String>,
+    /// vsock connections that the guest may make from the start.
+    #[serde(default)]
+    pub ports: Vec<PortOffer>,
+    /// virtio-fs devices.
+    #[serde(default)]
+    pub fs: Vec<FsDevice>,
+    /// A serial console, for debugging only: each character costs an exit.
+    #[serde(default)]
+    pub serial: Option<SerialConsole>,
+    /// Where log lines go: one JSON object a line; written without blocking, dropped when full.
+    pub log: Fd,
+    /// The user and the group that the process becomes before the guest's first instruction.
+    pub uid: u32,
+    /// See [`VmConfig::uid`].
+    pub gid: u32,
+}
+
+/// Permission for one guest connection to one host port, and what it is joined to.
+///
+/// The guest may dial [`PortOffer::port`] once; a dial to a port that is not offered is reset. The bytes flow between the
+/// guest's connection and the descriptor until each direction has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortOffer {
+    /// Port number at CID 2.
+    pub port: u32,
+    /// One end of an `AF_UNIX` `SOCK_STREAM` socketpair.
+    pub fd: Fd,
+}
+
+/// A virtio-fs device whose back end is another process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsDevice {
+    /// The name by which the guest mounts it, 1 to 36 bytes (VIRTIO 1.2 §5.11.4).
+    pub tag: String,
+    /// The front end's end of the vhost-user socketpair.
+    pub socket: Fd,
+    /// Number of request queues, at least 1.
+    pub queues: u32,
+}
+
+/// Where the serial console's output goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConsole {
+    /// Written without blocking.
+    pub output: Fd,
+}
+
+/// shim → VMM, after the config.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Offer one more vsock port.
+    OfferPort(PortOffer),
+    /// Take an offer back; a connection already made on it is reset.
+    WithdrawPort {
+        /// The port of the offer.
+        port: u32,
+    },
+    /// Stop all vCPUs until [`Request::Resume`].
+    Pause,
+    /// Let the vCPUs run again.
+    Resume,
+    /// Ask for [`Event::Stats`].
+    Stats,
+    /// End the machine now: vCPUs stop, [`Event::Ended`] with [`GuestEnd::Stopped`] follows.
+    Stop,
+}
+
+/// VMM → shim.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// The vCPUs run. Sent once, after the jail is closed.
+    Running,
+    /// The last [`Request`] other than [`Request::Stats`] is done. Requests are answered in order.
+    Done,
+    /// The last [`Request`] could not be done.
+    Refused {
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Answer to [`Request::Stats`].
+    Stats(VmStats),
+    /// The guest reached a phase of its boot. Sent as it happens.
+    Reached(Stamp),
+    /// The machine has ended; the last packet. The process exits with [`GuestEnd::exit_code`].
+    Ended {
+        /// How.
+        end: GuestEnd,
+        /// Last lines of the guest's console, oldest first; untrusted text, cut to fit the packet.
+        console: Vec<String>,
+        /// Counters at the end.
+        stats: VmStats,
+    },
+    /// The VMM cannot start or go on; the last packet.
+    Failed {
+        /// What failed, on what, and what to do.
+        reason: String,
+    },
+}
+
+/// A moment of the boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stamp {
+    /// Which.
+    pub phase: Phase,
+    /// `CLOCK_MONOTONIC` of the host, in nanoseconds.
+    pub at_ns: u64,
+    /// KVM's count of exits of all vCPUs until then (`exits` of KVM_GET_STATS_FD); 0 when the host does not tell.
+    pub exits: u64,
+    /// The part of `exits` that host interrupts caused (`irq_exits`).
+    pub irq_exits: u64,
+}
+
+/// The phases that the VMM sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// `main` of the VMM began.
+    VmmStart,
+    /// Memory, kernel and devices are ready and the jail is closed: the next step is the first `KVM_RUN`.
+    FirstInstruction,
+    /// The agent's first instructions ([`announce::INIT`](crate::announce::INIT)).
+    Init,
+    /// The guest's connection to [`port::AGENT`](crate::port::AGENT) is made.
+    AgentDialled,
+}
+
+/// Counters of a machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmStats {
+    /// KVM's own counters, summed over vCPUs (`exits`, `irq_exits`, `io_exits`, `mmio_exits`, `halt_exits`, …).
+    pub kvm: std::collections::BTreeMap<String, u64>,
+    /// Exits that reached user space, by reason (`io_in`, `io_out`, `mmio_read`, `mmio_write`, `hlt`, …).
+    pub user_exits: std::collections::BTreeMap<String, u64>,
+    /// Guest's faults that a device refused, by `device.fault` (`vsock.bad_chain`).
+    pub guest_faults: std::collections::BTreeMap<String, u64>,
+}

@@ -1,0 +1,2 @@
+//! Guest-visible hardware.
+pub mod virtio;
