@@ -1,0 +1,128 @@
+"""A lab that is up: restored from a snapshot where possible, else booted; the snapshot itself is made here too."""
+
+import os
+import time
+from pathlib import Path
+
+from . import cache, qemu
+from .channel import ALIVE, FAILED, Channel, ChannelClosed
+from .image import guest_archive
+from .report import LabError, say
+
+BOOT_SECONDS = 120
+RESTORE_SECONDS = 20
+DEFAULT_MEMORY_MIB = 4096
+
+
+def scratch_directory():
+    """Where the unlinked files of a run live; /var/tmp is on a disk where /tmp may be memory."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
+class Machine:
+    """A running lab whose agent waits for a command."""
+
+    def __init__(self, process):
+        self.qemu = process
+        self.channel = Channel(process.channel_socket)
+
+    def failure(self, reason):
+        """An error with the reason and the console's last lines."""
+        self.qemu.stop()
+        status = self.qemu.process.returncode
+        ended = "" if status == -9 else f" (QEMU ended with status {status})"
+        tail = self.qemu.console_tail()
+        lines = "\n".join(f"lab: console: {line}" for line in tail) or "lab: console: (it printed nothing)"
+        return LabError(f"{reason}{ended}; the console's last lines:\n{lines}")
+
+    def wait_alive(self):
+        """Waits for the agent's first frame; returns the guest's uptime in seconds."""
+        deadline = time.monotonic() + BOOT_SECONDS
+        try:
+            while True:
+                frames, _ = self.channel.receive(deadline)
+                for kind, payload in frames:
+                    if kind == ALIVE:
+                        return payload
+                    if kind == FAILED:
+                        raise self.failure(f"the lab's agent failed: {payload.decode(errors='replace').strip()}")
+                if time.monotonic() > deadline:
+                    raise self.failure(f"the lab did not boot within {BOOT_SECONDS} s")
+        except ChannelClosed:
+            self.qemu.process.wait()
+            raise self.failure("the lab did not boot") from None
+
+
+def boot(image, memory_mib, slots):
+    """Boots a lab from cold."""
+    machine = Machine(qemu.Qemu(image, memory_mib, slots, scratch_directory(), image.initramfs()))
+    try:
+        machine.wait_alive()
+        return machine
+    except BaseException:
+        machine.qemu.stop()
+        raise
+
+
+def start(image, memory_mib, slots):
+    """Restores a lab from its snapshot; when that fails, says why and boots."""
+    try:
+        return _restore(image, memory_mib, slots, ensure_snapshot(image, memory_mib))
+    except LabError as error:
+        say(f"no lab from a snapshot, booting one: {error}")
+        return boot(image, memory_mib, slots)
+
+
+def _set_migration(process):
+    # mapped-ram gives each page a fixed place in the file, so two threads read it at once.
+    capabilities = [{"capability": name, "state": True} for name in ("mapped-ram", "multifd")]
+    process.execute("migrate-set-capabilities", capabilities=capabilities)
+    process.execute("migrate-set-parameters", **{"multifd-channels": 2, "max-bandwidth": 1 << 40})
+
+
+def _restore(image, memory_mib, slots, snapshot):
+    machine = Machine(qemu.Qemu(image, memory_mib, slots, scratch_directory(), image.initramfs(), ["-incoming", "defer"]))
+    try:
+        _set_migration(machine.qemu)
+        machine.qemu.execute("migrate-incoming", uri=f"file:{snapshot}")
+        machine.qemu.wait_migration(RESTORE_SECONDS)
+        machine.qemu.execute("cont")
+        return machine
+    except LabError as error:
+        raise machine.failure(str(error)) from error
+    except BaseException:
+        machine.qemu.stop()
+        raise
+
+
+def ensure_snapshot(image, memory_mib):
+    """The snapshot file for this image, memory size, command line and processor, made when missing."""
+    key = cache.key_of(image.identity, str(memory_mib), _processor(), guest_archive(), Path(qemu.__file__), Path(__file__))
+    directory = cache.Entry("lab", f"snapshot-{memory_mib}m", key).ensure(
+        lambda partial: _save(image, memory_mib, partial / "state"))
+    return directory / "state"
+
+
+def _save(image, memory_mib, target):
+    say(f"booting a lab with {memory_mib} MiB once, for its snapshot")
+    started = time.monotonic()
+    machine = boot(image, memory_mib, {})
+    booted = time.monotonic()
+    try:
+        machine.qemu.execute("stop")
+        _set_migration(machine.qemu)
+        machine.qemu.execute("migrate", uri=f"file:{target}")
+        machine.qemu.wait_migration(BOOT_SECONDS)
+    except LabError as error:
+        raise machine.failure(f"cannot save the snapshot: {error}") from error
+    finally:
+        machine.qemu.stop()
+    size = target.stat().st_blocks * 512 >> 20
+    say(f"booted in {booted - started:.2f} s, saved {size} MiB in {time.monotonic() - booted:.2f} s")
+
+
+def _processor():
+    """What of this host's processor could reach the guest: its name and features."""
+    with open("/proc/cpuinfo") as text:
+        lines = text.read().split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags")))
