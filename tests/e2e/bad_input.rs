@@ -1,0 +1,297 @@
+//! Bad input: one clear line, code 125, and nothing left behind.
+
+use std::fs;
+use std::process::Command;
+
+use bulkhead_tests::{Bundle, Host, Ran, Runtime, Started};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Runs `bulkhead` with these words and asserts that nothing is left.
+#[track_caller]
+fn refused(words: &[&str], says: &[&str]) {
+    let host = Host::now();
+    let mut command = Command::new("bulkhead");
+    command.args(words);
+    Started::spawn(command).finish().refused(says);
+    host.assert_nothing_left();
+}
+
+#[track_caller]
+fn refused_config(change: impl FnOnce(&mut Value), says: &[&str]) {
+    refused_words(Bundle::busybox().edit(change), &[], says);
+}
+
+#[track_caller]
+fn refused_words(bundle: Bundle, words: &[&str], says: &[&str]) {
+    let host = Host::now();
+    bundle.run_with(Runtime::Bulkhead, words).refused(says);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_missing_bundle_or_config_is_named() {
+    refused(&["run", "--bundle", "/nowhere", "x"], &["/nowhere"]);
+    let empty = TempDir::new().expect("a temporary directory");
+    let path = empty.path().to_str().expect("a plain path");
+    refused(&["run", "--bundle", path, "x"], &["config.json"]);
+    fs::write(
+        empty.path().join("config.json"),
+        "{\"ociVersion\": \"1.0.2\", ",
+    )
+    .expect("writable");
+    refused(&["run", "--bundle", path, "x"], &["config.json", "line 1"]);
+}
+
+#[test]
+fn a_bad_id_is_refused() {
+    for id in ["..", "a/b", "", "a b", "\u{e9}"] {
+        refused(&["run", "--bundle", "/tmp", id], &["id"]);
+    }
+}
+
+#[test]
+fn unknown_fields_are_tolerated() {
+    let bundle = Bundle::busybox()
+        .edit(|config| config["someday"] = json!({"a": [1, 2]}))
+        .args(&["/bin/echo", "fine"]);
+    assert_eq!(bundle.run().ok(), "fine");
+}
+
+#[test]
+fn a_root_that_is_not_a_directory_is_refused() {
+    refused_config(
+        |config| config["root"]["path"] = json!("config.json"),
+        &["config.json", "directory"],
+    );
+    refused_config(
+        |config| config["root"]["path"] = json!("absent"),
+        &["absent"],
+    );
+}
+
+#[test]
+fn what_cannot_be_honoured_is_refused_by_name() {
+    refused_config(
+        |config| config["process"]["apparmorProfile"] = json!("docker-default"),
+        &["apparmorProfile"],
+    );
+    refused_config(
+        |config| config["process"]["selinuxLabel"] = json!("system_u:x"),
+        &["selinuxLabel"],
+    );
+    refused_config(
+        |config| config["linux"]["intelRdt"] = json!({"closID": "a"}),
+        &["intelRdt"],
+    );
+    refused_config(
+        |config| config["linux"]["mountLabel"] = json!("x"),
+        &["mountLabel"],
+    );
+    refused_config(
+        |config| {
+            config["linux"]["seccomp"] =
+                json!({"defaultAction": "SCMP_ACT_NOTIFY", "listenerPath": "/x"})
+        },
+        &["SCMP_ACT_NOTIFY"],
+    );
+    refused_config(
+        |config| {
+            config["linux"]["namespaces"] =
+                json!([{"type": "network", "path": "/proc/1/ns/net"}, {"type": "mount"}])
+        },
+        &["network", "/proc/1/ns/net"],
+    );
+    refused_config(
+        |config| {
+            config["mounts"].as_array_mut().expect("a list").push(json!({"destination": "/x", "type": "bind", "source": "/nowhere", "options": ["bind"]}))
+        },
+        &["/nowhere"],
+    );
+    refused_config(
+        |config| {
+            config["mounts"]
+                .as_array_mut()
+                .expect("a list")
+                .push(json!({"destination": "/x", "type": "nfs", "source": "a:/b"}))
+        },
+        &["nfs"],
+    );
+}
+
+#[test]
+fn a_command_that_is_not_there_is_named() {
+    let host = Host::now();
+    let ran = Bundle::busybox().args(&["/no/such/program"]).run();
+    assert_eq!(ran.status, 127, "{ran}");
+    assert!(ran.errors().contains("/no/such/program"), "{ran}");
+    let ran = Bundle::busybox().args(&["/etc/passwd"]).run();
+    assert_eq!(ran.status, 126, "{ran}");
+    host.assert_nothing_left();
+}
+
+#[test]
+fn sizes_that_cannot_boot_are_refused() {
+    let bundle = || Bundle::busybox().args(&["/bin/true"]);
+    refused_words(bundle(), &["--memory", "32"], &["32", "64"]);
+    refused_words(bundle(), &["--vcpus", "0"], &["vcpus", "32"]);
+    refused_words(bundle(), &["--vcpus", "33"], &["vcpus", "32"]);
+    refused_words(bundle(), &["--memory", "999999999"], &["memory"]);
+}
+
+#[test]
+fn a_wrong_kernel_file_is_refused() {
+    let dir = TempDir::new().expect("a temporary directory");
+    let config = dir.path().join("config.toml");
+    fs::write(&config, "kernel = \"/etc/passwd\"\n").expect("writable");
+    let path = config.to_str().expect("a plain path");
+    let bundle = Bundle::busybox().args(&["/bin/true"]);
+    bundle.write();
+    let root = bundle.path().to_str().expect("a plain path");
+    refused(
+        &["--config", path, "run", "--bundle", root, "x"],
+        &["/etc/passwd"],
+    );
+    fs::write(&config, "no_such_key = 1\n").expect("writable");
+    refused(
+        &["--config", path, "run", "--bundle", root, "x"],
+        &["no_such_key"],
+    );
+}
+
+#[test]
+fn an_agent_that_never_answers_is_reported_with_how_far_the_boot_came() {
+    // The agent's place is taken by a program that sleeps for ever: an initramfs with busybox as /init.
+    let dir = TempDir::new().expect("a temporary directory");
+    let path = |name: &str| {
+        dir.path()
+            .join(name)
+            .to_str()
+            .expect("a plain path")
+            .to_owned()
+    };
+    fs::create_dir(path("root")).expect("writable");
+    fs::copy("/bin/busybox", path("root/busybox")).expect("busybox");
+    fs::write(
+        path("root/init"),
+        "#!/busybox sh\nwhile :; do /busybox sleep 1000; done\n",
+    )
+    .expect("writable");
+    let script = format!(
+        "chmod 755 {0}/root/init && cd {0}/root && find . | busybox cpio -o -H newc > ../initramfs",
+        dir.path().display()
+    );
+    assert!(
+        Command::new("sh")
+            .args(["-c", &script])
+            .status()
+            .expect("sh")
+            .success()
+    );
+    fs::write(
+        path("config.toml"),
+        format!("initramfs = \"{}\"\nboot_timeout = 8\n", path("initramfs")),
+    )
+    .expect("writable");
+    let bundle = Bundle::busybox().args(&["/bin/true"]);
+    bundle.write();
+    let config = path("config.toml");
+    refused(
+        &[
+            "--config",
+            &config,
+            "run",
+            "--bundle",
+            bundle.path().to_str().expect("a plain path"),
+            "x",
+        ],
+        &["agent", "8 s"],
+    );
+}
+
+#[test]
+fn without_kvm_it_says_so() {
+    let host = Host::now();
+    let bundle = Bundle::busybox().args(&["/bin/true"]);
+    bundle.write();
+    // A mount namespace in which /dev/kvm is missing.
+    let mut command = Command::new("unshare");
+    let script = format!(
+        "mount --bind /tmp/.no-kvm /dev/kvm; exec bulkhead run --bundle {} x",
+        bundle.path().display()
+    );
+    fs::write("/tmp/.no-kvm", "").expect("writable");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+    Started::spawn(command).finish().refused(&["/dev/kvm"]);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_full_disk_is_the_containers_error_and_ours_is_clean() {
+    let small = TempDir::new().expect("a temporary directory");
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+        .arg(small.path())
+        .status()
+        .expect("mount");
+    assert!(mounted.success());
+    let host = Host::now();
+    let bundle = Bundle::busybox()
+        .bind(small.path(), "/data", &["rbind"])
+        .script(
+            "dd if=/dev/zero of=/data/x bs=64k count=64 2>&1 | grep -o 'No space left on device'",
+        );
+    assert_eq!(bundle.run().ok(), "No space left on device");
+    host.assert_nothing_left();
+    assert!(
+        Command::new("umount")
+            .arg(small.path())
+            .status()
+            .expect("umount")
+            .success()
+    );
+}
+
+#[test]
+fn a_killed_run_leaves_a_ledger_that_gc_replays_to_nothing() {
+    let host = Host::now();
+    let volume = TempDir::new().expect("a temporary directory");
+    fs::write(volume.path().join("canary"), "alive").expect("writable");
+    let bundle = Bundle::busybox()
+        .bind(volume.path(), "/data", &["rbind"])
+        .script("echo up; sleep 1000");
+    let mut started = bundle.start(Runtime::Bulkhead, &[]);
+    let _stdin = started.stdin();
+    started.wait_for_output("up");
+    started.signal(Signal::SIGKILL);
+    let killed = started.finish();
+    assert_eq!(killed.status, -(Signal::SIGKILL as i32));
+    let gc = gc();
+    assert_eq!(gc.status, 0, "{gc}");
+    host.assert_nothing_left();
+    assert_eq!(
+        fs::read_to_string(volume.path().join("canary")).expect("not deleted"),
+        "alive"
+    );
+}
+
+fn gc() -> Ran {
+    let mut command = Command::new("bulkhead");
+    command.arg("gc");
+    Started::spawn(command).finish()
+}
+
+#[test]
+fn a_running_id_is_not_taken_twice() {
+    let bundle = Bundle::busybox().script("echo up; cat");
+    bundle.write();
+    let mut first = Started::spawn(Runtime::Bulkhead.run_command(bundle.path(), &[], "twice"));
+    let stdin = first.stdin();
+    first.wait_for_output("up");
+    let second =
+        Started::spawn(Runtime::Bulkhead.run_command(bundle.path(), &[], "twice")).finish();
+    second.refused(&["twice"]);
+    drop(stdin);
+    assert_eq!(first.finish().ok(), "up");
+}

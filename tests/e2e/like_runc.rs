@@ -1,0 +1,258 @@
+//! The same bundle under runc and under Bulkhead: what the process sees of itself is the same.
+
+use bulkhead_tests::{Bundle, Runtime};
+use serde_json::{Value, json};
+
+/// Asserts that `script` prints the same under both runtimes.
+#[track_caller]
+fn same(bundle: impl Fn() -> Bundle, script: &str) -> String {
+    same_as(Runtime::Runc, bundle, script)
+}
+
+#[track_caller]
+fn same_as(peer: Runtime, bundle: impl Fn() -> Bundle, script: &str) -> String {
+    let control = bundle().script(script).run_with(peer, &[]);
+    let ours = bundle().script(script).run();
+    assert_eq!(
+        control.status, 0,
+        "{peer:?} fails it: a bad test: {control}"
+    );
+    assert_eq!(
+        ours.text(),
+        control.text(),
+        "left: Bulkhead, right: {peer:?}\n{ours}"
+    );
+    assert_eq!(ours.errors(), control.errors());
+    assert_eq!(ours.status, control.status);
+    ours.text()
+}
+
+fn with(change: impl Fn(&mut Value) + Clone) -> impl Fn() -> Bundle {
+    move || Bundle::busybox().edit(change.clone())
+}
+
+#[test]
+fn credentials_limits_and_flags() {
+    let bundle = with(|config| {
+        let process = &mut config["process"];
+        process["user"] =
+            json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 2000], "umask": 0o027});
+        process["env"] = json!(["PATH=/bin", "A=b c", "EMPTY="]);
+        process["cwd"] = json!("/tmp");
+        process["oomScoreAdj"] = json!(300);
+        process["rlimits"] = json!([
+            {"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
+            {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+            {"type": "RLIMIT_NPROC", "soft": 60, "hard": 61},
+        ]);
+    });
+    same(
+        bundle,
+        "id -u; id -g; grep -E '^(Groups|NoNewPrivs|Seccomp|CapInh|CapPrm|CapEff|CapBnd|CapAmb|Umask)' /proc/self/status; \
+         umask; pwd; env | sort; cat /proc/self/oom_score_adj; \
+         grep -E 'open files|core|processes' /proc/self/limits",
+    );
+}
+
+#[test]
+fn scheduler_io_priority_and_domain_name() {
+    let bundle = with(|config| {
+        config["domainname"] = json!("hold.example");
+        config["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5});
+        config["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+    });
+    same_as(
+        Runtime::Crun,
+        bundle,
+        "cat /proc/sys/kernel/domainname; cut -d' ' -f19,41 /proc/self/stat; ionice -p $$",
+    );
+}
+
+#[test]
+fn capability_sets_are_exact() {
+    for (uid, sets) in [
+        (
+            0,
+            json!({"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL", "CAP_CHOWN"]}),
+        ),
+        (
+            1000,
+            json!({"bounding": ["CAP_NET_RAW", "CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]}),
+        ),
+        (0, Value::Null),
+    ] {
+        let bundle = move || {
+            Bundle::busybox().edit(|config| {
+                config["process"]["user"]["uid"] = json!(uid);
+                config["process"]["capabilities"] = sets.clone();
+                if sets.is_null() {
+                    config["process"]
+                        .as_object_mut()
+                        .expect("an object")
+                        .remove("capabilities");
+                }
+            })
+        };
+        same(bundle, "grep Cap /proc/self/status");
+    }
+}
+
+#[test]
+fn devices_links_and_masks() {
+    same(
+        with(|config| {
+            config["linux"]["devices"] = json!([
+                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o660, "uid": 3, "gid": 4},
+                {"path": "/dev/deep/er/null", "type": "c", "major": 1, "minor": 3},
+                {"path": "/dev/pipe", "type": "p", "fileMode": 0o600},
+            ]);
+        }),
+        "cd /dev; for f in null zero full random urandom tty ptmx fuse deep/er/null pipe fd stdin stdout stderr; do \
+         stat -c '%n %F %a %u %g %t %T' $f; readlink $f; done; \
+         cat /proc/kcore 2>&1 | wc -c; cat /proc/timer_list | wc -c; ls /sys/firmware | wc -l; \
+         echo 1 > /proc/sys/kernel/printk 2>/dev/null || echo read-only; \
+         head -c 4 /dev/zero | od -An -tx1; echo x > /dev/full 2>/dev/null || echo full",
+    );
+}
+
+#[test]
+fn mounts_and_their_options() {
+    let script = "awk '{ split($0, a, \" - \"); split(a[2], b, \" \"); print $5, $6, b[1] }' /proc/self/mountinfo | grep -vE '^/ ' | grep -E '^/(x|y|z|dev/shm|dev/mqueue|proc|dev/pts)' | sed 's/,idmapped//' | sort";
+    same(
+        with(|config| {
+            let mounts = config["mounts"].as_array_mut().expect("a list");
+            mounts.push(json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "nodev", "size=64k", "mode=1777"]}));
+            mounts.push(json!({"destination": "/x/inner", "type": "tmpfs", "source": "tmpfs", "options": ["ro", "noatime", "size=1m"]}));
+            mounts.push(json!({"destination": "/y", "type": "bind", "source": "/usr/share", "options": ["rbind", "ro", "nosuid", "nodev", "noexec"]}));
+            mounts.push(json!({"destination": "/z/file", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro"]}));
+        }),
+        &format!(
+            "{script} | sed 's/ fuse\\.virtiofs$/ FS/; s/ virtiofs$/ FS/; s/ ext4$/ FS/; s/ overlay$/ FS/; s/ erofs$/ FS/; s/ tmpfs$/ FS/'; stat -c '%a %u' /x; touch /y/new 2>/dev/null || echo read-only; touch /x/inner/new 2>/dev/null || echo read-only"
+        ),
+    );
+}
+
+#[test]
+fn namespaces_names_and_sysctls() {
+    same(
+        with(|config| {
+            config["hostname"] = json!("compartment");
+            config["linux"]["sysctl"] =
+                json!({"kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80"});
+        }),
+        "hostname; echo $$; cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+         ls /sys/class/net; ls -d /proc/[0-9]* | wc -l; cat /proc/self/cgroup; awk '{print $1, $2, $3}' /proc/self/uid_map",
+    );
+}
+
+#[test]
+fn a_user_namespace_with_mappings() {
+    same(
+        with(|config| {
+            let namespaces = config["linux"]["namespaces"]
+                .as_array_mut()
+                .expect("a list");
+            namespaces.push(json!({"type": "user"}));
+            config["linux"]["uidMappings"] =
+                json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+            config["linux"]["gidMappings"] =
+                json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        }),
+        "id -u; awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; cat /proc/self/setgroups; grep CapEff /proc/self/status; \
+         stat -c '%u %F' /dev/null /proc/1",
+    );
+}
+
+#[test]
+fn a_time_namespace_shifts_the_clocks() {
+    let bundle = Bundle::busybox().edit(|config| {
+        config["linux"]["namespaces"]
+            .as_array_mut()
+            .expect("a list")
+            .push(json!({"type": "time"}));
+        config["linux"]["timeOffsets"] =
+            json!({"monotonic": {"secs": 1_000_000}, "boottime": {"secs": 2_000_000}});
+    });
+    let uptime: f64 = bundle
+        .script("cut -d' ' -f1 /proc/uptime")
+        .run()
+        .ok()
+        .parse()
+        .expect("seconds");
+    assert!((2_000_000.0..2_100_000.0).contains(&uptime), "{uptime}");
+}
+
+#[test]
+fn seccomp_profiles_act_alike() {
+    let bundle = with(|config| {
+        config["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "defaultErrnoRet": 1,
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [
+                {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 39},
+                {"names": ["chmod", "fchmodat", "fchmod"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["sethostname", "no_such_call"], "action": "SCMP_ACT_KILL_PROCESS"},
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 11, "args": [{"index": 1, "value": 10, "op": "SCMP_CMP_EQ"}]},
+                {"names": ["unshare"], "action": "SCMP_ACT_ERRNO", "errnoRet": 17, "args": [{"index": 0, "value": 0x0400_0000, "valueTwo": 0x0400_0000, "op": "SCMP_CMP_MASKED_EQ"}]},
+                {"names": ["setpriority"], "action": "SCMP_ACT_TRAP"},
+            ],
+        });
+        for set in ["bounding", "effective", "permitted"] {
+            config["process"]["capabilities"][set] = json!(["CAP_SYS_ADMIN", "CAP_KILL"]);
+        }
+    });
+    let text = same(
+        bundle,
+        "exec 2>&1; mkdir /tmp/x; chmod 700 /tmp; (hostname new); echo $?; kill -10 $$; unshare -u true; echo $?; unshare -i true; echo $?; \
+         sh -c 'nice -n 3 true'; echo $?; grep ^Seccomp /proc/self/status",
+    );
+    assert!(text.contains("Directory not empty"), "{text}");
+}
+
+#[test]
+fn rootfs_is_read_only_when_asked() {
+    same(
+        with(|config| config["root"]["readonly"] = json!(true)),
+        "touch /x 2>&1; echo $?; touch /dev/shm/x && echo ok",
+    );
+}
+
+#[test]
+fn cgroup_limits_are_enforced_in_the_guest() {
+    let bundle = with(|config| {
+        config["linux"]["namespaces"]
+            .as_array_mut()
+            .expect("a list")
+            .push(json!({"type": "cgroup"}));
+        config["linux"]["resources"] = json!({
+            "pids": {"limit": 20},
+            "memory": {"limit": 30 << 20},
+            "cpu": {"shares": 512, "quota": 20000, "period": 100_000},
+        });
+        let mounts = config["mounts"].as_array_mut().expect("a list");
+        mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+        mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}));
+    });
+    same(
+        bundle,
+        "cd /sys/fs/cgroup; cat pids.max memory.max cpu.max cpu.weight; touch x 2>/dev/null || echo read-only",
+    );
+}
+
+#[test]
+fn running_out_of_memory_kills_inside_the_limit() {
+    let bundle = Bundle::busybox()
+        .edit(|config| config["linux"]["resources"] = json!({"memory": {"limit": 20 << 20}}))
+        .script("(x=$(head -c 40000000 /dev/zero | tr '\\0' a); echo survived); echo $?");
+    assert_eq!(bundle.run().ok().lines().last(), Some("137"));
+}
+
+#[test]
+fn start_hooks_run_in_the_container() {
+    let hook = |config: &mut Value| {
+        config["hooks"] = json!({"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "grep -o '\"status\": *\"[a-z]*\"' | tr -d ' ' > /tmp/hook; hostname >> /tmp/hook; echo $W >> /tmp/hook"], "env": ["W=x", "PATH=/bin"]}]});
+    };
+    same(with(hook), "cat /tmp/hook");
+}

@@ -1,0 +1,270 @@
+//! `bulkhead run`: what goes in comes out, and the exit status is the container's.
+
+use std::fs;
+use std::process::Command;
+
+use bulkhead_tests::{Bundle, Host, Runtime, sha256, soak};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tempfile::TempDir;
+
+#[test]
+fn output_errors_and_status_come_back_and_nothing_is_left() {
+    let host = Host::now();
+    let ran = Bundle::busybox()
+        .script("echo out; echo err >&2; exit 7")
+        .run();
+    assert_eq!(
+        (ran.status, ran.text().as_str(), ran.errors().as_str()),
+        (7, "out", "err\n"),
+        "{ran}"
+    );
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_shell_pipeline_runs() {
+    let ran = Bundle::busybox()
+        .script("seq 1 1000 | grep 7 | sort -rn | head -n 3 | tr '\\n' ' '")
+        .run();
+    assert_eq!(ran.ok(), "997 987 977 ");
+}
+
+#[test]
+fn exit_statuses_are_exact() {
+    let statuses: Vec<i32> = if soak() {
+        (0..=255).collect()
+    } else {
+        vec![0, 1, 125, 126, 127, 255]
+    };
+    for status in statuses {
+        let ran = Bundle::busybox().script(&format!("exit {status}")).run();
+        assert_eq!(ran.status, status, "{ran}");
+    }
+}
+
+#[test]
+fn a_killed_process_ends_with_128_and_the_signal() {
+    for signal in [Signal::SIGKILL, Signal::SIGSEGV] {
+        // As a child of the shell it cannot be pid 1, which ignores what it does not handle.
+        let script = format!("sh -c 'kill -{} $$'; exit $?", signal as i32);
+        let ran = Bundle::busybox().script(&script).run();
+        assert_eq!(ran.status, 128 + signal as i32, "{ran}");
+    }
+}
+
+#[test]
+fn a_stream_of_64_mib_goes_through_stdin_to_stdout_intact() {
+    let bytes: Vec<u8> = (0..64 << 20)
+        .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let digest = sha256(&bytes);
+    let mut started = Bundle::busybox()
+        .args(&["/bin/cat"])
+        .start(Runtime::Bulkhead, &[]);
+    let writer = started.feed(bytes);
+    let ran = started.finish();
+    writer
+        .join()
+        .expect("the writer does not panic")
+        .expect("cat reads all");
+    assert_eq!(ran.status, 0, "{ran}");
+    assert_eq!((ran.stdout.len(), sha256(&ran.stdout)), (64 << 20, digest));
+}
+
+#[test]
+fn the_last_output_of_a_short_process_is_not_lost() {
+    for _ in 0..if soak() { 50 } else { 2 } {
+        let ran = Bundle::busybox()
+            .script("dd if=/dev/zero bs=1M count=8 2>/dev/null; echo end")
+            .run();
+        assert_eq!(ran.stdout.len(), (8 << 20) + 4, "status {}", ran.status);
+    }
+}
+
+#[test]
+fn stdin_ends_where_the_callers_does() {
+    let bundle = Bundle::busybox().script("cat; echo after");
+    let mut started = bundle.start(Runtime::Bulkhead, &[]);
+    drop(started.stdin());
+    assert_eq!(started.finish().ok(), "after");
+}
+
+#[test]
+fn python_runs_from_a_debian_root() {
+    let ran = Bundle::debian()
+        .args(&[
+            "/usr/bin/python3",
+            "-c",
+            "import sys, os; print(sum(range(10**6)), os.getpid(), sys.platform)",
+        ])
+        .run();
+    assert_eq!(ran.ok(), "499999500000 1 linux");
+}
+
+#[test]
+fn an_image_unpacked_by_umoci_runs() {
+    let dir = TempDir::new().expect("a temporary directory");
+    let image = dir.path().join("image");
+    let made = TempDir::new().expect("a temporary directory");
+    let busybox = Bundle::busybox();
+    let tag = format!("{}:test", image.display());
+    let umoci = |words: &[&str]| {
+        let output = Command::new("umoci")
+            .args(words)
+            .output()
+            .expect("umoci is installed");
+        assert!(
+            output.status.success(),
+            "umoci {words:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    umoci(&["init", "--layout", image.to_str().expect("a plain path")]);
+    umoci(&["new", "--image", &tag]);
+    umoci(&[
+        "insert",
+        "--image",
+        &tag,
+        busybox.root().to_str().expect("a plain path"),
+        "/",
+    ]);
+    umoci(&[
+        "config",
+        "--image",
+        &tag,
+        "--config.cmd",
+        "/bin/sh",
+        "--config.env",
+        "GREETING=hello",
+    ]);
+    let bundle = made.path().join("bundle");
+    umoci(&[
+        "unpack",
+        "--image",
+        &tag,
+        bundle.to_str().expect("a plain path"),
+    ]);
+    let kept = TempDir::new().expect("a temporary directory");
+    fs::rename(&bundle, kept.path().join("b")).expect("the same file system");
+    let inner = kept.path().join("b");
+    for entry in fs::read_dir(&inner).expect("the bundle") {
+        let entry = entry.expect("an entry");
+        fs::rename(entry.path(), kept.path().join(entry.file_name()))
+            .expect("the same file system");
+    }
+    let ran = Bundle::adopt(kept).script("echo $GREETING").run();
+    assert_eq!(ran.ok(), "hello");
+}
+
+#[test]
+fn two_hundred_children_are_reaped() {
+    let script = "i=0; while [ $i -lt 200 ]; do (exit 3) & i=$((i+1)); done; wait; ls -d /proc/[0-9]* | wc -l";
+    let left: u32 = Bundle::busybox()
+        .script(script)
+        .run()
+        .ok()
+        .trim()
+        .parse()
+        .expect("a number");
+    assert!(left <= 4, "{left} processes are left in the container");
+}
+
+#[test]
+fn an_orphan_that_keeps_stdout_open_does_not_hold_up_the_exit() {
+    let ran = Bundle::busybox().script("sleep 1000 & echo done").run();
+    assert_eq!(ran.ok(), "done");
+}
+
+#[test]
+fn sigterm_reaches_the_container() {
+    let bundle = Bundle::busybox()
+        .script("trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.1; done");
+    let mut started = bundle.start(Runtime::Bulkhead, &[]);
+    let stdin = started.stdin();
+    started.wait_for_output("ready");
+    started.signal(Signal::SIGTERM);
+    let ran = started.finish();
+    drop(stdin);
+    assert_eq!(
+        (ran.status, ran.text().as_str()),
+        (9, "ready\ncaught"),
+        "{ran}"
+    );
+}
+
+#[test]
+fn memory_and_vcpus_are_what_was_asked_for() {
+    for (vcpus, memory) in [("1", "64"), ("2", "256"), ("4", "3500")] {
+        let bundle =
+            Bundle::busybox().script("nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo");
+        let ran = bundle.run_with(Runtime::Bulkhead, &["--vcpus", vcpus, "--memory", memory]);
+        let text = ran.ok();
+        let (seen_vcpus, seen_memory) = text.split_once('\n').expect("two lines");
+        let (seen_memory, memory): (u32, u32) = (
+            seen_memory.parse().expect("a number"),
+            memory.parse().expect("a number"),
+        );
+        assert_eq!(seen_vcpus, vcpus);
+        assert!(
+            seen_memory <= memory && seen_memory * 10 >= memory * 6,
+            "{seen_memory} MiB of {memory}"
+        );
+    }
+}
+
+#[test]
+fn the_timeline_has_every_phase_in_order() {
+    let dir = TempDir::new().expect("a temporary directory");
+    let file = dir.path().join("timeline.json");
+    let ran = Bundle::busybox().args(&["/bin/true"]).run_with(
+        Runtime::Bulkhead,
+        &["--timeline-json", file.to_str().expect("a plain path")],
+    );
+    ran.ok();
+    let timeline: serde_json::Value =
+        serde_json::from_slice(&fs::read(&file).expect("it was written")).expect("JSON");
+    let phases = timeline["phases"].as_array().expect("a list of phases");
+    let names: Vec<&str> = phases
+        .iter()
+        .map(|phase| phase["phase"].as_str().expect("a name"))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "vmm_start",
+            "first_instruction",
+            "init",
+            "agent_ready",
+            "container_start",
+            "exit"
+        ]
+    );
+    let times: Vec<f64> = phases
+        .iter()
+        .map(|phase| phase["ms"].as_f64().expect("a number"))
+        .collect();
+    assert!(times.is_sorted(), "{times:?}");
+}
+
+#[test]
+fn a_volume_is_shared_with_the_host() {
+    let volume = TempDir::new().expect("a temporary directory");
+    fs::write(volume.path().join("in"), "from the host").expect("writable");
+    let bundle = Bundle::busybox()
+        .bind(volume.path(), "/data", &["rbind", "rw"])
+        .script("cat /data/in; echo from inside > /data/out");
+    assert_eq!(bundle.run().ok(), "from the host");
+    assert_eq!(
+        fs::read_to_string(volume.path().join("out")).expect("the container wrote it"),
+        "from inside\n"
+    );
+    let read_only = Bundle::busybox()
+        .bind(volume.path(), "/data", &["rbind", "ro"])
+        .script("echo x > /data/in 2>/dev/null || echo refused");
+    assert_eq!(read_only.run().ok(), "refused");
+    assert_eq!(
+        json!(fs::read_to_string(volume.path().join("in")).expect("readable")),
+        json!("from the host")
+    );
+}

@@ -1,0 +1,190 @@
+//! OCI bundles, made by the tools that users have.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::process::{Ran, Runtime, Started};
+
+/// Where `tests/run` puts the debootstrapped root (lab exec --share).
+const DEBIAN_ROOT: &str = "/share";
+
+/// A bundle in a directory of its own, removed with it.
+pub struct Bundle {
+    dir: TempDir,
+    config: Value,
+}
+
+impl Bundle {
+    /// `runc spec` over a root unpacked from Debian's busybox-static.
+    pub fn busybox() -> Bundle {
+        let dir = TempDir::with_prefix("bundle-").expect("a temporary directory");
+        busybox_root(&dir.path().join("rootfs"));
+        Bundle::spec(dir)
+    }
+
+    /// `runc spec` over the whole Debian root, writable through an overlay that the host makes.
+    pub fn debian() -> Bundle {
+        let dir = TempDir::with_prefix("bundle-").expect("a temporary directory");
+        let [root, upper, work] = ["rootfs", "upper", "work"].map(|name| dir.path().join(name));
+        for made in [&root, &upper, &work] {
+            fs::create_dir(made).expect("a directory in the bundle");
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            debian_root().display(),
+            upper.display(),
+            work.display()
+        );
+        must(
+            Command::new("mount")
+                .args(["-t", "overlay", "overlay", "-o", &options])
+                .arg(&root),
+        );
+        Bundle::spec(dir)
+    }
+
+    /// A bundle that another tool has made.
+    pub fn adopt(dir: TempDir) -> Bundle {
+        let text =
+            fs::read_to_string(dir.path().join("config.json")).expect("the tool wrote config.json");
+        let mut config: Value = serde_json::from_str(&text).expect("the tool wrote JSON");
+        config["process"]["terminal"] = json!(false);
+        Bundle { dir, config }
+    }
+
+    fn spec(dir: TempDir) -> Bundle {
+        must(Command::new("runc").arg("spec").current_dir(dir.path()));
+        let mut bundle = Bundle::adopt(dir);
+        bundle.config["root"]["readonly"] = json!(false);
+        bundle
+    }
+
+    /// The bundle's directory.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The root file system on the host.
+    pub fn root(&self) -> PathBuf {
+        self.dir.path().join("rootfs")
+    }
+
+    /// Sets `process.args`.
+    pub fn args(mut self, args: &[&str]) -> Bundle {
+        self.config["process"]["args"] = json!(args);
+        self
+    }
+
+    /// Runs a shell script as the container's process.
+    pub fn script(self, script: &str) -> Bundle {
+        self.args(&["/bin/sh", "-c", script])
+    }
+
+    /// Changes config.json.
+    pub fn edit(mut self, change: impl FnOnce(&mut Value)) -> Bundle {
+        change(&mut self.config);
+        self
+    }
+
+    /// Adds a bind mount of `source`.
+    pub fn bind(self, source: &Path, destination: &str, options: &[&str]) -> Bundle {
+        let mount = json!({"destination": destination, "type": "bind", "source": source, "options": options});
+        self.edit(|config| {
+            config["mounts"]
+                .as_array_mut()
+                .expect("runc spec lists mounts")
+                .push(mount)
+        })
+    }
+
+    /// Writes config.json, for a command that the caller makes.
+    pub fn write(&self) {
+        let text = serde_json::to_vec_pretty(&self.config).expect("a JSON value");
+        fs::write(self.path().join("config.json"), text).expect("config.json is writable");
+    }
+
+    /// Runs it to its end under Bulkhead.
+    pub fn run(&self) -> Ran {
+        self.run_with(Runtime::Bulkhead, &[])
+    }
+
+    /// Runs it to its end under `runtime`, with more words for the runtime's `run`.
+    pub fn run_with(&self, runtime: Runtime, words: &[&str]) -> Ran {
+        self.start(runtime, words).finish()
+    }
+
+    /// Starts it; stdin, stdout and stderr are pipes.
+    pub fn start(&self, runtime: Runtime, words: &[&str]) -> Started {
+        self.write();
+        Started::spawn(runtime.run_command(self.path(), words, &fresh_id()))
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        // Only Bundle::debian mounts here; a failure shows in the temporary directory that then stays.
+        let _ = Command::new("umount").arg("-q").arg(self.root()).status();
+    }
+}
+
+/// The debootstrapped root that the suites share, read-only.
+///
+/// # Panics
+/// When it is not there: `tests/run` brings it, see docs/testing.md.
+pub fn debian_root() -> PathBuf {
+    let root = PathBuf::from(DEBIAN_ROOT);
+    assert!(
+        root.join("usr/bin/python3").exists(),
+        "no Debian root at {DEBIAN_ROOT}: run the suite by tests/run"
+    );
+    root
+}
+
+/// An id that no other container of this test run has.
+pub fn fresh_id() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!(
+        "t{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
+}
+
+fn busybox_root(root: &Path) {
+    for made in ["bin", "dev", "etc", "proc", "sys", "tmp", "root"] {
+        fs::create_dir_all(root.join(made)).expect("a directory in the root");
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").expect("etc/passwd");
+    fs::copy("/bin/busybox", root.join("bin/busybox"))
+        .expect("Debian's busybox-static is installed");
+    let list = Command::new("/bin/busybox")
+        .arg("--list")
+        .output()
+        .expect("busybox runs");
+    for applet in String::from_utf8(list.stdout)
+        .expect("names")
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
+        symlink("busybox", root.join("bin").join(applet)).expect("an applet's link");
+    }
+}
+
+/// Runs a tool that has to succeed.
+pub fn must(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

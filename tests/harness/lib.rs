@@ -1,0 +1,18 @@
+//! What the end-to-end suites share: bundles made by real tools, runs of `bulkhead` and of runc, and the host's state before
+//! and after.
+//!
+//! The suites need root, KVM and an installed Bulkhead: they run in the lab (`tests/run`, docs/testing.md).
+#![forbid(unsafe_code)]
+
+mod bundle;
+mod host;
+mod process;
+
+pub use bundle::{Bundle, debian_root};
+pub use host::Host;
+pub use process::{Ran, Runtime, Started, sha256};
+
+/// The long versions of the suites were asked for (`make soak`).
+pub fn soak() -> bool {
+    std::env::var_os("BULKHEAD_SOAK").is_some()
+}
