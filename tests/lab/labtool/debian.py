@@ -56,13 +56,18 @@ def ensure_host_packages():
             raise LabError(f"apt-get could not install {' '.join(missing)}: its lines above say why")
 
 
-def read_packages(path):
-    """The package names in a file: one or more a line, `#` starts a comment."""
+def read_names(path):
+    """The names in a list file, in its order: one or more a line, `#` starts a comment."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
-        raise LabError(f"cannot read the package list {path}: {error.strerror}") from error
-    names = sorted({name for line in lines for name in line.split("#")[0].split()})
+        raise LabError(f"cannot read the list {path}: {error.strerror}") from error
+    return [name for line in lines for name in line.split("#")[0].split()]
+
+
+def read_packages(path):
+    """The package names in a list file, sorted: their order does not matter."""
+    names = sorted(set(read_names(path)))
     if not names:
         raise LabError(f"the package list {path} names no package")
     return names

@@ -96,8 +96,8 @@ def _restore(image, memory_mib, slots, snapshot):
 
 
 def ensure_snapshot(image, memory_mib):
-    """The snapshot file for this image, memory size, command line and processor, made when missing."""
-    key = cache.key_of(image.identity, str(memory_mib), _processor(), guest_archive(), Path(qemu.__file__), Path(__file__))
+    """The snapshot file for this image, memory size, command line and host, made when missing."""
+    key = cache.key_of(image.identity, str(memory_mib), _host(), guest_archive(), Path(qemu.__file__), Path(__file__))
     directory = cache.Entry("lab", f"snapshot-{memory_mib}m", key).ensure(
         lambda partial: _save(image, memory_mib, partial / "state"))
     return directory / "state"
@@ -121,8 +121,12 @@ def _save(image, memory_mib, target):
     say(f"booted in {booted - started:.2f} s, saved {size} MiB in {time.monotonic() - booted:.2f} s")
 
 
-def _processor():
-    """What of this host's processor could reach the guest: its name and features."""
+def _host():
+    """What of this host a snapshot depends on: its processor, and this boot of it.
+
+    The guest counts time in ticks of the host's TSC, whose rate no file here tells; a reboot may have moved us to another.
+    """
     with open("/proc/cpuinfo") as text:
         lines = text.read().split("\n\n")[0].splitlines()
-    return "\n".join(line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags")))
+    processor = [line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
+    return "\n".join([*processor, Path("/proc/sys/kernel/random/boot_id").read_text()])
