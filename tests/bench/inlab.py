@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""One measurement inside a fresh lab; prints one JSON object. Called by tests/bench/run, once for each sample.
+
+usage: inlab.py NAME
+"""
+
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+LIBEXEC = "/usr/local/libexec/bulkhead"
+KERNEL, INITRAMFS = f"{LIBEXEC}/vmlinux", f"{LIBEXEC}/initramfs"
+CGROUPS = "/sys/fs/cgroup"
+ANNOUNCE_PORT = 0x8900  # vmm/config
+MEMORY = 128
+
+
+def bundle(args, volume=None, extra=None):
+    """A busybox bundle by `runc spec`."""
+    directory = "/tmp/bench-bundle"
+    shutil.rmtree(directory, ignore_errors=True)
+    os.makedirs(f"{directory}/rootfs/bin")
+    for name in ("proc", "sys", "dev", "tmp"):
+        os.makedirs(f"{directory}/rootfs/{name}")
+    shutil.copy("/bin/busybox", f"{directory}/rootfs/bin/busybox")
+    for name in ("true", "sh", "cat", "sleep"):
+        os.symlink("busybox", f"{directory}/rootfs/bin/{name}")
+    subprocess.run(["runc", "spec"], cwd=directory, check=True)
+    with open(f"{directory}/config.json") as file:
+        config = json.load(file)
+    config["process"]["terminal"] = False
+    config["process"]["args"] = args
+    for source, destination in volume or []:
+        config["mounts"].append({"destination": destination, "type": "bind", "source": source, "options": ["rbind"]})
+    if extra:
+        extra(config)
+    with open(f"{directory}/config.json", "w") as file:
+        json.dump(config, file)
+    return directory
+
+
+def warm():
+    """Files that either side reads are read once before timing."""
+    for path in [KERNEL, INITRAMFS, f"{LIBEXEC}/bulkhead-vmm", "/usr/local/bin/bulkhead", "/usr/sbin/runc", "/bin/busybox"]:
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=False)
+    subprocess.run(["qemu-system-x86_64", "--version"], stdout=subprocess.DEVNULL, check=True)
+    for path in glob.glob("/usr/share/qemu/qboot.rom") + glob.glob("/usr/share/qemu/bios-microvm.bin"):
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=False)
+    subprocess.run(["bulkhead", "--version"], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(["runc", "--version"], stdout=subprocess.DEVNULL, check=True)
+
+
+def timeline(directory, words=()):
+    file = "/tmp/timeline.json"
+    since = time.monotonic()
+    subprocess.run(
+        ["bulkhead", "run", "--memory", str(MEMORY), "--timeline-json", file, *words, "--bundle", directory, "bench"],
+        check=True, stdin=subprocess.DEVNULL,
+    )
+    took = (time.monotonic() - since) * 1000
+    with open(file) as text:
+        return {"whole_ms": took, **json.load(text)}
+
+
+def command_line():
+    """The product's command line without the words that name Bulkhead's own devices."""
+    text = subprocess.run(
+        ["bulkhead", "run", "--bundle", bundle(["/bin/cat", "/proc/cmdline"]), "cmdline"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return " ".join(word for word in text.split() if not word.startswith(("virtio_mmio.", "ramoops.")))
+
+
+def qemu_command(line, marker, extra=()):
+    return [
+        "/usr/bin/qemu-system-x86_64", "-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm", "-cpu", "host",
+        "-m", str(MEMORY), "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
+        "-kernel", KERNEL, "-initrd", INITRAMFS, "-append", line,
+        "-chardev", f"file,id=marker,path={marker}", "-device", f"isa-debugcon,iobase={ANNOUNCE_PORT:#x},chardev=marker",
+        *extra,
+    ]  # fmt: skip
+
+
+def qemu(line, extra=()):
+    """Starts QEMU microvm; returns its pid and the time to the marker in ms."""
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    command = qemu_command(line, f"/dev/fd/{writer}", extra)
+    since = time.monotonic()
+    pid = os.posix_spawn(command[0], command, os.environ)
+    os.close(writer)
+    byte = os.read(reader, 1)
+    marker = time.monotonic()
+    if byte != b"\x01":
+        raise SystemExit(f"qemu: marker {byte!r} instead of 01")
+    return pid, (marker - since) * 1000
+
+
+def kvm_exits(pid):
+    total = {}
+    for name in ("exits", "irq_exits"):
+        (path,) = glob.glob(f"/sys/kernel/debug/kvm/{pid}-*/{name}")
+        with open(path) as file:
+            total[name] = int(file.read())
+    return total["exits"] - total["irq_exits"]
+
+
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def memory(cgroup):
+    """anon + shmem + kernel in MiB, and the PSS of its processes."""
+    with open(f"{cgroup}/memory.stat") as file:
+        stat = dict(line.split() for line in file)
+    pss = 0
+    for directory, _, _ in os.walk(cgroup):
+        with open(f"{directory}/cgroup.procs") as file:
+            for pid in file.read().split():
+                with open(f"/proc/{pid}/smaps_rollup") as rollup:
+                    pss += sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+    charged = sum(int(stat[name]) for name in ("anon", "shmem", "kernel"))
+    return {"charged_mib": charged / 2**20, "pss_mib": pss / 1024, "stat": {name: int(stat[name]) >> 10 for name in ("anon", "shmem", "kernel")}}
+
+
+def boot_bulkhead():
+    warm()
+    report = timeline(bundle(["/bin/true"]))
+    phases = {phase["phase"]: phase for phase in report["phases"]}
+    spawned, init = phases["vmm_spawned"], phases["init"]
+    return {
+        "boot_ms": init["ms"] - spawned["ms"],
+        "exits": (init["exits"] - init["irq_exits"]) - (phases["first_instruction"]["exits"] - phases["first_instruction"]["irq_exits"]),
+        "whole_ms": report["whole_ms"],
+        "container_ms": phases["exit"]["ms"] - phases["agent_ready"]["ms"],
+        "phases": {name: phase["ms"] for name, phase in phases.items()},
+    }
+
+
+def boot_qemu():
+    line = command_line()
+    warm()
+    pid, took = qemu(line)
+    exits = kvm_exits(pid)
+    end(pid)
+    return {"boot_ms": took, "exits": exits}
+
+
+def runc():
+    directory = bundle(["/bin/true"])
+    warm()
+    since = time.monotonic()
+    subprocess.run(["runc", "run", "--bundle", directory, "bench"], check=True, stdin=subprocess.DEVNULL)
+    return {"whole_ms": (time.monotonic() - since) * 1000}
+
+
+def memory_bulkhead():
+    directory = bundle(["/bin/sleep", "1000"])
+    warm()
+    process = subprocess.Popen(
+        ["bulkhead", "run", "--memory", str(MEMORY), "--bundle", directory, "bench"], stdin=subprocess.DEVNULL
+    )
+    cgroup = f"{CGROUPS}/bulkhead/bench"
+    while not os.path.exists(cgroup):
+        time.sleep(0.05)
+    time.sleep(6)
+    figures = memory(cgroup)
+    process.terminate()
+    process.wait()
+    return figures
+
+
+def memory_qemu():
+    line = command_line()
+    warm()
+    cgroup = f"{CGROUPS}/bench-qemu"
+    os.mkdir(cgroup)
+    # The shell enters the cgroup before it becomes QEMU, so that every page of QEMU's is charged there.
+    process = subprocess.Popen(
+        ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', cgroup, *qemu_command(line, "/tmp/marker")], stdin=subprocess.DEVNULL
+    )
+    time.sleep(8)
+    figures = memory(cgroup)
+    process.kill()
+    process.wait()
+    return figures
+
+
+def stdio_bulkhead():
+    directory = bundle(["/bin/cat"])
+    size = 256 << 20
+    since = time.monotonic()
+    script = f"head -c {size} /dev/zero | bulkhead run --bundle {directory} bench | wc -c"
+    count = int(subprocess.run(["sh", "-c", script], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    if count != size:
+        raise SystemExit(f"{count} bytes of {size} came back")
+    return {"mib_per_s": 256 / (time.monotonic() - since)}
+
+
+def file_tree():
+    """A root with the lab's programs and a data directory with 5,000 small files in a tar; the same for both sides."""
+    root = "/tmp/files-root"
+    for name in ("usr", "data", "proc", "sys", "dev", "tmp", "etc"):
+        os.makedirs(f"{root}/{name}")
+    for name in ("bin", "sbin", "lib", "lib64"):
+        os.symlink(f"usr/{name}", f"{root}/{name}")
+    subprocess.run(["mount", "--bind", "/usr", f"{root}/usr"], check=True)
+    # On an ext4 disk: tmpfs knows no O_DIRECT.
+    script = "truncate -s 400M /tmp/data.img && mkfs.ext4 -q -N 20000 /tmp/data.img && mount -o loop /tmp/data.img $0/data"
+    subprocess.run(["sh", "-c", script, root], check=True)
+    small = "mkdir /tmp/s; i=0; while [ $i -lt 5000 ]; do echo content of file $i > /tmp/s/file-$i; i=$((i+1)); done; tar -cf $0/data/small.tar -C /tmp/s ."
+    subprocess.run(["sh", "-c", small, root], check=True)
+    shutil.copy("/src/tests/bench/files.sh", f"{root}/data/files.sh")
+    subprocess.run(["fio", "--version"], stdout=subprocess.DEVNULL, check=True)
+    return root
+
+
+def parse_files(text):
+    return {name: float(value) for name, value, _ in (line.split() for line in text.splitlines() if len(line.split()) == 3)}
+
+
+def files_bulkhead():
+    root = file_tree()
+
+    def change(config):
+        config["root"] = {"path": root, "readonly": False}
+        config["linux"]["readonlyPaths"] = []
+        for capabilities in ("bounding", "effective", "permitted"):
+            config["process"]["capabilities"][capabilities] += ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_CHOWN", "CAP_FOWNER"]
+
+    directory = bundle(["/bin/sh", "/data/files.sh", "/data"], extra=change)
+    done = subprocess.run(
+        ["bulkhead", "run", "--memory", "512", "--bundle", directory, "bench"], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    return parse_files(done.stdout)
+
+
+def files_qemu():
+    line = command_line()
+    root = file_tree()
+    init = "/tmp/init"
+    os.makedirs(f"{init}/mnt")
+    shutil.copy("/bin/busybox", f"{init}/busybox")
+    with open(f"{init}/init", "w") as file:
+        file.write(
+            "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
+            "/busybox chroot /mnt /bin/sh /data/files.sh /data > /mnt/data/result 2>&1\necho end >> /mnt/data/result; /busybox sync; /busybox reboot -f\n"
+        )
+    os.chmod(f"{init}/init", 0o755)
+    subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/files-initramfs 2>/dev/null"], check=True)
+    socket = "/tmp/virtiofsd.sock"
+    daemon = subprocess.Popen(
+        ["/usr/libexec/virtiofsd", f"--socket-path={socket}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
+        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not os.path.exists(socket):
+        time.sleep(0.05)
+    command = [
+        "/usr/bin/qemu-system-x86_64", "-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm", "-cpu", "host",
+        "-m", "512", "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
+        "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
+        "-kernel", KERNEL, "-initrd", "/tmp/files-initramfs", "-append", line,
+        "-chardev", f"socket,id=fs,path={socket}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=900)
+    daemon.wait(timeout=30)
+    with open(f"{root}/data/result") as file:
+        text = file.read()
+    if not text.rstrip().endswith("end") or len(parse_files(text)) < 7:
+        raise SystemExit(f"qemu: {text}")
+    return parse_files(text)
+
+
+MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu)}
+
+if __name__ == "__main__":
+    print(json.dumps(MEASUREMENTS[sys.argv[1]]()))
