@@ -1,8 +1,12 @@
 //! One process, one microVM.
 //!
 //! `main` reads the configuration and sequences; [`bus`], [`event_loop`] and [`irq`] are what devices are made of.
+pub mod arch;
+pub mod boot;
 pub mod bus;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
 pub mod irq;
+pub mod memory;
+pub mod ramoops;

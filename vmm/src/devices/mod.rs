@@ -1,2 +1,5 @@
 //! Guest-visible hardware.
+pub mod announce;
+pub mod ioapic;
+pub mod serial;
 pub mod virtio;

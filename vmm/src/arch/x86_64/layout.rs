@@ -1,0 +1,147 @@
+//! The address map: what is at which guest physical address and at which port.
+//!
+//! ```text
+//! 0x0000_0000  RAM            GDT, zero page, page tables, command line, MP table below 640 KiB
+//! 0x0010_0000  RAM            kernel where its program headers say, initrd at the top of low RAM
+//! 0xc000_0000  hole           RAM stops here at the latest
+//! 0xcff0_0000  ramoops        console and panic records: memory, but not in the E820 map
+//! 0xd000_0000  virtio-mmio    one page a device
+//! 0xfec0_0000  IOAPIC
+//! 0xfee0_0000  local APIC
+//! 0xfffb_c000  KVM's own pages (Intel hosts: TSS and identity map)
+//! 0x1_0000_0000 RAM           the rest
+//!
+//! port 0x03f8  serial console, when configured
+//! port 0x8900  announcements of the agent (ANNOUNCE_PORT)
+//! ```
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// A page, and the unit of everything that is mapped.
+pub const PAGE: u64 = 4 * KIB;
+
+/// Global descriptor table, for the first instructions only.
+pub const GDT: u64 = 0x500;
+/// The "zero page" (struct boot_params, Documentation/arch/x86/boot.rst).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Stack pointer at entry; the kernel sets its own at once.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Top-level page table; the two lower levels follow, a page each.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Bytes of the command line with its final NUL (COMMAND_LINE_SIZE of Linux on x86).
+pub const CMDLINE_SIZE: u64 = 2048;
+/// List of struct setup_data.
+pub const SETUP_DATA: u64 = 0x2_1000;
+/// MP floating pointer and configuration table: the last KiB of base memory, where MP 1.4 §4 lets systems look.
+pub const MP_TABLE: u64 = 0x9_fc00;
+/// End of base memory.
+pub const BASE_MEMORY_END: u64 = 0xa_0000;
+/// RAM goes on here after the area that PCs give to video memory and ROMs.
+pub const HIGH_MEMORY: u64 = MIB;
+
+/// The hole below 4 GiB begins: low RAM ends here at the latest.
+pub const HOLE: u64 = 3 * GIB;
+/// RAM that did not fit below the hole begins.
+pub const RAM_ABOVE_HOLE: u64 = 4 * GIB;
+
+/// The ramoops region.
+pub const RAMOOPS: u64 = 0xcff0_0000;
+/// Its size. Whole pages; the split into records is in [`crate::ramoops`].
+pub const RAMOOPS_SIZE: u64 = 128 * KIB;
+
+/// First virtio-mmio window.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// Size of one.
+pub const VIRTIO_MMIO_SIZE: u64 = PAGE;
+/// Most virtio devices in a machine: as many as there are interrupt pins for.
+pub const MAX_VIRTIO_DEVICES: usize = 16;
+
+/// IOAPIC registers (the address that MP 1.4 §3.6.5 makes the default).
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Size of its window.
+pub const IOAPIC_SIZE: u64 = PAGE;
+/// Local APICs.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// One page that KVM needs on Intel hosts without unrestricted guests, and three for a TSS behind it.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// See [`KVM_IDENTITY_MAP`].
+pub const KVM_TSS: u64 = KVM_IDENTITY_MAP + PAGE;
+
+/// First port of the serial console.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Number of its ports.
+pub const SERIAL_PORTS: u64 = 8;
+/// Its interrupt pin, the one that Linux's table of legacy ports has.
+pub const SERIAL_PIN: u32 = 4;
+/// Pin 0 would be Linux IRQ 0, which drivers take for "none".
+pub const FIRST_PIN: u32 = 1;
+
+/// Least guest memory, in bytes.
+pub const MIN_MEMORY: u64 = 64 * MIB;
+/// Most guest memory, in bytes: its end stays below the 2^39 that the smallest KVM hosts address.
+pub const MAX_MEMORY: u64 = 256 * GIB;
+
+/// RAM as (start, length) pairs for a machine with `size` bytes of it.
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(HOLE);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((RAM_ABOVE_HOLE, size - low));
+    }
+    ranges
+}
+
+/// Where the virtio-mmio window of the `index`th device is.
+pub fn virtio_window(index: usize) -> u64 {
+    VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_SIZE
+}
+
+/// Interrupt pins for `devices` virtio devices, leaving the serial console's free when there is one.
+pub fn virtio_pins(devices: usize, serial: bool) -> Vec<u32> {
+    (FIRST_PIN..)
+        .filter(|&pin| !(serial && pin == SERIAL_PIN))
+        .take(devices)
+        .collect()
+}
+
+// The table above, checked when it is compiled.
+const _: () = {
+    assert!(GDT + 64 <= ZERO_PAGE && ZERO_PAGE + PAGE <= BOOT_STACK);
+    assert!(BOOT_STACK <= PAGE_TABLES && PAGE_TABLES + 3 * PAGE <= CMDLINE);
+    assert!(CMDLINE + CMDLINE_SIZE <= SETUP_DATA && SETUP_DATA + PAGE <= MP_TABLE);
+    assert!(HOLE < RAMOOPS && RAMOOPS + RAMOOPS_SIZE <= VIRTIO_MMIO);
+    assert!(VIRTIO_MMIO + MAX_VIRTIO_DEVICES as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);
+    assert!(IOAPIC + IOAPIC_SIZE <= LOCAL_APIC && LOCAL_APIC + PAGE <= KVM_IDENTITY_MAP);
+    assert!(KVM_TSS + 3 * PAGE <= RAM_ABOVE_HOLE);
+    assert!(RAM_ABOVE_HOLE + MAX_MEMORY <= 1 << 39);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_hole() {
+        assert_eq!(ram_ranges(64 * MIB), [(0, 64 * MIB)]);
+        assert_eq!(ram_ranges(3 * GIB), [(0, 3 * GIB)]);
+        assert_eq!(
+            ram_ranges(6 * GIB),
+            [(0, 3 * GIB), (RAM_ABOVE_HOLE, 3 * GIB)]
+        );
+        assert_eq!(
+            ram_ranges(3 * GIB + PAGE),
+            [(0, 3 * GIB), (RAM_ABOVE_HOLE, PAGE)]
+        );
+    }
+
+    #[test]
+    fn no_virtio_device_takes_the_serial_pin() {
+        assert_eq!(virtio_pins(3, true), [1, 2, 3]);
+        assert_eq!(virtio_pins(5, true), [1, 2, 3, 5, 6]);
+        assert_eq!(virtio_pins(5, false), [1, 2, 3, 4, 5]);
+    }
+}
