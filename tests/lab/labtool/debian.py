@@ -98,12 +98,23 @@ def _make_root(target, packages):
     command = ["mmdebstrap", *RECIPE, *_proxy_options(), f"--include={','.join(packages)}", SUITE, str(target), *_sources()]
     # INITRD=No: Debian's kernel hooks would build an initramfs of their own, for a quarter of a minute and for nobody.
     env = dict(os.environ, INITRD="No")
-    if subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=2).returncode != 0:
+    if _run_to_its_end(command, env) != 0:
         raise LabError("mmdebstrap failed: its lines above say why; is Debian's archive reachable from here?")
     # apt's lists and dpkg's log differ from run to run and serve nobody.
     for leftover in ("var/log/dpkg.log", "var/log/alternatives.log", "var/log/bootstrap.log"):
         (target / leftover).unlink(missing_ok=True)
     say_since_start("Debian 13 root made")
+
+
+def _run_to_its_end(command, env):
+    """Runs mmdebstrap; when we are interrupted, lets it unmount and end its children before the target is removed."""
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=2)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def _sources():

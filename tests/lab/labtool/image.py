@@ -18,7 +18,7 @@ LEFT_OUT = "^(usr/lib/udev/hwdb[.]bin|usr/lib/x86_64-linux-gnu/(libLLVM|libgalli
 # module, but QEMU's NVMe device refuses to be saved in a snapshot.)
 MODULES = GUEST_DIR / "modules"
 # Busybox starts in a third of the time that Debian's dynamic programs take.
-APPLETS = ("sh", "mount", "insmod", "mkdir", "cp", "switch_root", "ln", "chown", "chmod", "cat", "tr", "ip")
+APPLETS = ("sh", "mount", "insmod", "mkdir", "cp", "switch_root", "ln", "chown", "chmod", "cat", "tr", "ip", "reboot")
 
 
 class Image:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 
 from .report import LabError
@@ -17,18 +18,18 @@ MACHINE = [
 # lpj saves a second of calibration that emulation makes useless anyway: delays are counted in TSC ticks.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on lpj=10000000 no_timer_check"
 CONSOLE_LINES = 30
+REASON_LINES = 3
 # Every disk slot has this size whatever it carries, so that a restored snapshot finds the geometry it knows.
 SLOT_BYTES = 64 << 30
 SLOTS = ("install", "src", "share", "out")
 
 
 def unlinked_file(directory, data=b""):
-    """A file without a name: it goes away with its last user, however that one ends."""
-    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    if data:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-    return fd
+    """The descriptor of a file without a name: it goes away with its last user, however that one ends."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(data)
+        file.flush()
+        return os.dup(file.fileno())
 
 
 class Qemu:
@@ -100,10 +101,14 @@ class Qemu:
             time.sleep(0.003)
 
     def console_tail(self):
-        """The last lines of the console and of QEMU's own messages."""
+        """The console's last lines (QEMU's own messages among them), led by the line that names a panic or a failed step."""
         with open(f"/proc/self/fd/{self._console}", "rb") as file:
             text = file.read().decode(errors="replace")
         lines = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        # A panic's call trace can push its reason, and what led to it, out of the tail.
+        for number, line in enumerate(lines[:-CONSOLE_LINES]):
+            if "Kernel panic" in line or line.startswith("lab: "):
+                return [*lines[max(0, number - REASON_LINES):number + 1], *lines[max(number + 1, len(lines) - CONSOLE_LINES):]]
         return lines[-CONSOLE_LINES:]
 
     def stop(self):
