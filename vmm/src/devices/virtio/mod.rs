@@ -1,1 +1,22 @@
 //! virtio devices over the MMIO transport.
+//!
+//! ```text
+//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs)
+//!        ── kick (ioeventfd) ───────────────────────►   │ on the event loop's thread
+//!        ◄─ interrupt (irqfd) ── signal ◄───────────────┘ queue: checked chains, used ring
+//! ```
+//!
+//! A device knows its queues, guest memory and a [`signal::Signal`]; it never names its transport. Whatever a guest gets
+//! wrong is a [`fault::Fault`]: the device stops, asks for a reset and the fault is counted; the process goes on.
+pub mod chain;
+pub mod device;
+pub mod fault;
+pub mod fs;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod signal;
+mod sys;
+#[cfg(test)]
+mod test_driver;
+pub mod vsock;

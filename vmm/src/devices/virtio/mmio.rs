@@ -1,0 +1,392 @@
+//! virtio-mmio version 2 (VIRTIO 1.2 §4.2): the register file between a driver and its device.
+//!
+//! ```text
+//!  0 ──► ACKNOWLEDGE ──► DRIVER ──► FEATURES_OK ──► DRIVER_OK          one step a write, nothing is ever cleared
+//!                          │            │               │
+//!                   driver features   queues        all of it frozen
+//!                    writable here   writable here
+//!  0 ◄────────────────── reset, from any state
+//! ```
+//!
+//! Kicks do not come here: each queue has an eventfd that KVM signals (ioeventfd on QueueNotify with the queue's index).
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_mmio::*;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{ActivateError, Activation, VirtioDevice};
+use super::fault::{Fault, Observer};
+use super::queue::{Layout, MAX_SIZE, VirtQueue};
+use super::signal::{Signal, USED_BUFFER};
+use crate::bus::BusDevice;
+use crate::irq::IrqFd;
+
+/// Bytes of guest physical address space that a transport answers.
+pub const WINDOW: u64 = 0x1000;
+/// Offset of the register that a driver kicks a queue by; its value is the queue's index.
+pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// "virt", §4.2.2.
+const MAGIC: u32 = 0x7472_6976;
+/// Ours, "BLKH"; nothing depends on it.
+const VENDOR: u32 = 0x484b_4c42;
+/// Not in virtio-bindings' list: §4.2.2, VIRTIO_F_RING_RESET's register, which reads 0 without the feature.
+const QUEUE_RESET: u32 = 0xc0;
+
+/// §2.1: the steps of the status register in their order.
+const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+const ACKNOWLEDGE: u8 = 1;
+const DRIVER: u8 = 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 0x40;
+const FAILED: u8 = 0x80;
+
+/// A queue while the driver sets it up.
+struct QueueSetup {
+    max_size: u16,
+    layout: Layout,
+    ready: bool,
+    kick: EventFd,
+}
+
+/// The registers of one device.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    memory: GuestMemoryMmap,
+    signal: Signal,
+    status: u8,
+    offered: u64,
+    accepted: u64,
+    /// The driver wrote a feature bit past the 64 that exist.
+    beyond_features: bool,
+    offered_select: u32,
+    accepted_select: u32,
+    queue_select: u32,
+    queues: Vec<QueueSetup>,
+}
+
+impl MmioTransport {
+    /// The transport of a device that was not activated yet.
+    ///
+    /// # Errors
+    /// eventfd(2)'s.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemoryMmap,
+        irq: IrqFd,
+        observer: Observer,
+    ) -> std::io::Result<MmioTransport> {
+        let queues = device.queue_sizes().iter().map(|&max_size| {
+            assert!(max_size.is_power_of_two() && max_size <= MAX_SIZE);
+            Ok(QueueSetup {
+                max_size,
+                layout: Layout::default(),
+                ready: false,
+                kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            })
+        });
+        Ok(MmioTransport {
+            queues: queues.collect::<std::io::Result<_>>()?,
+            signal: Signal::new(device.name(), irq, observer),
+            offered: device.features(),
+            device,
+            memory,
+            status: 0,
+            accepted: 0,
+            beyond_features: false,
+            offered_select: 0,
+            accepted_select: 0,
+            queue_select: 0,
+        })
+    }
+
+    /// The kicks, by queue index, for ioeventfds at [`QUEUE_NOTIFY`] with the index as 4-byte data match.
+    ///
+    /// # Errors
+    /// dup(2)'s.
+    pub fn queue_events(&self) -> std::io::Result<Vec<EventFd>> {
+        self.queues
+            .iter()
+            .map(|queue| queue.kick.try_clone())
+            .collect()
+    }
+
+    fn read_register(&mut self, offset: u16) -> u32 {
+        let queue = self.selected();
+        match u32::from(offset) {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => 2,
+            VIRTIO_MMIO_DEVICE_ID => self.device.id(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered, self.offered_select),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt_status(),
+            VIRTIO_MMIO_STATUS => self.read_status().into(),
+            // §4.2.2: no shared memory region has the length -1.
+            VIRTIO_MMIO_SHM_LEN_LOW
+            | VIRTIO_MMIO_SHM_LEN_HIGH
+            | VIRTIO_MMIO_SHM_BASE_LOW
+            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            QUEUE_RESET => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.signal.config_generation(),
+            _ => {
+                self.signal.note(Fault::Register(offset));
+                0
+            }
+        }
+    }
+
+    fn write_register(&mut self, offset: u16, value: u32) {
+        match u32::from(offset) {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.offered_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.accepted_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(offset, value),
+            VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            VIRTIO_MMIO_QUEUE_NUM
+            | VIRTIO_MMIO_QUEUE_DESC_LOW
+            | VIRTIO_MMIO_QUEUE_DESC_HIGH
+            | VIRTIO_MMIO_QUEUE_AVAIL_LOW
+            | VIRTIO_MMIO_QUEUE_AVAIL_HIGH
+            | VIRTIO_MMIO_QUEUE_USED_LOW
+            | VIRTIO_MMIO_QUEUE_USED_HIGH => self.place_queue(offset, value),
+            VIRTIO_MMIO_QUEUE_READY => self.ready_queue(offset, value),
+            VIRTIO_MMIO_QUEUE_NOTIFY => self.notify_queue(value),
+            VIRTIO_MMIO_INTERRUPT_ACK => self.signal.acknowledge(value),
+            VIRTIO_MMIO_STATUS => self.write_status(value),
+            VIRTIO_MMIO_SHM_SEL => {}
+            _ => self.signal.note(Fault::Register(offset)),
+        }
+    }
+
+    fn interrupt_status(&self) -> u32 {
+        let status = self.signal.interrupt_status();
+        // The back end raised the line itself, and a driver looks at its rings only if this bit is set.
+        if self.device.interrupts_directly() && self.status & DRIVER_OK != 0 {
+            status | USED_BUFFER
+        } else {
+            status
+        }
+    }
+
+    fn read_status(&self) -> u8 {
+        if self.signal.needs_reset() {
+            self.status | NEEDS_RESET
+        } else {
+            self.status
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let bad = Fault::Status(self.status, value as u8);
+        // A driver adds its bit to what it has read, where the device's own bit may be set.
+        let Ok(value) = u8::try_from(value & !u32::from(NEEDS_RESET)) else {
+            return self.signal.note(bad);
+        };
+        let step = STEPS.into_iter().find(|step| self.status & step == 0);
+        match value ^ self.status {
+            0 => {}
+            // Any state may fail; the device then waits for its reset and does nothing else.
+            FAILED if value & FAILED != 0 => self.status = value,
+            bit if self.status & FAILED == 0 && Some(bit) == step => self.advance(bit),
+            _ => self.signal.note(bad),
+        }
+    }
+
+    fn advance(&mut self, step: u8) {
+        if step == FEATURES_OK && !self.features_acceptable() {
+            // §2.2.2: the bit stays clear, which the driver reads back.
+            return self.signal.note(Fault::Features(self.accepted));
+        }
+        self.status |= step;
+        if step == DRIVER_OK {
+            self.activate();
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.accepted & !self.offered == 0
+            && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
+            && !self.beyond_features
+    }
+
+    fn activate(&mut self) {
+        let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queue = |setup: &QueueSetup| -> Result<Option<VirtQueue>, ActivateError> {
+            if !setup.ready {
+                return Ok(None);
+            }
+            let kick = setup.kick.try_clone();
+            let kick = kick.map_err(|error| ActivateError::Host(Box::new(error)))?;
+            let (memory, signal) = (self.memory.clone(), self.signal.clone());
+            Ok(Some(VirtQueue::new(
+                setup.layout,
+                event_idx,
+                memory,
+                kick,
+                signal,
+            )?))
+        };
+        let queues = self.queues.iter().map(queue).collect::<Result<_, _>>();
+        let activated = queues.and_then(|queues| {
+            self.device.activate(Activation {
+                memory: self.memory.clone(),
+                features: self.accepted,
+                queues,
+                signal: self.signal.clone(),
+            })
+        });
+        match activated {
+            Ok(()) => {}
+            Err(ActivateError::Guest(fault)) => self.signal.fault(fault),
+            Err(ActivateError::Host(error)) => self.signal.failed(&*error),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.device.reset();
+        self.signal.clear();
+        self.status = 0;
+        self.accepted = 0;
+        self.beyond_features = false;
+        self.offered_select = 0;
+        self.accepted_select = 0;
+        self.queue_select = 0;
+        for queue in &mut self.queues {
+            queue.layout = Layout::default();
+            queue.ready = false;
+            // An old kick must not wake the next driver's device; EAGAIN says that there was none.
+            let _ = queue.kick.read();
+        }
+    }
+
+    fn accept_features(&mut self, offset: u16, value: u32) {
+        if self.status & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
+            return self.signal.note(Fault::Frozen(offset));
+        }
+        match self.accepted_select {
+            0 => self.accepted = self.accepted & !0xffff_ffff | u64::from(value),
+            1 => self.accepted = self.accepted & 0xffff_ffff | u64::from(value) << 32,
+            _ => self.beyond_features |= value != 0,
+        }
+    }
+
+    fn selected(&self) -> Option<&QueueSetup> {
+        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    }
+
+    /// The selected queue, where queues may be written (§3.1.1 step 7).
+    fn writable_queue(&mut self) -> Option<&mut QueueSetup> {
+        let in_setup = self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK;
+        let index = usize::try_from(self.queue_select).ok()?;
+        self.queues.get_mut(index).filter(|_| in_setup)
+    }
+
+    fn place_queue(&mut self, offset: u16, value: u32) {
+        let Some(queue) = self.writable_queue().filter(|queue| !queue.ready) else {
+            return self.signal.note(Fault::Frozen(offset));
+        };
+        let layout = &mut queue.layout;
+        match u32::from(offset) {
+            // A size past 16 bits is no power of two that fits: 0 keeps it refused.
+            VIRTIO_MMIO_QUEUE_NUM => layout.size = u16::try_from(value).unwrap_or(0),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut layout.table, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut layout.table, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut layout.available, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut layout.available, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut layout.used, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut layout.used, value),
+            _ => unreachable!("write_register lists the same registers"),
+        }
+    }
+
+    fn ready_queue(&mut self, offset: u16, value: u32) {
+        let memory = self.memory.clone();
+        let index = self.queue_select as u16;
+        let Some(queue) = self.writable_queue() else {
+            return self.signal.note(Fault::Frozen(offset));
+        };
+        let valid = queue.layout.is_valid(&memory, queue.max_size);
+        queue.ready = value == 1 && valid;
+        if value == 1 && !valid {
+            self.signal.note(Fault::QueueLayout(index));
+        }
+    }
+
+    /// Only where no ioeventfd took the kick: tests, and values that are no queue's index.
+    fn notify_queue(&mut self, value: u32) {
+        let running = self.status & (DRIVER_OK | FAILED) == DRIVER_OK;
+        let queue = usize::try_from(value)
+            .ok()
+            .and_then(|index| self.queues.get(index))
+            .filter(|queue| running && queue.ready);
+        match queue {
+            // The only error is a full counter, which wakes as well.
+            Some(queue) => drop(queue.kick.write(1)),
+            None => self.signal.note(Fault::Register(QUEUE_NOTIFY as u16)),
+        }
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let config = u64::from(VIRTIO_MMIO_CONFIG);
+        if let Some(offset) = offset.checked_sub(config) {
+            let space = self.device.config();
+            let bytes = space.get(offset as usize..).unwrap_or_default();
+            let count = bytes.len().min(data.len());
+            data[..count].copy_from_slice(&bytes[..count]);
+            return;
+        }
+        match register(offset, data.len()) {
+            Some(register) => data.copy_from_slice(&self.read_register(register).to_le_bytes()),
+            None => self.signal.note(Fault::Register(offset as u16)),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let config = u64::from(VIRTIO_MMIO_CONFIG);
+        if let Some(offset) = offset.checked_sub(config) {
+            let length = self.device.config().len() as u64;
+            match offset.checked_add(data.len() as u64) {
+                Some(end) if end <= length => self.device.write_config(offset as usize, data),
+                _ => self.signal.note(Fault::Register((config + offset) as u16)),
+            }
+            return;
+        }
+        match (register(offset, data.len()), data.try_into()) {
+            (Some(register), Ok(value)) => self.write_register(register, u32::from_le_bytes(value)),
+            _ => self.signal.note(Fault::Register(offset as u16)),
+        }
+    }
+}
+
+/// §4.2.2.2: registers are 32 bits wide and aligned.
+fn register(offset: u64, width: usize) -> Option<u16> {
+    (width == 4 && offset.is_multiple_of(4)).then_some(offset as u16)
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
+}
+
+#[cfg(test)]
+mod tests;
