@@ -1,0 +1,301 @@
+//! `/etc/bulkhead/config.toml`: what the operator decides. Every key has a default, an unknown key is an error.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+/// Read when no other file is named.
+pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Unknown key, wrong type, or no TOML.
+    #[error("configuration {path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, key and reason.
+        message: String,
+    },
+    /// A value that cannot work.
+    #[error("configuration {path}: {key} {reason}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong, and what is allowed.
+        reason: String,
+    },
+    /// The installed files are not where they should be.
+    #[error("cannot find the directory of this program, to look for ../libexec/bulkhead beside it; set libexec_dir in the configuration")]
+    OwnPath(#[source] io::Error),
+}
+
+/// All keys.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where `bulkhead-vmm`, `vmlinux` and `initramfs` are. Default: `../libexec/bulkhead` from this program.
+    pub libexec_dir: Option<PathBuf>,
+    /// Another guest kernel than `LIBEXEC/vmlinux`.
+    pub kernel: Option<PathBuf>,
+    /// Another initial RAM file system than `LIBEXEC/initramfs`.
+    pub initramfs: Option<PathBuf>,
+    /// Where ledgers and shares are; a file system that a reboot empties.
+    pub state_dir: PathBuf,
+    /// The KVM device.
+    pub kvm_device: PathBuf,
+    /// Guest memory when nobody asks for another size, in MiB.
+    pub memory_mib: u64,
+    /// vCPUs when nobody asks for another number.
+    pub vcpus: u32,
+    /// How long a guest may take until its agent answers, in seconds.
+    pub boot_timeout_secs: u64,
+    /// First of the uids (and gids) that VMMs run as, one a pod.
+    pub uid_base: u32,
+    /// How many uids there are: the most pods on this host.
+    pub uid_count: u32,
+    /// Words appended to the guest kernel's command line.
+    pub kernel_arguments: Vec<String>,
+    /// The file share.
+    pub share: Share,
+}
+
+/// Keys of the `[share]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Share {
+    /// How long the guest may trust a looked-up name, in milliseconds.
+    pub entry_ms: u64,
+    /// How long the guest may trust attributes, in milliseconds.
+    pub attr_ms: u64,
+    /// Whether the guest keeps a file's data over an open while its size and mtime have not changed.
+    pub keep_data: bool,
+    /// Request queues.
+    pub queues: u32,
+    /// Most inodes that a guest may hold at once.
+    pub max_inodes: u64,
+    /// Most files that a guest may hold open at once.
+    pub max_handles: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            libexec_dir: None,
+            kernel: None,
+            initramfs: None,
+            state_dir: "/run/bulkhead".into(),
+            kvm_device: "/dev/kvm".into(),
+            memory_mib: 512,
+            vcpus: 1,
+            boot_timeout_secs: 60,
+            // Above the ranges that login.defs (to 600,100,000) and systemd (to 1,879,048,191) hand out.
+            uid_base: 1_900_000_000,
+            uid_count: 65_536,
+            kernel_arguments: Vec::new(),
+            share: Share::default(),
+        }
+    }
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        // The pod's own share: the host changes it only through this shim, so a second of trust hides nothing for long.
+        Share {
+            entry_ms: 1000,
+            attr_ms: 1000,
+            keep_data: true,
+            queues: 1,
+            max_inodes: 1 << 20,
+            max_handles: 1 << 18,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file. With `None` the default file is read, and its absence means the defaults.
+    pub fn load(path: Option<&Path>) -> Result<Config, Error> {
+        let (path, must_exist) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !must_exist => String::new(),
+            Err(source) => {
+                return Err(Error::Read {
+                    path: path.into(),
+                    source,
+                });
+            }
+        };
+        Config::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Config, Error> {
+        let config: Config = toml::from_str(text).map_err(|error| Error::Parse {
+            path: path.into(),
+            message: describe(text, &error),
+        })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        let wrong = |key, reason: String| {
+            Err(Error::Value {
+                path: path.into(),
+                key,
+                reason,
+            })
+        };
+        let absolute = [
+            ("libexec_dir", self.libexec_dir.as_deref()),
+            ("kernel", self.kernel.as_deref()),
+            ("initramfs", self.initramfs.as_deref()),
+            ("state_dir", Some(self.state_dir.as_path())),
+            ("kvm_device", Some(self.kvm_device.as_path())),
+        ];
+        for (key, value) in absolute {
+            if value.is_some_and(|value| !value.is_absolute()) {
+                return wrong(key, "must be an absolute path".into());
+            }
+        }
+        if self.memory_mib < MIN_MEMORY_MIB {
+            return wrong("memory_mib", format!("must be at least {MIN_MEMORY_MIB}"));
+        }
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return wrong("vcpus", format!("must be 1 to {MAX_VCPUS}"));
+        }
+        if self.boot_timeout_secs == 0 {
+            return wrong("boot_timeout_secs", "must be at least 1".into());
+        }
+        let last = self.uid_base.checked_add(self.uid_count);
+        if self.uid_base == 0 || self.uid_count == 0 || last.is_none() {
+            return wrong(
+                "uid_base",
+                "and uid_count must name a range of uids without 0".into(),
+            );
+        }
+        if self.share.queues == 0 {
+            return wrong("share.queues", "must be at least 1".into());
+        }
+        Ok(())
+    }
+
+    /// [`Config::boot_timeout_secs`] as a duration.
+    pub fn boot_timeout(&self) -> Duration {
+        Duration::from_secs(self.boot_timeout_secs)
+    }
+
+    /// Where the other parts are installed.
+    pub fn installed(&self) -> Result<Installed, Error> {
+        let libexec = match &self.libexec_dir {
+            Some(directory) => directory.clone(),
+            None => {
+                let own = std::env::current_exe().map_err(Error::OwnPath)?;
+                let bin = own.parent().unwrap_or(Path::new("/"));
+                bin.parent().unwrap_or(bin).join("libexec/bulkhead")
+            }
+        };
+        Ok(Installed {
+            vmm: libexec.join("bulkhead-vmm"),
+            kernel: self.kernel.clone().unwrap_or_else(|| libexec.join("vmlinux")),
+            initramfs: self.initramfs.clone().unwrap_or_else(|| libexec.join("initramfs")),
+        })
+    }
+}
+
+/// Smallest guest, in MiB (vmm-config).
+pub const MIN_MEMORY_MIB: u64 = 64;
+/// Most vCPUs (vmm-config).
+pub const MAX_VCPUS: u32 = 32;
+
+/// The files beside this program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installed {
+    /// The VMM's executable, in both roles.
+    pub vmm: PathBuf,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The guest's initial RAM file system.
+    pub initramfs: PathBuf,
+}
+
+/// `line 3: unknown field `x`, expected one of ...` without the picture that the toml crate draws.
+fn describe(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().replace('\n', " ");
+    match error.span() {
+        Some(span) => {
+            let line = text[..span.start.min(text.len())].matches('\n').count() + 1;
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("c.toml"), text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn nothing_means_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+        let error = Config::load(Some(Path::new("/nonexistent/c.toml"))).unwrap_err();
+        assert!(matches!(error, Error::Read { .. }));
+    }
+
+    #[test]
+    fn keys_are_read() {
+        let config = parse("memory_mib = 256\nkernel = \"/k\"\n[share]\nqueues = 2\n").unwrap();
+        assert_eq!(config.memory_mib, 256);
+        assert_eq!(config.share.queues, 2);
+        assert_eq!(config.installed().unwrap().kernel, Path::new("/k"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let error = parse("vcpus = 2\nmemroy_mib = 256\n").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("`memroy_mib`"), "{error}");
+        let error = parse("[share]\nqueue = 2\n").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("`queue`"), "{error}");
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused() {
+        for (text, key) in [
+            ("memory_mib = 63", "memory_mib"),
+            ("vcpus = 33", "vcpus"),
+            ("vcpus = 0", "vcpus"),
+            ("boot_timeout_secs = 0", "boot_timeout_secs"),
+            ("uid_base = 0", "uid_base"),
+            ("uid_base = 4294967295", "uid_base"),
+            ("state_dir = \"run\"", "state_dir"),
+            ("vcpus = \"two\"", "line 1"),
+            ("memory_mib = -1", "line 1"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(key), "{text}: {error}");
+        }
+    }
+}

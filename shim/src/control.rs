@@ -1,0 +1,177 @@
+//! Our end of the control socket of `bulkhead-vmm`: one JSON value a packet, descriptors beside it.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use bulkhead_vmm_config::{MAX_FDS, MAX_PACKET};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::io::unix::AsyncFd;
+
+/// Why a packet could not be exchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("control socket: cannot {action}")]
+    Io {
+        /// The verb.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The other side speaks another language.
+    #[error("control socket: the packet received is not understood ({0}); are all parts of one version?")]
+    Parse(#[from] serde_json::Error),
+    /// Too large, or too many descriptors.
+    #[error("control socket: a packet of {0} bytes and {1} descriptors exceeds the limit")]
+    TooLarge(usize, usize),
+    /// A packet that was cut off.
+    #[error("control socket: a packet is larger than the limit")]
+    Truncated,
+}
+
+fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { action, source }
+}
+
+/// One end of a `SOCK_SEQPACKET` socketpair.
+#[derive(Debug)]
+pub struct Control(AsyncFd<OwnedFd>);
+
+/// Our end, and the one to hand to the process.
+pub fn pair() -> Result<(Control, OwnedFd), Error> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(|errno| io_error("make a pair")(errno.into()))?;
+    let flags = nix::fcntl::OFlag::O_NONBLOCK;
+    nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(flags))
+        .map_err(|errno| io_error("set up")(errno.into()))?;
+    let ours = AsyncFd::register(ours).map_err(io_error("watch"))?;
+    Ok((Control(ours), theirs))
+}
+
+impl Control {
+    /// Sends one packet.
+    pub async fn send<T: Serialize>(&self, value: &T, fds: &[RawFd]) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(value)?;
+        if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
+            return Err(Error::TooLarge(bytes.len(), fds.len()));
+        }
+        let rights = [ControlMessage::ScmRights(fds)];
+        let messages: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
+        loop {
+            let mut ready = self.0.writable().await.map_err(io_error("wait"))?;
+            let sent = ready.try_io(|socket| {
+                sendmsg::<()>(
+                    socket.as_raw_fd(),
+                    &[IoSlice::new(&bytes)],
+                    messages,
+                    MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+                    None,
+                )
+                .map_err(io::Error::from)
+            });
+            match sent {
+                Ok(result) => return result.map(drop).map_err(io_error("send")),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Receives one packet; `None` when the other side has closed.
+    pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, Error> {
+        loop {
+            let mut ready = self.0.readable().await.map_err(io_error("wait"))?;
+            match ready.try_io(|socket| receive(socket.as_raw_fd())) {
+                Ok(Ok(Packet::End)) => return Ok(None),
+                Ok(Ok(Packet::Truncated)) => return Err(Error::Truncated),
+                Ok(Ok(Packet::Bytes(bytes))) => return Ok(Some(serde_json::from_slice(&bytes)?)),
+                // The process died with packets of ours unread.
+                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                Ok(Err(error)) => return Err(io_error("receive")(error)),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+enum Packet {
+    Bytes(Vec<u8>),
+    Truncated,
+    End,
+}
+
+fn receive(socket: RawFd) -> io::Result<Packet> {
+    let mut bytes = vec![0; MAX_PACKET];
+    // The other side has no business sending descriptors: room for the kernel to name what it sends, to close it.
+    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let (length, truncated) = {
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<()>(
+            socket,
+            &mut slices,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
+        )?;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                for fd in fds {
+                    // SAFETY: the kernel has just made this descriptor for us; dropping it closes it.
+                    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
+        (message.bytes, message.flags.intersects(cut))
+    };
+    if truncated {
+        return Ok(Packet::Truncated);
+    }
+    if length == 0 {
+        return Ok(Packet::End);
+    }
+    bytes.truncate(length);
+    Ok(Packet::Bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_vmm_config::{Event, Request};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn packets_keep_their_bounds_and_an_end_is_seen() {
+        let (ours, theirs) = pair().unwrap();
+        let theirs = Control(AsyncFd::register(theirs).unwrap());
+        ours.send(&Request::Stats, &[]).await.unwrap();
+        ours.send(&Request::Stop, &[0]).await.unwrap();
+        assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));
+        assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stop));
+        theirs.send(&Event::Running, &[]).await.unwrap();
+        drop(theirs);
+        assert_eq!(ours.receive().await.unwrap(), Some(Event::Running));
+        assert_eq!(ours.receive::<Event>().await.unwrap(), None);
+        ours.send(&Request::Stop, &[]).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn an_oversized_packet_is_refused_on_both_sides() {
+        let (ours, theirs) = pair().unwrap();
+        let large = "x".repeat(MAX_PACKET);
+        assert!(matches!(ours.send(&large, &[]).await, Err(Error::TooLarge(..))));
+        let bytes = vec![b'1'; MAX_PACKET + 1];
+        nix::sys::socket::send(theirs.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
+        assert!(matches!(ours.receive::<Event>().await, Err(Error::Truncated)));
+    }
+}

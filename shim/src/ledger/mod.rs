@@ -1,0 +1,313 @@
+//! The record of every host resource that a sandbox holds.
+//!
+//! `STATE/NAMESPACE/SANDBOX/ledger` is a file of JSON lines. A line is written before the resource is taken, and another one
+//! after it has been given back. So whatever moment the owner dies at, the ledger names a superset of what exists:
+//!
+//! ```text
+//! take (line written) ──► acquire ──► ... ──► give back ──► release (line written)
+//!        crash here: nothing to undo   crash here: undone by replay   crash here: undone twice, harmless
+//! ```
+//!
+//! The live owner holds an flock on the file, which the kernel drops when it dies, however it dies. [`gc`](collect) takes
+//! over the ledgers whose lock is free and replays them: in reverse order, past errors, without following a mount or a
+//! symbolic link, without a recursive delete, and without a lazy unmount. What cannot be undone stays in the ledger.
+
+mod gc;
+mod record;
+mod teardown;
+
+#[cfg(test)]
+mod kill_test;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+pub use gc::{Collected, collect};
+pub use record::{Owner, Resource, Ticket};
+pub use teardown::Leftover;
+
+use record::{Entry, Line};
+
+use crate::sys::process::ProcessId;
+
+/// Name of the file in a sandbox' directory.
+pub const FILE_NAME: &str = "ledger";
+
+/// Why a ledger could not be made, read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The id is taken.
+    #[error("sandbox {id} exists already in namespace {namespace}; choose another id, or run `bulkhead gc` if its owner is dead")]
+    Exists {
+        /// The sandbox.
+        id: String,
+        /// Its namespace.
+        namespace: String,
+    },
+    /// A system call failed.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// The verb.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The resource is not where a sandbox keeps such things.
+    #[error("{0} is not a place that this sandbox may hold")]
+    Foreign(Resource),
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_path_buf();
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// The record of one sandbox, open for its owner.
+#[derive(Debug)]
+pub struct Ledger {
+    file: File,
+    state: PathBuf,
+    directory: PathBuf,
+    owner: Option<Owner>,
+    next: u64,
+    held: Vec<Entry>,
+}
+
+impl Ledger {
+    /// Reserves the id: makes `STATE/NAMESPACE/SANDBOX` and the ledger in it, locked by this process.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] when the directory is there already, whoever made it.
+    pub fn create(state: &Path, namespace: &str, sandbox: &str) -> Result<Ledger, Error> {
+        let guard = lock_namespace(state, namespace)?;
+        let directory = state.join(namespace).join(sandbox);
+        let made = fs::DirBuilder::new().mode(0o700).create(&directory);
+        match made {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(Error::Exists {
+                    id: sandbox.into(),
+                    namespace: namespace.into(),
+                });
+            }
+            other => other.map_err(io_error("make the directory", &directory))?,
+        }
+        let opened = Ledger::begin(state, &directory);
+        if opened.is_err() {
+            // A full disk, perhaps: leave the id free.
+            let _ = fs::remove_file(directory.join(FILE_NAME));
+            let _ = fs::remove_dir(&directory);
+            drop(guard);
+            remove_if_empty(state, namespace);
+        }
+        opened
+    }
+
+    fn begin(state: &Path, directory: &Path) -> Result<Ledger, Error> {
+        let path = directory.join(FILE_NAME);
+        let file = OpenOptions::new()
+            .append(true)
+            .read(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("make the ledger", &path))?;
+        if !try_lock(&file).map_err(io_error("lock", &path))? {
+            return Err(io_error("lock", &path)(io::ErrorKind::WouldBlock.into()));
+        }
+        let owner = Owner(ProcessId::own());
+        let mut ledger = Ledger {
+            file,
+            state: state.into(),
+            directory: directory.into(),
+            owner: Some(owner),
+            next: 1,
+            held: Vec::new(),
+        };
+        ledger.write(&Line::Owner(owner))?;
+        Ok(ledger)
+    }
+
+    /// `STATE/NAMESPACE/SANDBOX`.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The directory of all namespaces.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Writes down that `resource` is about to be taken. Take it after this has succeeded, and only then.
+    pub fn take(&mut self, resource: Resource) -> Result<Ticket, Error> {
+        if !resource.belongs_to(&self.directory, &self.state) {
+            return Err(Error::Foreign(resource));
+        }
+        let entry = Entry {
+            id: Ticket(self.next),
+            resource,
+        };
+        self.write(&Line::Take(entry.clone()))?;
+        self.next += 1;
+        let ticket = entry.id;
+        self.held.push(entry);
+        Ok(ticket)
+    }
+
+    /// Writes down that the resource has been given back, or was never got.
+    pub fn release(&mut self, ticket: Ticket) -> Result<(), Error> {
+        self.write(&Line::Release { id: ticket })?;
+        self.held.retain(|entry| entry.id != ticket);
+        Ok(())
+    }
+
+    /// Gives one resource back now and writes that down.
+    pub fn undo(&mut self, ticket: Ticket) -> Result<(), Leftover> {
+        let Some(entry) = self.held.iter().find(|entry| entry.id == ticket).cloned() else {
+            return Ok(());
+        };
+        teardown::undo(&entry.resource).map_err(|error| Leftover {
+            resource: entry.resource.clone(),
+            error: error.to_string(),
+        })?;
+        // The resource is gone; a line that cannot be written now is replayed harmlessly later.
+        let _ = self.release(ticket);
+        Ok(())
+    }
+
+    /// What is held, oldest first.
+    pub fn held(&self) -> impl Iterator<Item = &Resource> {
+        self.held.iter().map(|entry| &entry.resource)
+    }
+
+    /// Gives everything back, newest first, past errors; then removes the ledger and the sandbox' directory.
+    ///
+    /// What is left stays on record for a later `bulkhead gc`.
+    pub fn teardown(mut self) -> Vec<Leftover> {
+        let mut left = Vec::new();
+        let tickets: Vec<Ticket> = self.held.iter().rev().map(|entry| entry.id).collect();
+        for ticket in tickets {
+            if let Err(leftover) = self.undo(ticket) {
+                left.push(leftover);
+            }
+        }
+        if left.is_empty()
+            && let Err(leftover) = self.remove()
+        {
+            left.push(leftover);
+        }
+        left
+    }
+
+    /// The last step: the file first, so that a directory without a ledger always means "nothing held".
+    fn remove(self) -> Result<(), Leftover> {
+        let leftover = |path: &Path| {
+            let resource = Resource::Directory { path: path.into() };
+            move |error: io::Error| Leftover {
+                resource,
+                error: error.to_string(),
+            }
+        };
+        let file = self.directory.join(FILE_NAME);
+        fs::remove_file(&file).map_err(leftover(&file))?;
+        fs::remove_dir(&self.directory).map_err(leftover(&self.directory))?;
+        if let Some(namespace) = self.directory.strip_prefix(&self.state).ok().and_then(Path::parent) {
+            remove_if_empty(&self.state, &namespace.to_string_lossy());
+        }
+        Ok(())
+    }
+
+    /// One line is one write(2) on a descriptor in append mode: whole, or cut off at its end by a full disk or a kill.
+    fn write(&mut self, line: &Line) -> Result<(), Error> {
+        let path = self.directory.join(FILE_NAME);
+        let mut text = serde_json::to_vec(line).expect("a line is made of strings and numbers");
+        text.push(b'\n');
+        let written = self.file.write(&text).map_err(io_error("write to", &path))?;
+        if written < text.len() {
+            // End the cut line, so that it cannot swallow the next one.
+            let _ = self.file.write(b"\n");
+            return Err(io_error("write to", &path)(io::ErrorKind::WriteZero.into()));
+        }
+        Ok(())
+    }
+}
+
+/// Keeps creation, collection and removal of a namespace's directory apart. Dropping it unlocks.
+struct NamespaceLock(#[allow(dead_code)] /* held for its lock */ File);
+
+fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error> {
+    let path = state.join(namespace);
+    loop {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&path)
+            .map_err(io_error("make the directory", &path))?;
+        let Ok(directory) = File::open(&path) else {
+            // Another process has just tidied it away.
+            continue;
+        };
+        nix_flock(&directory, libc::LOCK_EX).map_err(io_error("lock", &path))?;
+        if is_same(&directory, &path) {
+            return Ok(NamespaceLock(directory));
+        }
+    }
+}
+
+fn is_same(open: &File, path: &Path) -> bool {
+    match (open.metadata(), fs::metadata(path)) {
+        (Ok(a), Ok(b)) => a.ino() == b.ino() && a.dev() == b.dev(),
+        _ => false,
+    }
+}
+
+/// Leaves no empty directories behind; a directory in use stays.
+fn remove_if_empty(state: &Path, namespace: &str) {
+    let path = state.join(namespace);
+    let Ok(directory) = File::open(&path) else {
+        return;
+    };
+    if nix_flock(&directory, libc::LOCK_EX).is_ok() && is_same(&directory, &path) {
+        let _ = fs::remove_dir(&path);
+    }
+    let _ = fs::remove_dir(state.join(record::CLAIMS));
+    let _ = fs::remove_dir(state);
+}
+
+/// `false`: another process holds the lock.
+fn try_lock(file: &File) -> io::Result<bool> {
+    match nix_flock(file, libc::LOCK_EX | libc::LOCK_NB) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn nix_flock(file: &File, operation: i32) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    loop {
+        // SAFETY: flock on an open descriptor.
+        if unsafe { libc::flock(file.as_fd().as_raw_fd(), operation) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! `mounts`: what is made in the guest, and what the host must put into the share for it.
+
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use bulkhead_agent_protocol::agent;
+use nix::sys::statfs::{self, FsType};
+use oci_spec::runtime as spec;
+
+use super::{
+    Bundle, Error, devices, invalid,
+    options::{self, Idmap},
+    unsupported,
+};
+
+/// A host file or directory that is bound into the share as `mounts/NUMBER`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostBind {
+    /// The name in the share.
+    pub number: usize,
+    /// Absolute host path; symbolic links are followed.
+    pub source: PathBuf,
+    /// Whether it is a directory (else a file or a socket).
+    pub directory: bool,
+    /// "rbind": with what is mounted beneath it.
+    pub recursive: bool,
+    /// "ro": the top mount is read-only on the host too.
+    pub read_only: bool,
+    /// "rro": the whole tree is.
+    pub read_only_whole: bool,
+    /// Whether later mounts of the host beneath the source appear.
+    pub propagation: HostPropagation,
+}
+
+/// What a mount that the host makes beneath a bind source later does to the container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostPropagation {
+    /// Nothing.
+    Private,
+    /// It appears.
+    Slave,
+}
+
+/// File systems that the guest's kernel makes by itself.
+const GUEST_FILE_SYSTEMS: &[&str] = &[
+    "proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2", "hugetlbfs", "bpf",
+    "binfmt_misc", "fusectl",
+];
+
+/// Kernel interfaces of the host: a view of the host itself, which the fs process must never serve.
+const HOST_INTERFACES: &[(FsType, &str)] = &[
+    (statfs::PROC_SUPER_MAGIC, "proc"),
+    (statfs::SYSFS_MAGIC, "sysfs"),
+    (statfs::CGROUP_SUPER_MAGIC, "cgroup"),
+    (statfs::CGROUP2_SUPER_MAGIC, "cgroup2"),
+    (statfs::DEBUGFS_MAGIC, "debugfs"),
+    (statfs::TRACEFS_MAGIC, "tracefs"),
+    (statfs::SECURITYFS_MAGIC, "securityfs"),
+    (statfs::BPF_FS_MAGIC, "bpf"),
+];
+
+/// Converts all mounts. `share` is the container's directory in the guest.
+pub(super) fn convert(
+    bundle: &Bundle,
+    namespaces: &agent::Namespaces,
+    share: &str,
+) -> Result<(Vec<agent::Mount>, Vec<HostBind>), Error> {
+    let mut mounts = Vec::new();
+    let mut binds = Vec::new();
+    let listed = bundle.spec.mounts().as_deref().unwrap_or_default();
+    for (index, mount) in listed.iter().enumerate() {
+        let field = format!("mounts[{index}] ({})", mount.destination().display());
+        let (converted, bind) = convert_one(bundle, namespaces, share, &field, mount, binds.len())?;
+        mounts.push(converted);
+        binds.extend(bind);
+    }
+    Ok((mounts, binds))
+}
+
+fn convert_one(
+    bundle: &Bundle,
+    namespaces: &agent::Namespaces,
+    share: &str,
+    field: &str,
+    mount: &spec::Mount,
+    number: usize,
+) -> Result<(agent::Mount, Option<HostBind>), Error> {
+    let words = mount.options().clone().unwrap_or_default();
+    let options = options::parse(field, &words)?;
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    let is_bind = options.flags & libc::MS_BIND != 0 || kind == "bind";
+    let mut converted = agent::Mount {
+        destination: destination(mount.destination())?,
+        flags: options.flags,
+        clear_flags: options.clear_flags,
+        propagation: options.propagation.clone(),
+        recursive_attr_set: options.recursive_set,
+        recursive_attr_clear: options.recursive_clear,
+        data: options.data.join(","),
+        copy_up: options.copy_up,
+        ..agent::Mount::default()
+    };
+    idmap(field, mount, namespaces, &options, &mut converted)?;
+    if is_bind {
+        converted.flags |= libc::MS_BIND;
+        if !options.data.is_empty() {
+            let reason = format!("{:?} mean nothing for a bind mount", options.data);
+            return Err(invalid(field, reason));
+        }
+        let bind = bind_source(bundle, share, field, mount, &options, number, &mut converted)?;
+        return Ok((converted, bind));
+    }
+    if options.flags & libc::MS_REMOUNT == 0 && !GUEST_FILE_SYSTEMS.contains(&kind) {
+        let reason = format!("the guest has no file system {kind:?} to mount, or it would need a device of the host; mount it on the host and bind it");
+        return Err(unsupported(format!("{field}: type"), reason));
+    }
+    if options.copy_up && kind != "tmpfs" {
+        return Err(invalid(field, "has tmpcopyup, which is for a tmpfs"));
+    }
+    converted.fstype = kind.to_string();
+    let source = mount.source().as_deref().unwrap_or(Path::new(kind));
+    converted.source = text(field, source)?;
+    Ok((converted, None))
+}
+
+/// OCI: absolute; runc takes a relative one as from the root, and so do we.
+fn destination(path: &Path) -> Result<String, Error> {
+    let text = text("mounts[].destination", path)?;
+    if text.is_empty() {
+        return Err(invalid("mounts[].destination", "is empty"));
+    }
+    Ok(match text.starts_with('/') {
+        true => text,
+        false => format!("/{text}"),
+    })
+}
+
+fn text(field: &str, path: &Path) -> Result<String, Error> {
+    let text = path.to_str().filter(|text| !text.contains('\0'));
+    text.map(String::from)
+        .ok_or_else(|| invalid(field, "has a path that is not text"))
+}
+
+fn bind_source(
+    bundle: &Bundle,
+    share: &str,
+    field: &str,
+    mount: &spec::Mount,
+    options: &options::Options,
+    number: usize,
+    converted: &mut agent::Mount,
+) -> Result<Option<HostBind>, Error> {
+    let named = mount
+        .source()
+        .as_ref()
+        .filter(|source| !source.as_os_str().is_empty())
+        .ok_or_else(|| invalid(field, "is a bind mount without a source"))?;
+    let source = bundle.directory.join(named);
+    let read_error = |source_error| Error::Read {
+        path: source.clone(),
+        source: source_error,
+    };
+    let found = fs::metadata(&source).map_err(read_error)?;
+    if found.file_type().is_char_device() || found.file_type().is_block_device() {
+        // /dev/null over a file is the usual way of masking it: the guest's own will do.
+        let device = (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
+        let known = devices::guest_device(found.file_type().is_char_device(), device.0, device.1);
+        converted.source = known
+            .ok_or_else(|| unsupported(format!("{field}: source"), devices::HOST_DEVICE))?
+            .to_string();
+        return Ok(None);
+    }
+    let kind = statfs::statfs(&source).map_err(|errno| read_error(errno.into()))?;
+    if let Some((_, name)) = HOST_INTERFACES.iter().find(|(magic, _)| *magic == kind.filesystem_type()) {
+        let reason = format!("it is in the host's {name}, which would show the host; mount a {name} of the guest instead");
+        return Err(unsupported(format!("{field}: source {}", named.display()), reason));
+    }
+    converted.source = format!("{share}/mounts/{number}");
+    Ok(Some(HostBind {
+        number,
+        source,
+        directory: found.is_dir(),
+        recursive: options.flags & libc::MS_REC != 0,
+        read_only: options.flags & libc::MS_RDONLY != 0,
+        read_only_whole: options.recursive_set & 1 != 0,
+        propagation: propagation(field, &options.propagation)?,
+    }))
+}
+
+fn propagation(field: &str, asked: &[u64]) -> Result<HostPropagation, Error> {
+    match asked.last().map(|flags| flags & !libc::MS_REC) {
+        Some(libc::MS_SHARED) => Err(unsupported(
+            format!("{field}: shared propagation"),
+            "a mount made in the guest cannot appear on the host; use rslave or rprivate",
+        )),
+        Some(libc::MS_SLAVE) => Ok(HostPropagation::Slave),
+        _ => Ok(HostPropagation::Private),
+    }
+}
+
+/// "idmap" without mappings means those of the container's user namespace (OCI config.md#posix-platform-mounts).
+fn idmap(
+    field: &str,
+    mount: &spec::Mount,
+    namespaces: &agent::Namespaces,
+    options: &options::Options,
+    converted: &mut agent::Mount,
+) -> Result<(), Error> {
+    let listed = |list: &Option<Vec<spec::LinuxIdMapping>>| {
+        super::namespaces::mappings(list.as_deref().unwrap_or_default())
+    };
+    let (uids, gids) = (listed(mount.uid_mappings()), listed(mount.gid_mappings()));
+    if options.idmap.is_none() && uids.is_empty() && gids.is_empty() {
+        return Ok(());
+    }
+    if uids.is_empty() != gids.is_empty() {
+        return Err(invalid(field, "has only one of uidMappings and gidMappings"));
+    }
+    (converted.uid_mappings, converted.gid_mappings) = match uids.is_empty() {
+        true => (
+            namespaces.uid_mappings.clone(),
+            namespaces.gid_mappings.clone(),
+        ),
+        false => (uids, gids),
+    };
+    if converted.uid_mappings.is_empty() {
+        return Err(invalid(field, "has idmap, but neither mappings nor a user namespace"));
+    }
+    converted.idmap_recursive = options.idmap == Some(Idmap::Whole);
+    Ok(())
+}

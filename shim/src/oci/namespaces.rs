@@ -1,0 +1,127 @@
+//! `linux.namespaces` with mappings and time offsets.
+//!
+//! A namespace that is not listed is the guest's own: never the host's, which no container in a microVM can be given. For
+//! network and pid the difference would be a surprise, so their absence is refused.
+
+use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
+use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
+
+use super::{Error, invalid, unsupported};
+
+pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::Namespaces, Error> {
+    let mut listed = Vec::new();
+    for namespace in linux.namespaces().as_deref().unwrap_or_default() {
+        let kind = namespace.typ();
+        let word = name(kind);
+        if let Some(path) = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty()) {
+            return Err(unsupported(
+                format!("linux.namespaces: {word} with a path"),
+                format!("{} is a namespace of the host, which a guest cannot enter; leave the path out", path.display()),
+            ));
+        }
+        if listed.contains(&kind) {
+            return Err(invalid("linux.namespaces", format!("lists {word} twice")));
+        }
+        listed.push(kind);
+    }
+    let kind = |kind: Type| match listed.contains(&kind) {
+        true => Kind::NEW.into(),
+        false => Kind::AGENT.into(),
+    };
+    let has = |kind: Type| listed.contains(&kind);
+    required(&listed)?;
+    if spec.hostname().as_ref().is_some_and(|name| !name.is_empty()) && !has(Type::Uts) {
+        return Err(invalid("hostname", "needs a uts namespace in linux.namespaces"));
+    }
+    if spec.domainname().as_ref().is_some_and(|name| !name.is_empty()) && !has(Type::Uts) {
+        return Err(invalid("domainname", "needs a uts namespace in linux.namespaces"));
+    }
+    let uid_mappings = mappings(linux.uid_mappings().as_deref().unwrap_or_default());
+    let gid_mappings = mappings(linux.gid_mappings().as_deref().unwrap_or_default());
+    if has(Type::User) && (uid_mappings.is_empty() || gid_mappings.is_empty()) {
+        return Err(invalid("linux.uidMappings", "and gidMappings are needed for a user namespace"));
+    }
+    if !has(Type::User) && !(uid_mappings.is_empty() && gid_mappings.is_empty()) {
+        return Err(invalid("linux.uidMappings", "and gidMappings need a user namespace in linux.namespaces"));
+    }
+    let (monotonic, boottime) = time_offsets(linux, has(Type::Time))?;
+    Ok(agent::Namespaces {
+        pid: kind(Type::Pid),
+        mount: kind(Type::Mount),
+        uts: kind(Type::Uts),
+        ipc: kind(Type::Ipc),
+        network: kind(Type::Network),
+        cgroup: kind(Type::Cgroup),
+        user: kind(Type::User),
+        time: kind(Type::Time),
+        uid_mappings,
+        gid_mappings,
+        monotonic: monotonic.into(),
+        boottime: boottime.into(),
+        ..agent::Namespaces::default()
+    })
+}
+
+fn required(listed: &[Type]) -> Result<(), Error> {
+    let reasons = [
+        (Type::Mount, "a container without one would be the guest itself"),
+        (Type::Pid, "the host's processes cannot be shown to a guest"),
+        (Type::Network, "the host's network cannot be given to a guest"),
+    ];
+    match reasons.iter().find(|(kind, _)| !listed.contains(kind)) {
+        Some((kind, reason)) => Err(unsupported(
+            format!("linux.namespaces without {}", name(*kind)),
+            format!("{reason}; add {{\"type\": \"{}\"}}", name(*kind)),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The name that config.json has for it.
+fn name(kind: Type) -> &'static str {
+    match kind {
+        Type::Mount => "mount",
+        Type::Cgroup => "cgroup",
+        Type::Uts => "uts",
+        Type::Ipc => "ipc",
+        Type::User => "user",
+        Type::Pid => "pid",
+        Type::Network => "network",
+        Type::Time => "time",
+    }
+}
+
+pub(super) fn mappings(list: &[spec::LinuxIdMapping]) -> Vec<agent::IdMapping> {
+    let convert = |mapping: &spec::LinuxIdMapping| agent::IdMapping {
+        container_id: mapping.container_id(),
+        host_id: mapping.host_id(),
+        size: mapping.size(),
+        ..agent::IdMapping::default()
+    };
+    list.iter().map(convert).collect()
+}
+
+type Offsets = (Option<agent::TimeOffset>, Option<agent::TimeOffset>);
+
+fn time_offsets(linux: &spec::Linux, has_time: bool) -> Result<Offsets, Error> {
+    let Some(offsets) = linux.time_offsets().as_ref().filter(|map| !map.is_empty()) else {
+        return Ok((None, None));
+    };
+    if !has_time {
+        return Err(invalid("linux.timeOffsets", "need a time namespace in linux.namespaces"));
+    }
+    let mut found = (None, None);
+    for (clock, offset) in offsets {
+        let offset = Some(agent::TimeOffset {
+            secs: offset.secs().unwrap_or(0),
+            nanosecs: offset.nanosecs().unwrap_or(0),
+            ..agent::TimeOffset::default()
+        });
+        match clock.as_str() {
+            "monotonic" => found.0 = offset,
+            "boottime" => found.1 = offset,
+            other => return Err(invalid("linux.timeOffsets", format!("has the clock {other:?}"))),
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,226 @@
+//! Mounts by the descriptor-based interface (open_tree, mount_setattr, move_mount) and the list of what is mounted.
+//!
+//! A tree is cloned detached, given its propagation and attributes, and only then attached: at no moment is a copy of a
+//! host mount in the host's peer group, so that nothing that happens to the copy can reach the original.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    mem::size_of,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStringExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use super::files::{Entry, c_path};
+
+const OPEN_TREE_CLONE: u32 = 1;
+const AT_RECURSIVE: u32 = 0x8000;
+const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x0000_0004;
+const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x0000_0040;
+const MOUNT_ATTR_RDONLY: u64 = 1;
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// How much of a tree is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// The mount alone.
+    Top,
+    /// The mount and all beneath it.
+    Whole,
+}
+
+impl Depth {
+    fn flag(self) -> u32 {
+        match self {
+            Depth::Top => 0,
+            Depth::Whole => AT_RECURSIVE,
+        }
+    }
+}
+
+/// A copy of a mount that is attached nowhere and vanishes when dropped.
+pub struct DetachedTree(OwnedFd);
+
+impl DetachedTree {
+    /// Clones what `source` names; its last component is followed, as mount(2) with `MS_BIND` does.
+    pub fn clone_of(source: &Path, depth: Depth) -> io::Result<DetachedTree> {
+        let name = c_path(source)?;
+        let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as u32 | depth.flag();
+        // SAFETY: name is NUL-terminated and outlives the call.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+        Ok(DetachedTree(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    /// Sets the propagation type (`MS_PRIVATE`, `MS_SLAVE`) of every mount of the tree.
+    pub fn set_propagation(&self, propagation: u64) -> io::Result<()> {
+        let attributes = MountAttr {
+            propagation,
+            ..MountAttr::default()
+        };
+        set_attributes(&self.0, Depth::Whole, &attributes)
+    }
+
+    /// Makes the tree read-only.
+    pub fn set_read_only(&self, depth: Depth) -> io::Result<()> {
+        let attributes = MountAttr {
+            attr_set: MOUNT_ATTR_RDONLY,
+            ..MountAttr::default()
+        };
+        set_attributes(&self.0, depth, &attributes)
+    }
+
+    /// Attaches the tree over `target`, of which no component may be a symbolic link.
+    pub fn attach(&self, target: &Path) -> io::Result<()> {
+        let target = open_target(target)?;
+        let empty = c"".as_ptr();
+        // SAFETY: both descriptors are open and the empty strings are static.
+        let status = unsafe {
+            libc::syscall(
+                libc::SYS_move_mount,
+                self.0.as_raw_fd(),
+                empty,
+                target.as_raw_fd(),
+                empty,
+                MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+            )
+        };
+        check(status)
+    }
+}
+
+/// Opens a mount point as `O_PATH` without following a symbolic link anywhere.
+fn open_target(target: &Path) -> io::Result<OwnedFd> {
+    let entry = Entry::open(target)?;
+    let path = c_path(&entry.path())?;
+    // SAFETY: path is NUL-terminated and outlives the call.
+    let fd = unsafe {
+        libc::open(
+            path.as_ptr(),
+            libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn set_attributes(tree: &OwnedFd, depth: Depth, attributes: &MountAttr) -> io::Result<()> {
+    // SAFETY: the descriptor is open; attributes is a whole mount_attr that outlives the call.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH as u32 | depth.flag(),
+            attributes,
+            size_of::<MountAttr>(),
+        )
+    };
+    check(status)
+}
+
+fn check(status: i64) -> io::Result<()> {
+    if status < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Unmounts what is mounted exactly at `path`, now or never: not lazily, and never through a symbolic link.
+/// `false`: nothing is mounted there.
+pub fn unmount(path: &Path) -> io::Result<bool> {
+    let entry = match Entry::open(path) {
+        Ok(entry) => entry,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let name = c_path(&entry.path())?;
+    // SAFETY: name is NUL-terminated and outlives the call.
+    let status = unsafe { libc::umount2(name.as_ptr(), libc::UMOUNT_NOFOLLOW) };
+    if status == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // Not a mount point, or not there.
+        Some(libc::EINVAL | libc::ENOENT) => Ok(false),
+        _ => Err(error),
+    }
+}
+
+/// The mount points at and beneath `top`, the one to unmount first in front.
+pub fn mounts_beneath(top: &Path) -> io::Result<Vec<PathBuf>> {
+    let text = fs::read("/proc/self/mountinfo")?;
+    let mut found: Vec<PathBuf> = text
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(unescape)
+        .filter(|path| path.starts_with(top))
+        .collect();
+    // Deepest first; among equals the one mounted last, which the stable sort of the reversed list keeps in front.
+    found.reverse();
+    found.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+    Ok(found)
+}
+
+/// proc(5): space, tab, newline and backslash stand as three octal digits after a backslash.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        if byte == b'\\' && tail.len() >= 3 && tail[..3].iter().all(|d| (b'0'..=b'7').contains(d)) {
+            let digits = tail[..3].iter().fold(0u32, |n, d| n * 8 + u32::from(d - b'0'));
+            bytes.push(digits as u8);
+            rest = &tail[3..];
+        } else {
+            bytes.push(byte);
+            rest = tail;
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_escapes_are_undone() {
+        assert_eq!(unescape(b"/a\\040b\\134c"), PathBuf::from("/a b\\c"));
+        assert_eq!(unescape(b"/plain\\9"), PathBuf::from("/plain\\9"));
+    }
+
+    #[test]
+    fn the_root_is_a_mount_and_comes_last() {
+        let mounts = mounts_beneath(Path::new("/")).unwrap();
+        assert_eq!(mounts.last().unwrap(), Path::new("/"));
+        assert!(mounts.iter().any(|path| path == Path::new("/proc")));
+    }
+
+    #[test]
+    fn unmounting_what_is_no_mount_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        assert!(!unmount(&dir).unwrap());
+        assert!(!unmount(&dir.join("absent/deeper")).unwrap());
+    }
+}

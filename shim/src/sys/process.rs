@@ -1,0 +1,153 @@
+//! Processes by pid and start time, so that a recycled pid is never mistaken for the one that was meant.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::Duration,
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// A process: its pid and the time at which it started, in clock ticks since boot (proc_pid_stat(5), field 22).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ProcessId {
+    /// In the host's pid namespace.
+    pub pid: i32,
+    /// Clock ticks since boot.
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// The process that has this pid now; `None` when there is none.
+    pub fn of(pid: i32) -> Option<ProcessId> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command in field 2 may hold blanks and parentheses: count from its last parenthesis, which ends field 2.
+        let after = &stat[stat.rfind(')')? + 1..];
+        let start = after.split_ascii_whitespace().nth(22 - 3)?.parse().ok()?;
+        Some(ProcessId { pid, start })
+    }
+
+    /// This process.
+    pub fn own() -> ProcessId {
+        ProcessId::of(std::process::id() as i32).expect("a process can read its own /proc/PID/stat")
+    }
+
+    /// Whether it still exists (as a zombie too).
+    pub fn exists(self) -> bool {
+        ProcessId::of(self.pid) == Some(self)
+    }
+
+    /// A pidfd of it; `None` when it is gone.
+    pub fn open(self) -> io::Result<Option<OwnedFd>> {
+        // SAFETY: pidfd_open takes no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        if fd < 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::ESRCH) => Ok(None),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        // The pidfd pins whoever has the pid now: look after opening, not before.
+        Ok(self.exists().then_some(fd))
+    }
+}
+
+/// Sends a signal by pidfd; a process that is gone is no error.
+pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: the descriptor is open; no siginfo is passed.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if status == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => Ok(()),
+        _ => Err(error),
+    }
+}
+
+/// Waits until the process behind a pidfd has ended; `false` when `limit` passes first.
+pub fn wait_gone(pidfd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    loop {
+        match poll(&mut fds, timeout) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// Exit code.
+    Code(i32),
+    /// Number of the signal that killed it.
+    Signal(i32),
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Death::Code(code) => write!(f, "exit code {code}"),
+            Death::Signal(signal) => match nix::sys::signal::Signal::try_from(*signal) {
+                Ok(name) => write!(f, "signal {name}"),
+                Err(_) => write!(f, "signal {signal}"),
+            },
+        }
+    }
+}
+
+/// Collects a child of ours that has ended. `None`: it still runs, or somebody else has collected it.
+pub fn reap(pidfd: BorrowedFd<'_>) -> Option<Death> {
+    use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+    match waitid(Id::PIDFd(pidfd), flags) {
+        Ok(WaitStatus::Exited(_, code)) => Some(Death::Code(code)),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Some(Death::Signal(signal as i32)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recycled_pid_is_not_mistaken() {
+        let own = ProcessId::own();
+        assert!(own.exists());
+        assert!(own.open().unwrap().is_some());
+        let other = ProcessId {
+            start: own.start + 1,
+            ..own
+        };
+        assert!(!other.exists());
+        assert!(other.open().unwrap().is_none());
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_seen() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(child.id() as i32).unwrap();
+        let pidfd = id.open().unwrap().unwrap();
+        assert!(!wait_gone(pidfd.as_fd(), Duration::from_millis(1)).unwrap());
+        send_signal(pidfd.as_fd(), libc::SIGKILL).unwrap();
+        assert!(wait_gone(pidfd.as_fd(), Duration::from_secs(10)).unwrap());
+        assert_eq!(reap(pidfd.as_fd()), Some(Death::Signal(libc::SIGKILL)));
+        let _ = child.wait();
+    }
+}

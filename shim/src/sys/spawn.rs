@@ -1,0 +1,204 @@
+//! clone3 and execve of a process that starts with almost nothing.
+//!
+//! The child begins in namespaces and in a cgroup of its own, with its control socket at a fixed descriptor, its standard
+//! streams where the caller says, and every other descriptor closed by the exec.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io::{self, Read},
+    mem::size_of,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr,
+};
+
+/// `struct clone_args` of clone3(2) (`CLONE_ARGS_SIZE_VER2`).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP) as u64;
+
+/// What to start.
+pub struct Program<'a> {
+    /// The executable.
+    pub path: &'a Path,
+    /// Arguments after the program's name.
+    pub arguments: &'a [&'a str],
+    /// Becomes descriptor [`bulkhead_vmm_config::CONTROL_FD`].
+    pub control: BorrowedFd<'a>,
+    /// Becomes standard input and output.
+    pub null: BorrowedFd<'a>,
+    /// Becomes standard error.
+    pub stderr: BorrowedFd<'a>,
+    /// Directory of the cgroup v2 to start in.
+    pub cgroup: BorrowedFd<'a>,
+}
+
+/// A started process.
+#[derive(Debug)]
+pub struct Child {
+    /// In the host's pid namespace.
+    pub pid: i32,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+}
+
+/// Starts it in new namespaces of every kind but user, in its cgroup, and returns when its execve has succeeded.
+pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
+    let c_string = |bytes: &[u8]| {
+        CString::new(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+    };
+    let path = c_string(program.path.as_os_str().as_bytes())?;
+    let mut words = vec![path.clone()];
+    for word in program.arguments {
+        words.push(c_string(word.as_bytes())?);
+    }
+    let mut argv: Vec<*const libc::c_char> = words.iter().map(|word| word.as_ptr()).collect();
+    argv.push(ptr::null());
+    let (mut failure, report) = pipe()?;
+    let plan = Plan {
+        path: path.as_ptr(),
+        argv: argv.as_ptr(),
+        control: program.control.as_raw_fd(),
+        null: program.null.as_raw_fd(),
+        stderr: program.stderr.as_raw_fd(),
+        report: report.as_raw_fd(),
+    };
+    let mut pidfd: RawFd = -1;
+    let arguments = CloneArgs {
+        flags: NAMESPACES | CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: program.cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: no CLONE_VM: the child has a copy of this memory and, like after fork, only this thread. It calls
+    // `Plan::run`, which makes system calls only, so that no lock held by another thread can matter.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<CloneArgs>()) };
+    match pid {
+        0 => plan.run(),
+        pid if pid < 0 => Err(io::Error::last_os_error()),
+        pid => {
+            // SAFETY: CLONE_PIDFD has stored a descriptor that nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            // Drop our copy now: the pipe reaches its end only when the child's copy is closed by the exec.
+            drop(report);
+            let mut errno = [0; 4];
+            match failure.read_exact(&mut errno) {
+                Ok(()) => {
+                    let _ = super::process::wait_gone(
+                        std::os::fd::AsFd::as_fd(&pidfd),
+                        std::time::Duration::from_secs(10),
+                    );
+                    super::process::reap(std::os::fd::AsFd::as_fd(&pidfd));
+                    Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
+                }
+                Err(_) => Ok(Child {
+                    pid: pid as i32,
+                    pidfd,
+                }),
+            }
+        }
+    }
+}
+
+fn pipe() -> io::Result<(File, OwnedFd)> {
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    Ok((File::from(read), write))
+}
+
+/// What the child does between clone3 and execve; all of it prepared before.
+struct Plan {
+    path: *const libc::c_char,
+    argv: *const *const libc::c_char,
+    control: RawFd,
+    null: RawFd,
+    stderr: RawFd,
+    report: RawFd,
+}
+
+impl Plan {
+    fn run(&self) -> ! {
+        let errno = match self.exec() {
+            Ok(never) => match never {},
+            Err(errno) => errno.to_ne_bytes(),
+        };
+        // SAFETY: write and _exit are async-signal-safe; the buffer lives on this stack.
+        unsafe {
+            libc::write(self.report, errno.as_ptr().cast(), errno.len());
+            libc::_exit(127)
+        }
+    }
+
+    /// Only returns with an errno. Async-signal-safe calls only.
+    fn exec(&self) -> Result<std::convert::Infallible, i32> {
+        // First out of the way of the numbers that are given below. The copies close at the exec.
+        let control = keep(self.control)?;
+        let null = keep(self.null)?;
+        let stderr = keep(self.stderr)?;
+        place(null, 0)?;
+        place(null, 1)?;
+        place(stderr, 2)?;
+        place(control, bulkhead_vmm_config::CONTROL_FD)?;
+        let first = (bulkhead_vmm_config::CONTROL_FD + 1) as u32;
+        // SAFETY: system calls on integers, and on pointers that the caller of `spawn` keeps alive; the signal set is
+        // initialised by sigemptyset before use.
+        unsafe {
+            if libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) < 0 {
+                return Err(errno());
+            }
+            // A terminal's Ctrl-C goes to its foreground process group: not to the machine, which ends by its socket.
+            libc::setsid();
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
+            // Rust's start-up ignores SIGPIPE, and an ignored signal stays ignored over an exec.
+            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            let environment: [*const libc::c_char; 1] = [ptr::null()];
+            libc::execve(self.path, self.argv, environment.as_ptr());
+        }
+        Err(errno())
+    }
+}
+
+fn keep(fd: RawFd) -> Result<RawFd, i32> {
+    // SAFETY: fcntl on an integer.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) };
+    if copy < 0 { Err(errno()) } else { Ok(copy) }
+}
+
+fn place(fd: RawFd, number: RawFd) -> Result<(), i32> {
+    // SAFETY: dup2 on integers; the copy is not close-on-exec.
+    if unsafe { libc::dup2(fd, number) } < 0 {
+        return Err(errno());
+    }
+    Ok(())
+}
+
+fn errno() -> i32 {
+    // SAFETY: the address of this thread's errno is always valid.
+    unsafe { *libc::__errno_location() }
+}
