@@ -5,7 +5,7 @@ import struct
 import time
 
 # guest/agent.py documents the frames.
-RUN, INPUT, RESIZE, KILL = b"R", b"I", b"W", b"K"
+RUN, INPUT, RESIZE, KILL, PING = b"R", b"I", b"W", b"K", b"P"
 ALIVE, STDOUT, STDERR, EXIT, FAILED = b"A", b"O", b"E", b"X", b"F"
 
 

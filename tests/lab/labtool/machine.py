@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from . import cache, qemu
-from .channel import ALIVE, FAILED, Channel, ChannelClosed
+from .channel import ALIVE, FAILED, PING, Channel, ChannelClosed
 from .image import guest_archive
 from .report import LabError, say
 
@@ -35,19 +35,19 @@ class Machine:
         lines = "\n".join(f"lab: console: {line}" for line in tail) or "lab: console: (it printed nothing)"
         return LabError(f"{reason}{ended}; the console's last lines:\n{lines}")
 
-    def wait_alive(self):
-        """Waits for the agent's first frame; returns the guest's uptime in seconds."""
-        deadline = time.monotonic() + BOOT_SECONDS
+    def wait_alive(self, seconds):
+        """Waits for the agent to say that it is there."""
+        deadline = time.monotonic() + seconds
         try:
             while True:
                 frames, _ = self.channel.receive(deadline)
                 for kind, payload in frames:
                     if kind == ALIVE:
-                        return payload
+                        return
                     if kind == FAILED:
                         raise self.failure(f"the lab's agent failed: {payload.decode(errors='replace').strip()}")
                 if time.monotonic() > deadline:
-                    raise self.failure(f"the lab did not boot within {BOOT_SECONDS} s")
+                    raise self.failure(f"the lab's agent did not answer within {seconds} s")
         except ChannelClosed:
             self.qemu.process.wait()
             raise self.failure("the lab did not boot") from None
@@ -57,7 +57,7 @@ def boot(image, memory_mib, slots):
     """Boots a lab from cold."""
     machine = Machine(qemu.Qemu(image, memory_mib, slots, scratch_directory(), image.initramfs()))
     try:
-        machine.wait_alive()
+        machine.wait_alive(BOOT_SECONDS)
         return machine
     except BaseException:
         machine.qemu.stop()
@@ -87,9 +87,15 @@ def _restore(image, memory_mib, slots, snapshot):
         machine.qemu.execute("migrate-incoming", uri=f"file:{snapshot}")
         machine.qemu.wait_migration(RESTORE_SECONDS)
         machine.qemu.execute("cont")
-        return machine
     except LabError as error:
         raise machine.failure(str(error)) from error
+    except BaseException:
+        machine.qemu.stop()
+        raise
+    try:
+        machine.channel.send(PING)
+        machine.wait_alive(RESTORE_SECONDS)
+        return machine
     except BaseException:
         machine.qemu.stop()
         raise

@@ -19,6 +19,7 @@ MACHINE = [
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on lpj=10000000 no_timer_check"
 CONSOLE_LINES = 30
 REASON_LINES = 3
+QMP_SECONDS = 60
 # Every disk slot has this size whatever it carries, so that a restored snapshot finds the geometry it knows.
 SLOT_BYTES = 64 << 30
 SLOTS = ("install", "src", "share", "out")
@@ -63,6 +64,8 @@ class Qemu:
             end.close()
         os.close(initrd)
         self.channel_socket = channel
+        # A hanging QEMU must become an error: the longest command that it answers late is a migration's start.
+        qmp.settimeout(QMP_SECONDS)
         self._qmp = qmp.makefile("rwb", buffering=0)
         self._qmp_lines = qmp.makefile("rb")
         self._negotiated = False
@@ -85,7 +88,7 @@ class Qemu:
                 if "return" in reply:
                     return reply["return"]
         except OSError as error:
-            raise LabError(f"QEMU ended during {name}") from error
+            raise LabError(f"QEMU does not answer {name}: {error}") from error
 
     def wait_migration(self, seconds):
         """Waits until saving or restoring has completed."""
