@@ -141,11 +141,6 @@ impl DriverQueue {
         self.memory.store(index, at, Ordering::Release).unwrap();
     }
 
-    /// Asks for an interrupt at the next used chain (event indices).
-    pub(crate) fn want_interrupt(&self) {
-        self.set_used_event(self.next_used);
-    }
-
     pub(crate) fn set_used_event(&self, index: u16) {
         let at = GuestAddress(self.available + 4 + 2 * u64::from(self.size));
         self.memory.write_obj(index, at).unwrap();
