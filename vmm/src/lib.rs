@@ -10,3 +10,10 @@ pub mod event_loop;
 pub mod irq;
 pub mod memory;
 pub mod ramoops;
+pub mod jail;
+pub mod log;
+pub mod metrics;
+pub mod spec;
+#[cfg(test)]
+mod test_kvm;
+pub mod vcpu;

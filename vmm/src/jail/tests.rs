@@ -1,0 +1,161 @@
+use super::*;
+use std::os::fd::AsRawFd;
+
+use nix::sched::CloneFlags;
+use nix::sys::wait::{WaitStatus, waitpid};
+
+/// Runs `inside` as PID 1 of namespaces of its own, as the shim starts us. `None` where this may not be done, said loudly.
+fn isolated(inside: fn() -> Result<(), String>) -> Option<Result<(), String>> {
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    let mut stack = vec![0; 1 << 20];
+    let output = writer.as_raw_fd();
+    let child = move || {
+        let text = inside().err().unwrap_or_default();
+        // SAFETY: the pointer and the length are those of `text`.
+        unsafe { libc::write(output, text.as_ptr().cast(), text.len()) };
+        0
+    };
+    // SAFETY: the child has a copy of the address space, a stack of its own, and does not return into the test harness.
+    let pid = match unsafe {
+        nix::sched::clone(Box::new(child), &mut stack, namespaces, Some(libc::SIGCHLD))
+    } {
+        Ok(pid) => pid,
+        Err(error) => {
+            eprintln!("SKIPPED: namespaces cannot be made: {error}");
+            return None;
+        }
+    };
+    drop(writer);
+    let text = io::read_to_string(std::fs::File::from(reader)).unwrap();
+    assert_eq!(waitpid(pid, None), Ok(WaitStatus::Exited(pid, 0)), "{text}");
+    Some(if text.is_empty() { Ok(()) } else { Err(text) })
+}
+
+fn expect(condition: bool, what: &str) -> Result<(), String> {
+    condition.then_some(()).ok_or_else(|| what.to_owned())
+}
+
+#[test]
+fn nothing_is_left_inside() {
+    let outcome = isolated(|| {
+        // Opened before, as the real process has only descriptors too.
+        let proc = std::fs::File::open("/proc/self/status");
+        enter(54321, 54322, 0).map_err(|error| format!("{error:?}"))?;
+        let listing: Vec<_> = std::fs::read_dir("/").map_err(|e| e.to_string())?.collect();
+        expect(listing.is_empty(), "the root is not empty")?;
+        expect(
+            std::fs::File::open("/proc/self/status").is_err(),
+            "/proc is reachable",
+        )?;
+        expect(std::fs::write("/x", "").is_err(), "the root can be written")?;
+        expect(
+            std::fs::create_dir("/x").is_err(),
+            "directories can be made",
+        )?;
+        expect(
+            std::env::set_current_dir("..").is_ok(),
+            "the root has a parent",
+        )?;
+        let above: Vec<_> = std::fs::read_dir(".").map_err(|e| e.to_string())?.collect();
+        expect(above.is_empty(), "the parent of the root is not the root")?;
+        let ids = nix::unistd::getresuid().map_err(|e| e.to_string())?;
+        expect(
+            [ids.real, ids.effective, ids.saved] == [Uid::from_raw(54321); 3],
+            "user ids",
+        )?;
+        let ids = nix::unistd::getresgid().map_err(|e| e.to_string())?;
+        expect(
+            [ids.real, ids.effective, ids.saved] == [Gid::from_raw(54322); 3],
+            "group ids",
+        )?;
+        let groups = nix::unistd::getgroups().map_err(|e| e.to_string())?;
+        expect(groups.is_empty(), "supplementary groups")?;
+        expect(
+            setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_err(),
+            "back to root",
+        )?;
+        expect(
+            mount(
+                Some("x"),
+                "/",
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .is_err(),
+            "mounting",
+        )?;
+        expect(
+            prctl::get_no_new_privs() == Ok(true) && prctl::get_dumpable() == Ok(false),
+            "no_new_privs and dumpable",
+        )?;
+        let (soft, hard) =
+            nix::sys::resource::getrlimit(Resource::RLIMIT_CORE).map_err(|e| e.to_string())?;
+        expect((soft, hard) == (0, 0), "core dumps")?;
+        drop(proc);
+        capabilities_are_zero()
+    });
+    if let Some(outcome) = outcome {
+        outcome.unwrap();
+    }
+}
+
+/// By capget(2) and the bounding set, as /proc is gone.
+fn capabilities_are_zero() -> Result<(), String> {
+    let header = CapHeader {
+        version: 0x2008_0522,
+        pid: 0,
+    };
+    let mut data = [CapData {
+        effective: 1,
+        permitted: 1,
+        inheritable: 1,
+    }; 2];
+    // SAFETY: both pointers are to structures of the layout that capget(2) wants, alive during the call.
+    let result = unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) };
+    expect(result == 0, "capget")?;
+    let none = |data: &CapData| (data.effective | data.permitted | data.inheritable) == 0;
+    expect(data.iter().all(none), "capabilities are left")?;
+    for capability in 0..=last_capability() {
+        // SAFETY: the call takes plain numbers.
+        let bounding = unsafe { libc::prctl(libc::PR_CAPBSET_READ, capability, 0, 0, 0) };
+        expect(bounding == 0, "the bounding set is not empty")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn outside_of_a_namespace_of_its_own_nothing_is_done() {
+    assert!(matches!(enter(1000, 1000, 0), Err(JailError::NotIsolated)));
+}
+
+#[test]
+fn only_the_kept_descriptor_survives() {
+    let outcome = isolated(|| {
+        for _ in 0..20 {
+            // SAFETY: the call takes plain numbers.
+            expect(unsafe { libc::dup(1) } >= 0, "dup")?;
+        }
+        // The test's pipe is behind it: report through a kept copy.
+        // SAFETY: this is a process of its own that ends without using any other descriptor.
+        unsafe {
+            close_inherited(5).map_err(|error| error.to_string())?;
+            for fd in 0..64 {
+                let open = libc::fcntl(fd, libc::F_GETFD) >= 0;
+                if open != (fd < 3 || fd == 5) {
+                    libc::_exit(100 + fd);
+                }
+            }
+        }
+        Ok(())
+    });
+    if let Some(outcome) = outcome {
+        outcome.unwrap();
+    }
+}

@@ -1,0 +1,268 @@
+//! From what the shim sent to what a machine is made of: every check of the configuration, once.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use bulkhead_vmm_config::{VmConfig, WIRE_VERSION};
+use kvm_ioctls::Kvm;
+use nix::sys::socket::{
+    AddressFamily, SockType, SockaddrLike, UnixAddr, getsockname, getsockopt, sockopt,
+};
+use nix::sys::stat::{SFlag, fstat};
+use thiserror::Error;
+
+use crate::arch::x86_64::layout;
+use crate::boot::{Cmdline, CmdlineError};
+use crate::control::{DescriptorError, Descriptors};
+
+/// Most vCPUs.
+pub const MAX_VCPUS: u32 = 32;
+/// Most request queues of a virtio-fs device.
+const MAX_FS_QUEUES: u32 = 16;
+/// VIRTIO 1.2 §5.11.4: the tag's field.
+const MAX_TAG: usize = 36;
+/// vsock and the random number generator.
+const OTHER_VIRTIO_DEVICES: usize = 2;
+
+/// What is wrong with a configuration.
+#[derive(Debug, Error)]
+pub enum SpecError {
+    /// Another version of the wire types.
+    #[error(
+        "the configuration has version {0}, this VMM knows {WIRE_VERSION}; install shim and VMM together"
+    )]
+    Version(u32),
+    /// See [`MAX_VCPUS`].
+    #[error("{0} vCPUs are not possible, 1 to {MAX_VCPUS} are")]
+    Vcpus(u32),
+    /// Too little or too much.
+    #[error("{0} MiB of memory are not possible, {min} to {max} are", min = layout::MIN_MEMORY >> 20, max = layout::MAX_MEMORY >> 20)]
+    Memory(u64),
+    /// Root, or the number that means "unchanged" to setresuid(2).
+    #[error("{what} {id} is no unprivileged one")]
+    Identity {
+        /// uid or gid.
+        what: &'static str,
+        /// Its number.
+        id: u32,
+    },
+    /// A descriptor is not beside the packet.
+    #[error("bad configuration packet")]
+    Descriptor(#[from] DescriptorError),
+    /// A descriptor is open on something else.
+    #[error("the descriptor for {what} is not {expected}")]
+    Kind {
+        /// The field.
+        what: &'static str,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// `/dev/kvm` is something else or too old.
+    #[error("the descriptor for kvm answers API version {0} and not 12; is it /dev/kvm?")]
+    NotKvm(i32),
+    /// A host port is offered twice.
+    #[error("vsock port {0} is offered twice")]
+    PortTwice(u32),
+    /// The tag of a virtio-fs device.
+    #[error(
+        "{0:?} cannot be a virtio-fs tag: it needs 1 to {MAX_TAG} bytes without NUL, and no other device may have it"
+    )]
+    Tag(String),
+    /// Request queues of a virtio-fs device.
+    #[error("{0} request queues are not possible, 1 to {MAX_FS_QUEUES} are")]
+    Queues(u32),
+    /// Too many devices.
+    #[error("{0} virtio-fs devices are too many, {max} are possible", max = layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES)]
+    FsDevices(usize),
+    /// The command line.
+    #[error("bad kernel command line")]
+    Cmdline(#[from] CmdlineError),
+}
+
+/// A virtio-fs device.
+#[derive(Debug)]
+pub struct FsSpec {
+    /// 1 to 36 bytes without NUL, unlike any other device's.
+    pub tag: String,
+    /// Connected AF_UNIX stream socket to the back end.
+    pub socket: OwnedFd,
+    /// Request queues.
+    pub queues: u16,
+}
+
+/// A machine that can be built.
+pub struct VmSpec {
+    /// For log lines.
+    pub sandbox_id: String,
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// A regular file.
+    pub kernel: File,
+    /// A regular file.
+    pub initrd: File,
+    /// Complete but for the devices and [`VmSpec::extra_cmdline`].
+    pub cmdline: Cmdline,
+    /// Appended last, so that they win over what is said before.
+    pub extra_cmdline: Vec<String>,
+    /// Host ports and what a connection to them is joined to.
+    pub ports: Vec<(u32, OwnedFd)>,
+    /// virtio-fs devices.
+    pub fs: Vec<FsSpec>,
+    /// Output of the serial console.
+    pub serial: Option<File>,
+    /// Log lines.
+    pub log: File,
+    /// Not 0.
+    pub uid: u32,
+    /// Not 0.
+    pub gid: u32,
+}
+
+impl VmSpec {
+    /// Checks a configuration and takes its descriptors.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn new(config: VmConfig, fds: Vec<OwnedFd>) -> Result<VmSpec, SpecError> {
+        if config.version != WIRE_VERSION {
+            return Err(SpecError::Version(config.version));
+        }
+        let vcpus = u8::try_from(config.vcpus)
+            .ok()
+            .filter(|&count| count >= 1 && config.vcpus <= MAX_VCPUS)
+            .ok_or(SpecError::Vcpus(config.vcpus))?;
+        let memory = config
+            .memory_mib
+            .checked_mul(1 << 20)
+            .filter(|size| (layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(size))
+            .ok_or(SpecError::Memory(config.memory_mib))?;
+        for (what, id) in [("uid", config.uid), ("gid", config.gid)] {
+            if id == 0 || id == u32::MAX {
+                return Err(SpecError::Identity { what, id });
+            }
+        }
+        let cmdline = Cmdline::new(config.serial.is_some());
+        let mut probe = cmdline.clone();
+        for word in &config.extra_cmdline {
+            probe.push(word)?;
+        }
+        let mut fds = Descriptors::new(fds);
+        let spec = VmSpec {
+            vcpus,
+            memory,
+            kvm: kvm(fds.take(config.kvm, "kvm")?)?,
+            kernel: regular_file(fds.take(config.kernel, "kernel")?, "kernel")?,
+            initrd: regular_file(fds.take(config.initrd, "initrd")?, "initrd")?,
+            cmdline,
+            extra_cmdline: config.extra_cmdline,
+            ports: ports(&config.ports, &mut fds)?,
+            fs: fs_devices(&config.fs, &mut fds)?,
+            serial: match config.serial {
+                Some(serial) => Some(fds.take(serial.output, "serial")?.into()),
+                None => None,
+            },
+            log: fds.take(config.log, "log")?.into(),
+            uid: config.uid,
+            gid: config.gid,
+            sandbox_id: config.sandbox_id,
+        };
+        fds.finish()?;
+        Ok(spec)
+    }
+}
+
+fn kvm(fd: OwnedFd) -> Result<Kvm, SpecError> {
+    const API_VERSION: i32 = 12;
+    // Any other device might take the ioctl for one of its own.
+    let stat = fstat(&fd).map_err(|_| SpecError::NotKvm(-1))?;
+    if SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) != SFlag::S_IFCHR {
+        return Err(SpecError::NotKvm(-1));
+    }
+    // SAFETY: the descriptor is ours, and the version is checked before anything else is done with it.
+    let kvm = unsafe {
+        <Kvm as std::os::fd::FromRawFd>::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(fd))
+    };
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        other => Err(SpecError::NotKvm(other)),
+    }
+}
+
+fn regular_file(fd: OwnedFd, what: &'static str) -> Result<File, SpecError> {
+    let wrong = SpecError::Kind {
+        what,
+        expected: "a regular file",
+    };
+    match fstat(&fd) {
+        Ok(stat) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() => Ok(fd.into()),
+        _ => Err(wrong),
+    }
+}
+
+/// Checks that a descriptor is a Unix stream socket.
+///
+/// # Errors
+/// It is not.
+pub fn unix_stream(fd: BorrowedFd<'_>, what: &'static str) -> Result<(), SpecError> {
+    let is_unix = getsockname::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&fd))
+        .is_ok_and(|address| address.family() == Some(AddressFamily::Unix));
+    let is_stream = matches!(getsockopt(&fd, sockopt::SockType), Ok(SockType::Stream));
+    (is_unix && is_stream).then_some(()).ok_or(SpecError::Kind {
+        what,
+        expected: "an AF_UNIX stream socket",
+    })
+}
+
+fn ports(
+    offers: &[bulkhead_vmm_config::PortOffer],
+    fds: &mut Descriptors,
+) -> Result<Vec<(u32, OwnedFd)>, SpecError> {
+    let mut seen = BTreeSet::new();
+    let mut ports = Vec::new();
+    for offer in offers {
+        let socket = fds.take(offer.fd, "ports")?;
+        unix_stream(socket.as_fd(), "ports")?;
+        if !seen.insert(offer.port) {
+            return Err(SpecError::PortTwice(offer.port));
+        }
+        ports.push((offer.port, socket));
+    }
+    Ok(ports)
+}
+
+fn fs_devices(
+    devices: &[bulkhead_vmm_config::FsDevice],
+    fds: &mut Descriptors,
+) -> Result<Vec<FsSpec>, SpecError> {
+    if devices.len() > layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES {
+        return Err(SpecError::FsDevices(devices.len()));
+    }
+    let mut tags = BTreeSet::new();
+    let mut specs = Vec::new();
+    for device in devices {
+        let tag = &device.tag;
+        let fits = (1..=MAX_TAG).contains(&tag.len()) && !tag.contains('\0');
+        if !fits || !tags.insert(tag) {
+            return Err(SpecError::Tag(tag.clone()));
+        }
+        if device.queues == 0 || device.queues > MAX_FS_QUEUES {
+            return Err(SpecError::Queues(device.queues));
+        }
+        let socket = fds.take(device.socket, "fs")?;
+        unix_stream(socket.as_fd(), "fs")?;
+        specs.push(FsSpec {
+            tag: tag.clone(),
+            socket,
+            queues: device.queues as u16,
+        });
+    }
+    Ok(specs)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+use super::*;
+use bulkhead_vmm_config::{Fd, FsDevice, PortOffer, SerialConsole};
+use nix::sys::socket::{SockFlag, socketpair};
+
+/// A configuration and what is beside it, valid but for what a test changes.
+struct Packet {
+    config: VmConfig,
+    fds: Vec<OwnedFd>,
+}
+
+fn null() -> OwnedFd {
+    File::open("/dev/null").unwrap().into()
+}
+
+fn socket(kind: SockType) -> OwnedFd {
+    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+        .unwrap()
+        .0
+}
+
+/// `None` where there is no /dev/kvm to open, said loudly.
+fn packet() -> Option<Packet> {
+    crate::test_kvm::open()?;
+    let kvm = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .unwrap();
+    let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+    Some(Packet {
+        config: VmConfig {
+            version: WIRE_VERSION,
+            sandbox_id: "test".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            kvm: Fd(0),
+            kernel: Fd(1),
+            initrd: Fd(2),
+            extra_cmdline: vec!["a=1".into()],
+            ports: vec![PortOffer {
+                port: 1024,
+                fd: Fd(4),
+            }],
+            fs: vec![FsDevice {
+                tag: "share".into(),
+                socket: Fd(5),
+                queues: 1,
+            }],
+            serial: Some(SerialConsole { output: Fd(6) }),
+            log: Fd(3),
+            uid: 1000,
+            gid: 1000,
+        },
+        fds: vec![
+            kvm.into(),
+            file(),
+            file(),
+            null(),
+            socket(SockType::Stream),
+            socket(SockType::Stream),
+            null(),
+        ],
+    })
+}
+
+fn check(change: impl FnOnce(&mut Packet)) -> Option<Result<VmSpec, SpecError>> {
+    let mut packet = packet()?;
+    change(&mut packet);
+    Some(VmSpec::new(packet.config, packet.fds))
+}
+
+macro_rules! refused {
+    ($pattern:pat, $change:expr) => {
+        if let Some(result) = check($change) {
+            match result.map(|_| ()) {
+                Err($pattern) => {}
+                other => panic!("{other:?} instead of {}", stringify!($pattern)),
+            }
+        }
+    };
+}
+
+#[test]
+fn a_good_configuration_passes() {
+    let Some(spec) = check(|_| {}) else { return };
+    let spec = spec.unwrap();
+    assert_eq!((spec.vcpus, spec.memory), (1, 128 << 20));
+    assert_eq!(spec.fs[0].tag, "share");
+    assert_eq!(spec.ports[0].0, 1024);
+    assert!(spec.cmdline.as_str().contains("console=ttyS0"));
+}
+
+#[test]
+fn sizes_out_of_range_are_refused() {
+    refused!(SpecError::Version(9), |p| p.config.version = 9);
+    for vcpus in [0, 33, 256, 257, u32::MAX] {
+        refused!(SpecError::Vcpus(_), |p| p.config.vcpus = vcpus);
+    }
+    for memory in [0, 63, (layout::MAX_MEMORY >> 20) + 1, u64::MAX, 1 << 44] {
+        refused!(SpecError::Memory(_), |p| p.config.memory_mib = memory);
+    }
+}
+
+#[test]
+fn privileged_identities_are_refused() {
+    for id in [0, u32::MAX] {
+        refused!(SpecError::Identity { what: "uid", .. }, |p| p.config.uid =
+            id);
+        refused!(SpecError::Identity { what: "gid", .. }, |p| p.config.gid =
+            id);
+    }
+}
+
+#[test]
+fn descriptors_are_named_once_and_of_their_kind() {
+    refused!(
+        SpecError::Descriptor(DescriptorError::Missing { .. }),
+        |p| {
+            p.config.log = Fd(1);
+        }
+    );
+    refused!(
+        SpecError::Descriptor(DescriptorError::Missing { .. }),
+        |p| {
+            p.config.kernel = Fd(7);
+        }
+    );
+    refused!(
+        SpecError::Descriptor(DescriptorError::Unnamed { count: 1 }),
+        |p| {
+            p.fds.push(null());
+        }
+    );
+    refused!(SpecError::Kind { what: "kernel", .. }, |p| p.fds[1] =
+        null());
+    refused!(SpecError::Kind { what: "initrd", .. }, |p| {
+        p.fds[2] = File::open("/").unwrap().into();
+    });
+    refused!(SpecError::NotKvm(_), |p| p.fds[0] = null());
+    refused!(SpecError::NotKvm(_), |p| p.fds[0] =
+        socket(SockType::Stream));
+    refused!(SpecError::Kind { what: "ports", .. }, |p| p.fds[4] = null());
+    refused!(SpecError::Kind { what: "ports", .. }, |p| {
+        p.fds[4] = socket(SockType::SeqPacket);
+    });
+    refused!(SpecError::Kind { what: "fs", .. }, |p| {
+        p.fds[5] = std::net::TcpListener::bind("127.0.0.1:0").unwrap().into();
+    });
+}
+
+#[test]
+fn devices_that_a_guest_could_not_tell_apart_are_refused() {
+    for tag in ["", "a\0b", "123456789012345678901234567890123456x"] {
+        refused!(SpecError::Tag(_), |p| p.config.fs[0].tag = tag.into());
+    }
+    refused!(SpecError::Tag(_), |p| {
+        let mut again = p.config.fs[0].clone();
+        again.socket = Fd(7);
+        p.config.fs.push(again);
+        p.fds.push(socket(SockType::Stream));
+    });
+    refused!(SpecError::PortTwice(1024), |p| {
+        p.config.ports.push(PortOffer {
+            port: 1024,
+            fd: Fd(7),
+        });
+        p.fds.push(socket(SockType::Stream));
+    });
+    for queues in [0, 17] {
+        refused!(SpecError::Queues(_), |p| p.config.fs[0].queues = queues);
+    }
+    refused!(SpecError::FsDevices(_), |p| {
+        let one = p.config.fs[0].clone();
+        p.config.fs = vec![one; 15];
+    });
+}
+
+#[test]
+fn command_line_words_are_checked() {
+    refused!(SpecError::Cmdline(CmdlineError::BadWord(_)), |p| {
+        p.config.extra_cmdline = vec!["a b".into()];
+    });
+    refused!(SpecError::Cmdline(CmdlineError::TooLong(_)), |p| {
+        p.config.extra_cmdline = vec!["x".repeat(2048)];
+    });
+}
