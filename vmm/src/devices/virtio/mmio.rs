@@ -79,13 +79,19 @@ impl MmioTransport {
         irq: IrqFd,
         observer: Observer,
     ) -> std::io::Result<MmioTransport> {
+        // A back end in another process waits by reading the eventfd; the event loop must never wait by reading.
+        let blocking = if device.interrupts_directly() {
+            0
+        } else {
+            libc::EFD_NONBLOCK
+        };
         let queues = device.queue_sizes().iter().map(|&max_size| {
             assert!(max_size.is_power_of_two() && max_size <= MAX_SIZE);
             Ok(QueueSetup {
                 max_size,
                 layout: Layout::default(),
                 ready: false,
-                kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+                kick: EventFd::new(blocking | libc::EFD_CLOEXEC)?,
             })
         });
         Ok(MmioTransport {
@@ -261,8 +267,9 @@ impl MmioTransport {
         for queue in &mut self.queues {
             queue.layout = Layout::default();
             queue.ready = false;
-            // An old kick must not wake the next driver's device; EAGAIN says that there was none.
-            let _ = queue.kick.read();
+            // An old kick must not wake the next driver's device. The write makes sure that the read does not wait; neither can
+            // fail otherwise.
+            let _ = queue.kick.write(1).and_then(|()| queue.kick.read());
         }
     }
 
