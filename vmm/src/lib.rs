@@ -7,6 +7,7 @@ pub mod bus;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod fs;
 pub mod irq;
 pub mod memory;
 pub mod ramoops;

@@ -1,0 +1,172 @@
+//! Who a request runs as.
+//!
+//! The guest's kernel checks permissions (`default_permissions`) and knows what the host cannot: supplementary groups and
+//! user namespaces. So a worker keeps its capabilities and takes on the caller's uid and gid only, with no supplementary
+//! groups (CVE-2022-0358), for what they decide: whose the new object is, and whose set-id bits and quota count.
+//!
+//! Uid, gid, umask, working directory and capabilities belong to a thread in Linux. A worker changes them by raw system calls,
+//! because the C library's wrappers would change every thread, and remembers them, because most requests come from the same
+//! caller as the one before.
+
+use std::io;
+use std::marker::PhantomData;
+
+use nix::errno::Errno;
+
+use super::sys::{FdName, Result};
+
+/// capabilities(7): keep set-id bits on writes and set the set-group-id bit for foreign groups.
+const CAP_FSETID: u32 = 4;
+/// capabilities(7): `_LINUX_CAPABILITY_VERSION_3`.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// capabilities(7): changing ids changes no capability.
+const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// The identity of the current thread; proof that the thread was set up to serve requests.
+///
+/// Its working directory is `/proc/self/fd`, so that [`FdName`] means something.
+pub struct Worker {
+    uid: u32,
+    gid: u32,
+    umask: u32,
+    set_id: bool,
+    capabilities: [CapData; 2],
+    /// A thread's identity does not travel.
+    here: PhantomData<*const ()>,
+}
+
+impl Worker {
+    /// Makes the current thread a worker, for good.
+    ///
+    /// # Errors
+    /// The thread is not root's, or `/proc` is missing.
+    pub fn new() -> io::Result<Worker> {
+        // SAFETY: these calls take no memory of ours but a constant path, and change only this thread's own state:
+        // unshare first, so that umask and working directory are its own.
+        unsafe {
+            Errno::result(libc::unshare(libc::CLONE_FS))?;
+            Errno::result(libc::chdir(c"/proc/self/fd".as_ptr()))?;
+            libc::umask(0);
+            Errno::result(libc::syscall(libc::SYS_setgroups, 0, 0))?;
+            let bits = Errno::result(libc::prctl(libc::PR_GET_SECUREBITS))? as libc::c_ulong;
+            if bits & SECBIT_NO_SETUID_FIXUP == 0 {
+                let bits = bits | SECBIT_NO_SETUID_FIXUP;
+                Errno::result(libc::prctl(libc::PR_SET_SECUREBITS, bits, 0, 0, 0))?;
+            }
+            Errno::result(libc::syscall(libc::SYS_setresgid, -1, 0, -1))?;
+            Errno::result(libc::syscall(libc::SYS_setresuid, -1, 0, -1))?;
+        }
+        let capabilities = read_capabilities()?;
+        Ok(Worker {
+            uid: 0,
+            gid: 0,
+            umask: 0,
+            set_id: capabilities[0].effective & 1 << CAP_FSETID != 0,
+            capabilities,
+            here: PhantomData,
+        })
+    }
+
+    /// The name of a descriptor in this thread's working directory.
+    pub fn name(&self, fd: std::os::fd::BorrowedFd<'_>) -> FdName {
+        FdName::new(fd)
+    }
+
+    /// Takes on the caller of a request that makes something. Only root may make set-id objects for groups not its own; the
+    /// guest's kernel has checked the rest.
+    pub fn become_caller(&mut self, uid: u32, gid: u32, umask: u32) -> Result<()> {
+        // u32::MAX would leave the id of whoever was served before.
+        if uid == u32::MAX || gid == u32::MAX {
+            return Err(Errno::EOVERFLOW);
+        }
+        if self.gid != gid {
+            // SAFETY: no memory is passed; the raw call changes this thread only.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) })?;
+            self.gid = gid;
+        }
+        if self.uid != uid {
+            // SAFETY: as above.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) })?;
+            self.uid = uid;
+        }
+        let umask = umask & 0o777;
+        if self.umask != umask {
+            // SAFETY: no memory is passed; the thread has a umask of its own.
+            unsafe { libc::umask(umask) };
+            self.umask = umask;
+        }
+        self.keep_set_id(uid == 0)
+    }
+
+    /// Whether what follows keeps set-id bits, as root's writes do, or loses them (`KILL_SUIDGID`).
+    pub fn keep_set_id(&mut self, keep: bool) -> Result<()> {
+        if self.set_id == keep {
+            return Ok(());
+        }
+        let mut wanted = self.capabilities;
+        let bit = 1 << CAP_FSETID;
+        if keep {
+            wanted[0].effective |= bit & wanted[0].permitted;
+        } else {
+            wanted[0].effective &= !bit;
+        }
+        write_capabilities(&wanted)?;
+        self.set_id = keep;
+        Ok(())
+    }
+}
+
+fn read_capabilities() -> Result<[CapData; 2]> {
+    let mut header = CapHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    let mut data = [CapData::default(); 2];
+    // SAFETY: version 3 reads the header and writes two elements.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) })?;
+    Ok(data)
+}
+
+fn write_capabilities(data: &[CapData; 2]) -> Result<()> {
+    let mut header = CapHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    // SAFETY: version 3 reads the header and two elements.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) })
+        .map(drop)
+}
+
+/// Keeps only `mask` in this thread's permitted and effective sets, nothing inheritable.
+pub fn limit_capabilities(mask: u64) -> Result<()> {
+    let half = |low: u64| CapData {
+        effective: low as u32,
+        permitted: low as u32,
+        inheritable: 0,
+    };
+    write_capabilities(&[half(mask), half(mask >> 32)])
+}
+
+/// Makes changes of uid leave capabilities alone, in this thread and those it starts.
+pub fn detach_capabilities_from_ids() -> Result<()> {
+    // SAFETY: no memory is passed.
+    unsafe {
+        let bits = Errno::result(libc::prctl(libc::PR_GET_SECUREBITS))? as libc::c_ulong;
+        let bits = bits | SECBIT_NO_SETUID_FIXUP;
+        Errno::result(libc::prctl(libc::PR_SET_SECUREBITS, bits, 0, 0, 0)).map(drop)
+    }
+}

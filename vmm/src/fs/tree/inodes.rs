@@ -1,0 +1,274 @@
+//! What the guest remembers: node ids, each a descriptor of the object.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use nix::errno::Errno;
+
+use super::sys::{Result, Status};
+use crate::fs::wire::ROOT_ID;
+
+/// What makes an object one object. Two volumes may both have an inode 17, even of one device (bind mounts of parts, btrfs
+/// subvolumes): the mount tells them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The mount it was reached through.
+    pub mount: u64,
+    device: u64,
+    inode: u64,
+}
+
+impl Key {
+    /// The key of what statx(2) described.
+    pub fn new(status: &Status) -> Key {
+        Key {
+            mount: status.mount,
+            device: status.device(),
+            inode: status.raw.stx_ino,
+        }
+    }
+}
+
+/// An object that the guest knows.
+pub struct Inode {
+    /// Its node id; never used twice.
+    pub id: u64,
+    /// Its key.
+    pub key: Key,
+    /// The type bits of its mode.
+    pub kind: u32,
+    /// Directory that is the root of another mount than its parent's.
+    pub submount: bool,
+    /// Added (exclusive or) to the inode number that the guest sees: a mounted file shares its parent's device there.
+    pub number_tag: u64,
+    fd: OwnedFd,
+}
+
+impl AsFd for Inode {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+struct Entry {
+    inode: Arc<Inode>,
+    lookups: u64,
+}
+
+#[derive(Default)]
+struct Table {
+    by_id: HashMap<u64, Entry>,
+    by_key: HashMap<Key, u64>,
+    last: u64,
+}
+
+/// The table of inodes. Taking one out of it closes its descriptor as soon as no request uses it.
+pub struct Inodes {
+    table: Mutex<Table>,
+    most: usize,
+}
+
+/// What a new inode is made of, beside its key.
+pub struct Found {
+    /// A descriptor of the object, `O_PATH`.
+    pub fd: OwnedFd,
+    /// What statx(2) says of it.
+    pub status: Status,
+    /// See [`Inode::submount`].
+    pub submount: bool,
+    /// See [`Inode::number_tag`].
+    pub number_tag: u64,
+}
+
+impl Inodes {
+    /// An empty table for at most `most` inodes beside the root.
+    pub fn new(most: usize) -> Inodes {
+        Inodes {
+            table: Mutex::default(),
+            most,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table
+            .lock()
+            .expect("no code panics with the table locked")
+    }
+
+    /// Forgets everything and starts over with this root.
+    pub fn reset(&self, root: OwnedFd, status: &Status) {
+        let mut table = self.lock();
+        let old = std::mem::take(&mut table.by_id);
+        table.by_key.clear();
+        table.last = table.last.max(ROOT_ID);
+        insert(
+            &mut table,
+            ROOT_ID,
+            Found {
+                fd: root,
+                status: *status,
+                submount: false,
+                number_tag: 0,
+            },
+        );
+        drop(table);
+        drop(old);
+    }
+
+    /// How many inodes are held.
+    pub fn len(&self) -> usize {
+        self.lock().by_id.len()
+    }
+
+    /// Whether one more inode fits.
+    pub fn has_room(&self) -> bool {
+        self.lock().by_id.len() <= self.most
+    }
+
+    /// The inode of a node id.
+    ///
+    /// # Errors
+    /// `ESTALE`: it was never given out, was forgotten, or its tree was detached.
+    pub fn get(&self, id: u64) -> Result<Arc<Inode>> {
+        match self.lock().by_id.get(&id) {
+            Some(entry) => Ok(entry.inode.clone()),
+            None => Err(Errno::ESTALE),
+        }
+    }
+
+    /// The inode for an object that was found, new or known; the guest remembers it once more.
+    ///
+    /// # Errors
+    /// `ENFILE`: the guest holds as many as it may.
+    pub fn remember(&self, found: Found) -> Result<Arc<Inode>> {
+        let key = Key::new(&found.status);
+        let mut guard = self.lock();
+        let table = &mut *guard;
+        if let Some(entry) = table
+            .by_key
+            .get(&key)
+            .and_then(|id| table.by_id.get_mut(id))
+        {
+            entry.lookups = entry.lookups.saturating_add(1);
+            let inode = entry.inode.clone();
+            drop(guard);
+            // The descriptor just opened is closed outside the lock.
+            drop(found);
+            return Ok(inode);
+        }
+        if table.by_id.len() > self.most {
+            return Err(Errno::ENFILE);
+        }
+        table.last += 1;
+        let id = table.last;
+        Ok(insert(table, id, found))
+    }
+
+    /// The guest forgets `count` of its look-ups. More than it made is as many as it made.
+    pub fn forget(&self, id: u64, count: u64) {
+        if id == ROOT_ID {
+            return;
+        }
+        let mut guard = self.lock();
+        let table = &mut *guard;
+        let Some(entry) = table.by_id.get_mut(&id) else {
+            return;
+        };
+        entry.lookups = entry.lookups.saturating_sub(count);
+        if entry.lookups == 0 {
+            let gone = table.by_id.remove(&id);
+            if let Some(entry) = &gone {
+                table.by_key.remove(&entry.inode.key);
+            }
+            drop(guard);
+            drop(gone);
+        }
+    }
+
+    /// Takes out all inodes but the root for which `leaves` is true.
+    pub fn take(&self, leaves: impl Fn(&Inode) -> bool) -> Vec<Arc<Inode>> {
+        let mut guard = self.lock();
+        let table = &mut *guard;
+        let gone: Vec<Arc<Inode>> = table
+            .by_id
+            .extract_if(|id, entry| *id != ROOT_ID && leaves(&entry.inode))
+            .map(|(_, entry)| entry.inode)
+            .collect();
+        for inode in &gone {
+            table.by_key.remove(&inode.key);
+        }
+        gone
+    }
+}
+
+fn insert(table: &mut Table, id: u64, found: Found) -> Arc<Inode> {
+    let key = Key::new(&found.status);
+    let inode = Arc::new(Inode {
+        id,
+        key,
+        kind: found.status.kind(),
+        submount: found.submount,
+        number_tag: found.number_tag,
+        fd: found.fd,
+    });
+    table.by_key.insert(key, id);
+    let entry = Entry {
+        inode: inode.clone(),
+        lookups: 1,
+    };
+    table.by_id.insert(id, entry);
+    inode
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::tree::sys;
+
+    fn found(dir: &tempfile::TempDir, name: &str) -> Found {
+        let path = dir.path().join(name);
+        std::fs::write(&path, name).unwrap();
+        let fd = OwnedFd::from(std::fs::File::open(path).unwrap());
+        let status = sys::status(fd.as_fd()).unwrap();
+        Found {
+            fd,
+            status,
+            submount: false,
+            number_tag: 0,
+        }
+    }
+
+    #[test]
+    fn forgetting_more_than_was_looked_up_forgets_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let inodes = Inodes::new(10);
+        let first = inodes.remember(found(&dir, "a")).unwrap();
+        assert_eq!(inodes.remember(found(&dir, "a")).unwrap().id, first.id);
+        inodes.forget(first.id, 1);
+        assert!(inodes.get(first.id).is_ok());
+        inodes.forget(first.id, u64::MAX);
+        assert_eq!(inodes.get(first.id).err(), Some(Errno::ESTALE));
+        inodes.forget(first.id, u64::MAX);
+        assert_ne!(
+            inodes.remember(found(&dir, "a")).unwrap().id,
+            first.id,
+            "ids are not used again"
+        );
+    }
+
+    #[test]
+    fn the_inode_past_the_cap_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let inodes = Inodes::new(2);
+        let root = found(&dir, "root");
+        let status = root.status;
+        inodes.reset(root.fd, &status);
+        let first = inodes.remember(found(&dir, "a")).unwrap();
+        inodes.remember(found(&dir, "b")).unwrap();
+        assert_eq!(inodes.remember(found(&dir, "c")).err(), Some(Errno::ENFILE));
+        inodes.remember(found(&dir, "a")).unwrap();
+        inodes.forget(first.id, 2);
+        inodes.remember(found(&dir, "c")).unwrap();
+    }
+}

@@ -1,0 +1,94 @@
+//! The mounts that the guest has reached.
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::sys::{self, Result, Status};
+
+/// How long a detached mount stays closed where the kernel may give its id to another (before Linux 6.8): the host unmounts at
+/// once after a detach.
+const CLOSED_FOR: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy)]
+struct Mount {
+    mountinfo_id: u64,
+    number: u64,
+}
+
+#[derive(Default)]
+struct State {
+    known: HashMap<u64, Mount>,
+    closed: HashMap<u64, Option<Instant>>,
+    last: u64,
+}
+
+/// What is known of mounts, by the id that [`Status::mount`] gives.
+#[derive(Default)]
+pub struct Mounts(Mutex<State>);
+
+impl Mounts {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0
+            .lock()
+            .expect("no code panics with the mounts locked")
+    }
+
+    /// A request reached a mount: its number, small and not used twice.
+    ///
+    /// # Errors
+    /// `ESTALE`: it was detached and waits to be unmounted.
+    pub fn enter(&self, fd: BorrowedFd<'_>, status: &Status) -> Result<u64> {
+        let mut state = self.lock();
+        if let Some(until) = state.closed.get(&status.mount) {
+            if until.is_none_or(|until| Instant::now() < until) {
+                return Err(Errno::ESTALE);
+            }
+            state.closed.remove(&status.mount);
+        }
+        if let Some(mount) = state.known.get(&status.mount) {
+            return Ok(mount.number);
+        }
+        let mountinfo_id = if status.mount_is_unique {
+            sys::mountinfo_id(fd)?
+        } else {
+            status.mount
+        };
+        state.last += 1;
+        let number = state.last;
+        state.known.insert(
+            status.mount,
+            Mount {
+                mountinfo_id,
+                number,
+            },
+        );
+        Ok(number)
+    }
+
+    /// The ids of the mounts that `/proc/self/mountinfo` lists under these numbers.
+    pub fn ids(&self, mountinfo_ids: &[u64]) -> Vec<u64> {
+        self.lock()
+            .known
+            .iter()
+            .filter(|(_, mount)| mountinfo_ids.contains(&mount.mountinfo_id))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// Lets nobody enter a mount any more.
+    pub fn close(&self, id: u64, is_unique: bool) {
+        let mut state = self.lock();
+        state.known.remove(&id);
+        let now = Instant::now();
+        state
+            .closed
+            .retain(|_, until| until.is_none_or(|until| now < until));
+        state
+            .closed
+            .insert(id, (!is_unique).then(|| now + CLOSED_FOR));
+    }
+}

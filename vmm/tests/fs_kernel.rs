@@ -1,0 +1,576 @@
+//! POSIX behaviour of the share as a real kernel sees it: the engine behind `/dev/fuse`. Needs root and /dev/fuse.
+
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{
+    AT_FDCWD, AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, open, renameat2,
+};
+use nix::sys::stat::{Mode, SFlag, mknod};
+use nix::unistd::{Whence, linkat, lseek64};
+
+mod fs_support;
+use fs_support::{CACHED, Mounted, NO_CACHE, shell_as};
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).unwrap()
+}
+
+#[test]
+fn files_directories_and_links() {
+    for cache in [NO_CACHE, CACHED] {
+        let m = Mounted::new(cache);
+        fs::create_dir(m.at("d")).unwrap();
+        fs::write(m.at("d/f"), b"hello").unwrap();
+        assert_eq!(fs::read(m.host("d/f")).unwrap(), b"hello");
+        fs::hard_link(m.at("d/f"), m.at("g")).unwrap();
+        let (f, g) = (
+            fs::metadata(m.at("d/f")).unwrap(),
+            fs::metadata(m.at("g")).unwrap(),
+        );
+        assert_eq!((f.ino(), f.nlink()), (g.ino(), 2));
+        std::os::unix::fs::symlink("/etc/hostname", m.at("s")).unwrap();
+        assert_eq!(
+            fs::read_link(m.at("s")).unwrap(),
+            Path::new("/etc/hostname")
+        );
+        fs::rename(m.at("g"), m.at("h")).unwrap();
+        assert!(!m.host("g").exists());
+        assert_eq!(
+            fs::remove_dir(m.at("d")).unwrap_err().raw_os_error(),
+            Some(libc::ENOTEMPTY)
+        );
+        fs::remove_file(m.at("d/f")).unwrap();
+        fs::remove_dir(m.at("d")).unwrap();
+        fs::set_permissions(m.at("h"), fs::Permissions::from_mode(0o640)).unwrap();
+        std::os::unix::fs::chown(m.at("h"), Some(12), Some(34)).unwrap();
+        let time = std::time::SystemTime::UNIX_EPOCH
+            + std::time::Duration::new(1_234_567_890, 123_456_789);
+        File::options()
+            .write(true)
+            .open(m.at("h"))
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
+        let host = fs::metadata(m.host("h")).unwrap();
+        assert_eq!(
+            (host.mode() & 0o7777, host.uid(), host.gid()),
+            (0o640, 12, 34)
+        );
+        assert_eq!(
+            (host.mtime(), host.mtime_nsec()),
+            (1_234_567_890, 123_456_789)
+        );
+        assert_eq!(fs::read(m.at("h")).unwrap(), b"hello");
+        assert_eq!(
+            fs::read(m.at("nothing")).unwrap_err().raw_os_error(),
+            Some(libc::ENOENT)
+        );
+    }
+}
+
+#[test]
+fn rename_flags() {
+    let m = Mounted::new(CACHED);
+    fs::write(m.at("a"), b"a").unwrap();
+    fs::write(m.at("b"), b"b").unwrap();
+    let rename =
+        |from: &str, to: &str, flags| renameat2(AT_FDCWD, &m.at(from), AT_FDCWD, &m.at(to), flags);
+    assert_eq!(
+        rename("a", "b", RenameFlags::RENAME_NOREPLACE),
+        Err(Errno::EEXIST)
+    );
+    rename("a", "b", RenameFlags::RENAME_EXCHANGE).unwrap();
+    assert_eq!(fs::read(m.at("a")).unwrap(), b"b");
+    assert_eq!(fs::read(m.host("b")).unwrap(), b"a");
+    rename("a", "c", RenameFlags::RENAME_NOREPLACE).unwrap();
+    rename("b", "d", RenameFlags::RENAME_WHITEOUT).unwrap();
+    let whiteout = fs::metadata(m.host("b")).unwrap();
+    assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0);
+}
+
+#[test]
+fn a_file_without_a_name_gets_one() {
+    let m = Mounted::new(CACHED);
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR;
+    let fd = open(m.point.path(), flags, Mode::from_bits_truncate(0o600)).unwrap();
+    let mut file = File::from(fd);
+    file.write_all(b"tmp").unwrap();
+    assert_eq!(fs::read_dir(m.share.path()).unwrap().count(), 0);
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(
+        AT_FDCWD,
+        name.as_str(),
+        AT_FDCWD,
+        &m.at("named"),
+        AtFlags::AT_SYMLINK_FOLLOW,
+    )
+    .unwrap();
+    drop(file);
+    assert_eq!(fs::read(m.at("named")).unwrap(), b"tmp");
+    assert_eq!(fs::metadata(m.host("named")).unwrap().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_directory_of_100_000_entries_is_read_whole() {
+    const COUNT: usize = 100_000;
+    let m = Mounted::new(CACHED);
+    for number in 0..COUNT {
+        File::create(m.host(&format!("entry-{number:06}"))).unwrap();
+    }
+    let names = |dir: &Path| -> Vec<_> {
+        fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect()
+    };
+    let seen = names(m.point.path());
+    let unique: HashSet<_> = seen.iter().collect();
+    assert_eq!((seen.len(), unique.len()), (COUNT, COUNT));
+    // Removing while reading misses nothing that stays, and ends.
+    for entry in fs::read_dir(m.point.path()).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    assert_eq!(names(m.share.path()).len(), 0);
+}
+
+#[test]
+fn seeking_in_a_directory_goes_back_to_the_same_place() {
+    let m = Mounted::new(NO_CACHE);
+    for number in 0..3000 {
+        File::create(m.host(&format!("a-rather-long-name-for-an-entry-{number}"))).unwrap();
+    }
+    let path = c_path(m.point.path());
+    // SAFETY: the stream is checked, used by this thread only, and closed once; names are copied before the next call.
+    unsafe {
+        let dir = libc::opendir(path.as_ptr());
+        assert!(!dir.is_null());
+        let next = || {
+            let entry = libc::readdir64(dir);
+            (!entry.is_null())
+                .then(|| std::ffi::CStr::from_ptr((*entry).d_name.as_ptr()).to_owned())
+        };
+        for _ in 0..1500 {
+            next().unwrap();
+        }
+        let cookie = libc::telldir(dir);
+        let after: Vec<_> = std::iter::from_fn(next).collect();
+        libc::seekdir(dir, cookie);
+        let again: Vec<_> = std::iter::from_fn(next).collect();
+        assert_eq!(after, again);
+        assert_eq!(after.len(), 3002 - 1500);
+        libc::rewinddir(dir);
+        assert_eq!(std::iter::from_fn(next).count(), 3002);
+        libc::closedir(dir);
+    }
+}
+
+#[test]
+fn a_file_deleted_while_open_lives_on() {
+    let m = Mounted::new(CACHED);
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(m.at("f"))
+        .unwrap();
+    fs::remove_file(m.at("f")).unwrap();
+    file.write_all(b"still here").unwrap();
+    file.set_len(5).unwrap();
+    file.rewind().unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "still");
+    assert_eq!(file.metadata().unwrap().nlink(), 0);
+    file.set_permissions(fs::Permissions::from_mode(0o600))
+        .unwrap();
+}
+
+#[test]
+fn sparse_files_and_fallocate() {
+    let m = Mounted::new(CACHED);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(m.at("f"))
+        .unwrap();
+    file.write_all_at(&[1; 4096], 1 << 20).unwrap();
+    assert_eq!(lseek64(file.as_fd(), 0, Whence::SeekData), Ok(1 << 20));
+    assert_eq!(
+        lseek64(file.as_fd(), 1 << 20, Whence::SeekHole),
+        Ok((1 << 20) + 4096)
+    );
+    assert_eq!(
+        lseek64(file.as_fd(), 2 << 20, Whence::SeekData),
+        Err(Errno::ENXIO)
+    );
+    fallocate(
+        file.as_fd(),
+        FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        0,
+        8 << 20,
+    )
+    .unwrap();
+    assert_eq!(file.metadata().unwrap().len(), (1 << 20) + 4096);
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file.as_fd(), punch, 1 << 20, 4096).unwrap();
+    let mut page = [1; 4096];
+    file.read_exact_at(&mut page, 1 << 20).unwrap();
+    assert_eq!(page, [0; 4096]);
+    file.set_len(0).unwrap();
+    assert_eq!(fs::metadata(m.host("f")).unwrap().len(), 0);
+}
+
+#[test]
+fn ranges_are_copied_by_the_host() {
+    let m = Mounted::new(CACHED);
+    fs::write(m.at("a"), vec![7; 3 << 20]).unwrap();
+    fs::copy(m.at("a"), m.at("b")).unwrap();
+    assert_eq!(fs::read(m.host("b")).unwrap(), vec![7; 3 << 20]);
+    let asked = m
+        .engine
+        .stats()
+        .requests
+        .iter()
+        .any(|(name, _)| *name == "copy_file_range");
+    assert!(asked, "the kernel had copy_file_range do it");
+}
+
+fn map(file: &File, flags: libc::c_int) -> &'static mut [u8] {
+    // SAFETY: the mapping is new, 8192 bytes long, and never unmapped; the test does not grow or shrink the file.
+    unsafe {
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            8192,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(
+            start,
+            libc::MAP_FAILED,
+            "{}",
+            std::io::Error::last_os_error()
+        );
+        std::slice::from_raw_parts_mut(start.cast(), 8192)
+    }
+}
+
+#[test]
+fn mappings_shared_and_private() {
+    for cache in [NO_CACHE, CACHED] {
+        let m = Mounted::new(cache);
+        fs::write(m.at("f"), vec![b'a'; 8192]).unwrap();
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(m.at("f"))
+            .unwrap();
+        // An append handle must not turn the write-back of a mapping into an append.
+        let _append = File::options().append(true).open(m.at("f")).unwrap();
+        let shared = map(&file, libc::MAP_SHARED);
+        let private = map(&file, libc::MAP_PRIVATE);
+        private[0] = b'p';
+        shared[5000] = b's';
+        // SAFETY: the range is that of the mapping.
+        assert_eq!(
+            unsafe { libc::msync(shared.as_mut_ptr().cast(), 8192, libc::MS_SYNC) },
+            0
+        );
+        let host = fs::read(m.host("f")).unwrap();
+        assert_eq!((host.len(), host[0], host[5000]), (8192, b'a', b's'));
+    }
+}
+
+#[test]
+fn appends_land_at_the_end_that_the_host_knows() {
+    let m = Mounted::new(CACHED);
+    let mut guest = File::options()
+        .append(true)
+        .create(true)
+        .open(m.at("log"))
+        .unwrap();
+    let mut host = File::options().append(true).open(m.host("log")).unwrap();
+    for _ in 0..100 {
+        guest.write_all(b"guest\n").unwrap();
+        host.write_all(b"host\n").unwrap();
+    }
+    assert_eq!(fs::metadata(m.host("log")).unwrap().len(), 1100);
+}
+
+#[test]
+fn names_of_255_bytes_and_more_than_1024_open_files() {
+    let m = Mounted::new(CACHED);
+    let longest = "n".repeat(255);
+    fs::write(m.at(&longest), b"").unwrap();
+    assert!(m.host(&longest).exists());
+    let longer = fs::write(m.at(&"n".repeat(256)), b"").unwrap_err();
+    assert_eq!(longer.raw_os_error(), Some(libc::ENAMETOOLONG));
+    let files: Vec<File> = (0..5000)
+        .map(|number| File::create(m.at(&format!("f{number}"))).unwrap())
+        .collect();
+    assert!(m.engine.stats().handles >= 5000);
+    for (number, file) in files.iter().enumerate() {
+        file.write_all_at(number.to_string().as_bytes(), 0).unwrap();
+    }
+    assert_eq!(fs::read(m.host("f4999")).unwrap(), b"4999");
+}
+
+#[test]
+fn attributes_acls_and_capabilities() {
+    let m = Mounted::new(CACHED);
+    fs::write(m.at("f"), b"").unwrap();
+    let path = c_path(&m.at("f"));
+    let set = |name: &str, value: &[u8]| {
+        let name = CString::new(name).unwrap();
+        // SAFETY: the strings are NUL-terminated and value is readable for its length.
+        Errno::result(unsafe {
+            libc::setxattr(
+                path.as_ptr(),
+                name.as_ptr(),
+                value.as_ptr().cast(),
+                value.len(),
+                0,
+            )
+        })
+    };
+    set("user.colour", b"blue").unwrap();
+    assert_eq!(set("trusted.x", b"1"), Err(Errno::EOPNOTSUPP));
+    // cap_net_bind_service+ep, revision 2.
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    set("security.capability", &capability).unwrap();
+    let mut names = [0_u8; 256];
+    // SAFETY: names is writable for its length.
+    let length = unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    let listed = String::from_utf8_lossy(&names[..length as usize]).into_owned();
+    assert!(
+        listed.contains("user.colour\0") && listed.contains("security.capability\0"),
+        "{listed:?}"
+    );
+    let host = c_path(&m.host("f"));
+    // SAFETY: names is writable for its length.
+    let length = unsafe {
+        libc::getxattr(
+            host.as_ptr(),
+            c"user.colour".as_ptr(),
+            names.as_mut_ptr().cast(),
+            names.len(),
+        )
+    };
+    assert_eq!(&names[..length as usize], b"blue");
+    // A write drops the capability.
+    File::options()
+        .append(true)
+        .open(m.at("f"))
+        .unwrap()
+        .write_all(b"x")
+        .unwrap();
+    // SAFETY: names is writable for its length.
+    let gone = unsafe {
+        libc::getxattr(
+            host.as_ptr(),
+            c"security.capability".as_ptr(),
+            names.as_mut_ptr().cast(),
+            names.len(),
+        )
+    };
+    assert_eq!(gone, -1);
+}
+
+/// One ACL entry: tag, permissions, id.
+fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut bytes = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(permissions.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn access_control_lists_decide_and_are_inherited() {
+    let m = Mounted::new(CACHED);
+    fs::create_dir(m.at("d")).unwrap();
+    fs::set_permissions(m.at("d"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = c_path(&m.at("d"));
+    // user::rwx user:1000:rwx group::r-x mask::rwx other::r-x
+    let list = acl(&[
+        (1, 7, u32::MAX),
+        (2, 7, 1000),
+        (4, 5, u32::MAX),
+        (0x10, 7, u32::MAX),
+        (0x20, 5, u32::MAX),
+    ]);
+    for name in [c"system.posix_acl_access", c"system.posix_acl_default"] {
+        // SAFETY: the strings are NUL-terminated and the list is readable for its length.
+        let result = unsafe {
+            libc::setxattr(
+                path.as_ptr(),
+                name.as_ptr(),
+                list.as_ptr().cast(),
+                list.len(),
+                0,
+            )
+        };
+        Errno::result(result).unwrap();
+    }
+    shell_as(1000, 1000, &m.at("d"), "umask 077; echo x > by-acl");
+    let denied = std::panic::catch_unwind(|| shell_as(1001, 1001, &m.at("d"), "echo x > denied"));
+    assert!(denied.is_err());
+    // A default ACL takes the umask's place: the mask is what open's 0666 leaves of it.
+    assert_eq!(
+        fs::metadata(m.host("d/by-acl")).unwrap().mode() & 0o777,
+        0o664
+    );
+}
+
+#[test]
+fn what_a_user_makes_is_that_users() {
+    let m = Mounted::new(CACHED);
+    fs::set_permissions(m.at("."), fs::Permissions::from_mode(0o777)).unwrap();
+    shell_as(
+        1000,
+        1001,
+        m.point.path(),
+        "umask 027; echo x > f; mkdir d; ln -s x s; mkfifo p; touch d/g",
+    );
+    for (name, mode) in [("f", 0o640), ("d", 0o750), ("p", 0o640)] {
+        let host = fs::metadata(m.host(name)).unwrap();
+        assert_eq!(
+            (host.uid(), host.gid(), host.mode() & 0o777),
+            (1000, 1001, mode),
+            "{name}"
+        );
+    }
+    let link = fs::symlink_metadata(m.host("s")).unwrap();
+    assert_eq!((link.uid(), link.gid()), (1000, 1001));
+    fs::write(m.at("root"), b"").unwrap();
+    assert_eq!(fs::metadata(m.host("root")).unwrap().uid(), 0);
+    shell_as(
+        1000,
+        1001,
+        m.point.path(),
+        "! echo y 2>/dev/null > root; chmod 600 f; ! chown 0 f 2>/dev/null",
+    );
+    shell_as(
+        2000,
+        2000,
+        m.point.path(),
+        "! cat f 2>/dev/null; ! rm -f d/g 2>/dev/null",
+    );
+    assert!(m.host("d/g").exists());
+}
+
+#[test]
+fn set_id_bits_go_when_others_write_and_cannot_be_smuggled_in() {
+    let m = Mounted::new(CACHED);
+    fs::write(m.at("suid"), b"x").unwrap();
+    let mode = |name: &str| fs::metadata(m.host(name)).unwrap().mode() & 0o7777;
+    fs::set_permissions(m.at("suid"), fs::Permissions::from_mode(0o6777)).unwrap();
+    assert_eq!(mode("suid"), 0o6777);
+    // Root keeps them, others do not.
+    File::options()
+        .append(true)
+        .open(m.at("suid"))
+        .unwrap()
+        .write_all(b"y")
+        .unwrap();
+    assert_eq!(mode("suid"), 0o6777);
+    shell_as(1000, 1000, m.point.path(), "echo z >> suid");
+    assert_eq!(mode("suid"), 0o777);
+    fs::set_permissions(m.at("suid"), fs::Permissions::from_mode(0o6777)).unwrap();
+    shell_as(1000, 1000, m.point.path(), ": > suid");
+    assert_eq!(mode("suid"), 0o777);
+    // CVE-2022-0358: a file made in a set-group-id directory of a foreign group keeps no executable set-group-id bit.
+    fs::create_dir(m.at("shared")).unwrap();
+    std::os::unix::fs::chown(m.at("shared"), Some(0), Some(42)).unwrap();
+    fs::set_permissions(m.at("shared"), fs::Permissions::from_mode(0o2777)).unwrap();
+    shell_as(
+        1000,
+        1000,
+        &m.at("shared"),
+        "python3 -c 'import os; os.umask(0); os.close(os.open(\"f\", os.O_CREAT | os.O_WRONLY, 0o2777))'",
+    );
+    let made = fs::metadata(m.host("shared/f")).unwrap();
+    assert_eq!(
+        (made.uid(), made.gid(), made.mode() & 0o7777),
+        (1000, 42, 0o777)
+    );
+}
+
+#[test]
+fn pipes_and_sockets_are_the_guests_own() {
+    let m = Mounted::new(CACHED);
+    shell_as(
+        0,
+        0,
+        m.point.path(),
+        "mkfifo p; (echo through > p) & cat p > out; wait",
+    );
+    assert_eq!(fs::read(m.host("out")).unwrap(), b"through\n");
+    let _listener = std::os::unix::net::UnixListener::bind(m.at("socket")).unwrap();
+    let mut stream = std::os::unix::net::UnixStream::connect(m.at("socket")).unwrap();
+    stream.write_all(b"x").unwrap();
+    assert!(
+        fs::metadata(m.host("socket"))
+            .unwrap()
+            .file_type()
+            .is_socket()
+    );
+    let device = nix::sys::stat::makedev(1, 3);
+    let made = mknod(
+        &m.at("null"),
+        SFlag::S_IFCHR,
+        Mode::from_bits_truncate(0o666),
+        device,
+    );
+    assert_eq!(made, Err(Errno::EPERM));
+    mknod(&m.at("whiteout"), SFlag::S_IFCHR, Mode::empty(), 0).unwrap();
+}
+
+#[test]
+fn direct_io_needs_no_alignment_of_the_host() {
+    let m = Mounted::new(CACHED);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(m.at("f"))
+        .unwrap();
+    file.write_all_at(&[9; 1000], 3).unwrap();
+    let mut back = [0; 1000];
+    file.read_exact_at(&mut back, 3).unwrap();
+    assert_eq!(back, [9; 1000]);
+}
+
+#[test]
+fn large_files_arrive_intact() {
+    let m = Mounted::new(CACHED);
+    let mut seed = 1_u64;
+    let data: Vec<u8> = (0..(33 << 20) + 17)
+        .map(|_| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 56) as u8
+        })
+        .collect();
+    fs::write(m.at("big"), &data).unwrap();
+    assert!(fs::read(m.host("big")).unwrap() == data);
+    let mut file = File::open(m.at("big")).unwrap();
+    file.seek(SeekFrom::Start((20 << 20) + 5)).unwrap();
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).unwrap();
+    assert!(tail == data[(20 << 20) + 5..]);
+    let size = nix::sys::statvfs::statvfs(m.point.path()).unwrap();
+    assert!(size.blocks() > 0 && size.name_max() == 255);
+}
