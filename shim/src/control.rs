@@ -11,7 +11,9 @@ use nix::sys::socket::{
     sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::sys::watch;
 
 /// Why a packet could not be exchanged.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +58,7 @@ pub fn pair() -> Result<(Control, OwnedFd), Error> {
     let flags = nix::fcntl::OFlag::O_NONBLOCK;
     nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(flags))
         .map_err(|errno| io_error("set up")(errno.into()))?;
-    let ours = AsyncFd::register(ours).map_err(io_error("watch"))?;
+    let ours = watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(io_error("watch"))?;
     Ok((Control(ours), theirs))
 }
 
@@ -153,7 +155,7 @@ mod tests {
     #[tokio::test]
     async fn packets_keep_their_bounds_and_an_end_is_seen() {
         let (ours, theirs) = pair().unwrap();
-        let theirs = Control(AsyncFd::register(theirs).unwrap());
+        let theirs = Control(watch(theirs, Interest::READABLE | Interest::WRITABLE).unwrap());
         ours.send(&Request::Stats, &[]).await.unwrap();
         ours.send(&Request::Stop, &[0]).await.unwrap();
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));

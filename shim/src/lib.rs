@@ -1,9 +1,29 @@
 //! The pod on the host: one sandbox library under the front ends (the `bulkhead` command, and the containerd shim to come).
+//!
+//! ```text
+//! sandbox ─► ledger   every host resource, written down before it is taken
+//!         ─► cgroup   the pod's processes start in it
+//!         ─► rootfs   the share: what the guest may see of the host's files
+//!         ─► fs, vm   the two processes (peer, control), their requests and events
+//!         ─► agent    the guest's side of a container
+//! oci      config.json ─► what the agent is told, or a refusal by name
+//! io       a container's streams ─► anything
+//! ```
 
+pub mod agent;
 pub mod cgroup;
 pub mod config;
 pub mod control;
+pub mod fs;
+pub mod hooks;
 pub mod ids;
+pub mod io;
 pub mod ledger;
+pub mod logs;
 pub mod oci;
+pub mod peer;
+pub mod rootfs;
+pub mod sandbox;
 pub mod sys;
+pub mod timeline;
+pub mod vm;

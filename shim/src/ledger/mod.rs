@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The live owner holds an flock on the file, which the kernel drops when it dies, however it dies. [`gc`](collect) takes
-//! over the ledgers whose lock is free and replays them: in reverse order, past errors, without following a mount or a
+//! over the ledgers whose lock is free and replays them: processes first, else in reverse order, past errors, without following a mount or a
 //! symbolic link, without a recursive delete, and without a lazy unmount. What cannot be undone stays in the ledger.
 
 mod gc;
@@ -169,6 +169,37 @@ impl Ledger {
         Ok(ticket)
     }
 
+    /// Takes a name that must be unique on the host. `false`: another sandbox has it.
+    pub fn claim(&mut self, name: &str, holder: &str) -> Result<bool, Error> {
+        let claims = self.state.join(record::CLAIMS);
+        let path = claims.join(name);
+        if path.symlink_metadata().is_ok() {
+            return Ok(false);
+        }
+        let ticket = self.take(Resource::Claim {
+            path: path.clone(),
+            holder: holder.into(),
+        })?;
+        loop {
+            match fs::DirBuilder::new().mode(0o700).create(&claims) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(io_error("make the directory", &claims)(error));
+                }
+                _ => {}
+            }
+            match std::os::unix::fs::symlink(holder, &path) {
+                Ok(()) => return Ok(true),
+                // The last claim went away, and the directory with it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    self.release(ticket)?;
+                    return Ok(false);
+                }
+                Err(error) => return Err(io_error("make the claim", &path)(error)),
+            }
+        }
+    }
+
     /// Writes down that the resource has been given back, or was never got.
     pub fn release(&mut self, ticket: Ticket) -> Result<(), Error> {
         self.write(&Line::Release { id: ticket })?;
@@ -195,12 +226,20 @@ impl Ledger {
         self.held.iter().map(|entry| &entry.resource)
     }
 
-    /// Gives everything back, newest first, past errors; then removes the ledger and the sandbox' directory.
+    /// Gives everything back, processes first and else newest first, past errors; then removes the ledger and the sandbox' directory.
     ///
     /// What is left stays on record for a later `bulkhead gc`.
     pub fn teardown(mut self) -> Vec<Leftover> {
         let mut left = Vec::new();
-        let tickets: Vec<Ticket> = self.held.iter().rev().map(|entry| entry.id).collect();
+        // Processes first, then the cgroup that may hold ones not yet recorded: what they had open makes mounts busy.
+        let order = |entry: &Entry| match entry.resource {
+            Resource::Process { .. } => 0,
+            Resource::Cgroup { shared: false, .. } => 1,
+            _ => 2,
+        };
+        let mut entries: Vec<&Entry> = self.held.iter().rev().collect();
+        entries.sort_by_key(|entry| order(entry));
+        let tickets: Vec<Ticket> = entries.iter().map(|entry| entry.id).collect();
         for ticket in tickets {
             if let Err(leftover) = self.undo(ticket) {
                 left.push(leftover);
@@ -244,6 +283,22 @@ impl Ledger {
             return Err(io_error("write to", &path)(io::ErrorKind::WriteZero.into()));
         }
         Ok(())
+    }
+}
+
+/// The state directory by a path without symbolic links (`/var/run` is one on most hosts); it is made when missing.
+pub fn canonical_state(state: &Path) -> Result<PathBuf, Error> {
+    loop {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(state)
+            .map_err(io_error("make the directory", state))?;
+        match state.canonicalize() {
+            // Tidied away by the last pod to go.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other.map_err(io_error("find", state)),
+        }
     }
 }
 

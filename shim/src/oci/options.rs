@@ -121,7 +121,8 @@ const TABLE: &[(&str, Effect)] = &[
 /// Words of user space tools that mean nothing to the kernel (mount(8)).
 const IGNORED: &[&str] = &["_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"];
 
-/// The words that are known, for `bulkhead features`-like listings and the tests.
+/// All the words.
+#[cfg(test)]
 pub(super) fn known() -> impl Iterator<Item = &'static str> {
     TABLE.iter().map(|(word, _)| *word)
 }

@@ -1,0 +1,222 @@
+//! `bulkhead check`: what this host can do, proven where it can be.
+
+use std::path::Path;
+
+use bulkhead_shim::{
+    cgroup,
+    config::Config,
+    sandbox::{Parts, Request, Sandbox},
+};
+use serde::Serialize;
+
+use crate::{
+    failure::{self, Failure},
+    probe,
+};
+
+/// mount_setattr(2), cgroup.kill and CLONE_INTO_CGROUP need 5.7 to 5.14; 6.1 is what is tested.
+const OLDEST_KERNEL: (u32, u32) = (6, 1);
+/// The guest that proves a boot.
+const PROOF_MIB: u64 = 128;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One thing that a host must have.
+#[derive(Debug, Serialize)]
+struct Item {
+    name: &'static str,
+    ok: bool,
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+type Found = Result<String, (String, &'static str)>;
+
+fn item(name: &'static str, found: Found) -> Item {
+    match found {
+        Ok(found) => Item {
+            name,
+            ok: true,
+            found,
+            remedy: None,
+        },
+        Err((found, remedy)) => Item {
+            name,
+            ok: false,
+            found,
+            remedy: Some(remedy.into()),
+        },
+    }
+}
+
+pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
+    let mut items = vec![
+        item("root", root()),
+        item("kernel", kernel()),
+        item("cgroup", cgroups()),
+        item("namespaces", namespaces()),
+        item("parts", parts(config)),
+        item("kvm", kvm(&config.kvm_device)),
+    ];
+    if items.last().is_some_and(|kvm| kvm.ok) {
+        items.push(item("kvm speed", speed(&config.kvm_device)));
+    }
+    // A guest that is interpreted takes minutes to fail, and without the rest it cannot begin.
+    items.push(match items.iter().all(|item| item.ok) {
+        true => item("guest", guest(config)),
+        false => item("guest", Err(("not tried".into(), "mend the above first"))),
+    });
+    let missing = items.iter().any(|item| !item.ok);
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&items)?);
+    } else {
+        for item in &items {
+            let verdict = if item.ok { "ok" } else { "MISSING" };
+            println!("{:<12}{verdict:<9}{}", item.name, item.found);
+            if let Some(remedy) = &item.remedy {
+                println!("{:<21}-> {remedy}", "");
+            }
+        }
+    }
+    Ok(u8::from(missing))
+}
+
+fn root() -> Found {
+    match nix::unistd::geteuid().is_root() {
+        true => Ok("running as root".into()),
+        false => Err((
+            "not running as root".into(),
+            "run it as root: mounts, cgroups and namespaces need it",
+        )),
+    }
+}
+
+fn kernel() -> Found {
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let version = match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => (0, 0),
+    };
+    match version >= OLDEST_KERNEL {
+        true => Ok(format!("Linux {release}")),
+        false => Err((format!("Linux {release}"), "install Linux 6.1 or newer")),
+    }
+}
+
+fn cgroups() -> Found {
+    cgroup::require_v2().map_err(|error| {
+        (
+            error.to_string(),
+            "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on /sys/fs/cgroup",
+        )
+    })?;
+    let path = Path::new(cgroup::ROOT).join("cgroup.controllers");
+    let controllers = std::fs::read_to_string(path).unwrap_or_default();
+    let missing: Vec<&str> = ["cpu", "memory", "io", "pids"]
+        .into_iter()
+        .filter(|name| !controllers.split_ascii_whitespace().any(|word| word == *name))
+        .collect();
+    match missing.is_empty() {
+        true => Ok(format!("version 2 with {}", controllers.trim())),
+        false => Err((
+            format!("version 2 without {}", missing.join(", ")),
+            "enable these controllers in the host's kernel, or hand them down to this cgroup",
+        )),
+    }
+}
+
+fn namespaces() -> Found {
+    let needed = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
+    let is_missing = |name: &&str| !Path::new("/proc/self/ns").join(name).exists();
+    match needed.iter().find(|name| is_missing(name)) {
+        None => Ok(needed.join(" ")),
+        Some(name) => Err((
+            format!("the kernel has no {name} namespaces"),
+            "use a kernel that is built with all namespaces",
+        )),
+    }
+}
+
+fn parts(config: &Config) -> Found {
+    const REMEDY: &str = "install all parts of bulkhead, or name them in the configuration";
+    let installed = config.installed().map_err(|error| (failure::line(&error), REMEDY))?;
+    for path in [&installed.vmm, &installed.kernel, &installed.initramfs] {
+        if !path.is_file() {
+            return Err((format!("no file {}", path.display()), REMEDY));
+        }
+    }
+    let directory = installed.vmm.parent().unwrap_or(Path::new("/"));
+    Ok(format!("in {}", directory.display()))
+}
+
+fn kvm(device: &Path) -> Found {
+    const REMEDY: &str = "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or choose a machine with nested virtualisation";
+    match std::fs::File::options().read(true).write(true).open(device) {
+        Ok(_) => Ok(format!("{} opens", device.display())),
+        Err(error) => Err((format!("{}: {error}", device.display()), REMEDY)),
+    }
+}
+
+fn speed(device: &Path) -> Found {
+    const REMEDY: &str = "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation";
+    let speed = probe::measure(device).map_err(|error| (error, REMEDY))?;
+    let text = format!(
+        "kernel mode runs at {:.0} M loops/s in a guest, {:.0} M here",
+        speed.guest / 1e6,
+        speed.host / 1e6
+    );
+    match speed.is_native() {
+        true => Ok(text),
+        false => Err((text, REMEDY)),
+    }
+}
+
+/// Boots the product's kernel and agent.
+fn guest(config: &Config) -> Found {
+    let boot = || -> Result<String, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| error.to_string())?;
+        runtime.block_on(boot(config))
+    };
+    boot().map_err(|error| (error, "see `bulkhead run --debug --serial FILE` for what the guest did"))
+}
+
+async fn boot(config: &Config) -> Result<String, String> {
+    let line = |error: bulkhead_shim::sandbox::Error| failure::line(&error);
+    let parts = Parts::open(config).map_err(line)?;
+    let id = format!("check-{}", std::process::id());
+    let request = Request {
+        namespace: "check",
+        id: &id,
+        vcpus: 1,
+        memory_mib: PROOF_MIB,
+        cgroups_path: None,
+        host_limits: &[],
+        serial: None,
+    };
+    let start = std::time::Instant::now();
+    let sandbox = Sandbox::launch(config, &parts, request).await.map_err(line)?;
+    let ready = sandbox.ready("check").await;
+    let took = start.elapsed();
+    let left = match &ready {
+        Ok(_) => sandbox.stop().await,
+        Err(_) => sandbox.abort().await,
+    };
+    let ready = ready.map_err(line)?;
+    if let Some(leftover) = left.first() {
+        return Err(format!("it ran, but left {leftover}"));
+    }
+    let release = bulkhead_shim::logs::printable(&ready.kernel_release);
+    Ok(format!("Linux {release} was ready in {} ms", took.as_millis()))
+}

@@ -1,0 +1,88 @@
+//! The one line that says why Bulkhead failed, and its exit code (docs/operations.md has the table).
+
+use std::error::Error;
+
+/// Bulkhead itself failed.
+pub const OWN: u8 = 125;
+/// The container's program cannot be executed.
+pub const NOT_EXECUTABLE: u8 = 126;
+/// The container's program was not found.
+pub const NOT_FOUND: u8 = 127;
+
+/// What to print, and how to exit.
+#[derive(Debug)]
+pub struct Failure {
+    /// Exit code.
+    pub code: u8,
+    line: String,
+    details: Vec<String>,
+}
+
+impl Failure {
+    /// A failure of ours.
+    pub fn new(line: impl Into<String>) -> Failure {
+        Failure {
+            code: OWN,
+            line: line.into(),
+            details: Vec::new(),
+        }
+    }
+
+    /// With another code.
+    pub fn with_code(mut self, code: u8) -> Failure {
+        self.code = code;
+        self
+    }
+
+    /// With lines that come after the one, indented: a guest's last words.
+    pub fn with_details(mut self, details: &[String]) -> Failure {
+        self.details = details.to_vec();
+        self
+    }
+
+    /// To standard error.
+    pub fn print(&self) {
+        use std::io::Write;
+        let mut text = format!("bulkhead: {}\n", self.line);
+        for detail in &self.details {
+            text += &format!("  | {detail}\n");
+        }
+        // There is nowhere to report a closed standard error to.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+}
+
+/// An error with its causes, on one line. A cause that its error has quoted already is not repeated.
+pub fn line(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text.replace('\n', " ")
+}
+
+impl<E: Error> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::new(line(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot read /x")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn causes_follow_on_the_same_line() {
+        let error = Outer(std::io::Error::from_raw_os_error(2));
+        assert_eq!(line(&error), "cannot read /x: No such file or directory (os error 2)");
+    }
+}

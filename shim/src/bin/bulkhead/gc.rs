@@ -1,0 +1,47 @@
+//! `bulkhead gc`.
+
+use bulkhead_shim::{config::Config, ledger};
+
+use crate::failure::Failure;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only say what would be given back
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
+    let Ok(state) = config.state_dir.canonicalize() else {
+        // No pod has run since the host started.
+        if arguments.json {
+            println!("[]");
+        }
+        return Ok(0);
+    };
+    let collected = ledger::collect(&state, arguments.dry_run)?;
+    if arguments.json {
+        let text = serde_json::to_string_pretty(&collected).expect("made of strings and numbers");
+        println!("{text}");
+    } else {
+        for sandbox in &collected {
+            let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
+            match arguments.dry_run {
+                true => println!("{name}: its owner is dead; it holds {} resources", sandbox.held.len()),
+                false => println!(
+                    "{name}: gave back {} of {} resources",
+                    sandbox.held.len().saturating_sub(sandbox.left.len()),
+                    sandbox.held.len()
+                ),
+            }
+            if arguments.dry_run {
+                sandbox.held.iter().for_each(|resource| println!("  {resource}"));
+            }
+            sandbox.left.iter().for_each(|leftover| println!("  left: {leftover}"));
+        }
+    }
+    Ok(u8::from(collected.iter().any(|sandbox| !sandbox.left.is_empty())))
+}

@@ -1,0 +1,114 @@
+//! `bulkhead`: runs an OCI bundle in a microVM, says what a host can do, and tidies up after the dead.
+
+mod check;
+mod failure;
+mod gc;
+mod probe;
+mod run;
+mod signals;
+mod terminal;
+mod version;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use bulkhead_shim::{config::Config, timeline::now_ns};
+use clap::{Parser, Subcommand};
+
+use failure::Failure;
+
+const ABOUT: &str = "Runs OCI containers, each in a small virtual machine with a kernel of its own.";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0..255   of `run`: the container's; 128 + N when signal N ended it
+  125      Bulkhead itself failed; one line on standard error says why
+  126      the container's program cannot be executed
+  127      the container's program was not found
+  1        of `check`: this host lacks something; of `gc`: something is left
+
+Files:
+  /etc/bulkhead/config.toml            configuration, optional
+  /run/bulkhead/NAMESPACE/SANDBOX      ledger and mounts of a pod
+  PREFIX/libexec/bulkhead              bulkhead-vmm, vmlinux, initramfs";
+
+#[derive(Parser)]
+#[command(name = "bulkhead", about = ABOUT, after_help = EXIT_CODES, disable_version_flag = true)]
+struct Cli {
+    /// Read this configuration instead of /etc/bulkhead/config.toml
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    /// Log what happens to standard error, with the lines of the VMM, the fs process and the agent
+    #[arg(long, global = true)]
+    debug: bool,
+    /// Print the versions and build ids of all parts
+    #[arg(long)]
+    version: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the container of an OCI bundle in a new microVM, and exit with its status
+    Run(run::Arguments),
+    /// Say what this host can do, with a remedy for each missing thing; runs a small guest
+    Check(check::Arguments),
+    /// Give back what pods held whose owner is dead
+    Gc(gc::Arguments),
+}
+
+fn main() -> ExitCode {
+    let began_ns = now_ns();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help is no failure; clap knows which stream each belongs to.
+            let _ = error.print();
+            return match error.use_stderr() {
+                true => ExitCode::from(failure::OWN),
+                false => ExitCode::SUCCESS,
+            };
+        }
+    };
+    log_to_stderr(cli.debug);
+    let code = match act(cli, began_ns) {
+        Ok(code) => code,
+        Err(failure) => {
+            terminal::restore();
+            failure.print();
+            failure.code
+        }
+    };
+    terminal::restore();
+    // Not by returning: a thread may sit in a read of standard input for ever.
+    std::process::exit(code.into());
+}
+
+fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
+    let config = Config::load(cli.config.as_deref())?;
+    if cli.version {
+        return version::print(&config);
+    }
+    match cli.command {
+        Some(Command::Run(arguments)) => run::run(&arguments, &config, began_ns),
+        Some(Command::Check(arguments)) => check::check(&arguments, &config),
+        Some(Command::Gc(arguments)) => gc::gc(&arguments, &config),
+        None => Err(Failure::new("what to do? See `bulkhead --help`")),
+    }
+}
+
+/// Warnings always; with `--debug` everything of ours.
+fn log_to_stderr(debug: bool) {
+    let filter = match debug {
+        true => "warn,bulkhead_shim=debug,bulkhead=debug",
+        false => "error,bulkhead_shim=warn,bulkhead=warn",
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .with_ansi(false)
+        .init();
+}

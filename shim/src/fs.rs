@@ -1,0 +1,150 @@
+//! The fs process: `bulkhead-vmm fs`, which alone serves the pod's share.
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
+
+use crate::{
+    config, control,
+    ledger::Ledger,
+    logs::printable,
+    peer::{self, Peer, Place},
+};
+
+/// Why the share cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process could not be started.
+    #[error(transparent)]
+    Peer(#[from] peer::Error),
+    /// The control socket broke.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// It said why it cannot go on.
+    #[error("{0}")]
+    Failed(String),
+    /// It died without a word.
+    #[error("the file share's process died{death}{line}")]
+    Died {
+        /// How.
+        death: String,
+        /// Its last log line.
+        line: String,
+    },
+    /// It said no, or something unexpected.
+    #[error("the file share's process refused {request}: {reason}")]
+    Refused {
+        /// What was asked.
+        request: &'static str,
+        /// Its words.
+        reason: String,
+    },
+}
+
+/// The fs process. One request at a time.
+#[derive(Debug)]
+pub struct Fs {
+    peer: Peer,
+    exchange: tokio::sync::Mutex<()>,
+}
+
+impl Fs {
+    /// Starts it and sends its configuration; [`Fs::serving`] waits for it.
+    pub async fn start(
+        place: Place<'_>,
+        share: &Path,
+        settings: &config::Share,
+        socket: OwnedFd,
+        ledger: &mut Ledger,
+    ) -> Result<Fs, Error> {
+        let peer = Peer::start(place, "fs", ledger)?;
+        let config = FsConfig {
+            version: WIRE_VERSION,
+            sandbox_id: place.sandbox.into(),
+            share: share.to_string_lossy().into_owned(),
+            socket: Fd(0),
+            queues: settings.queues,
+            cache: CachePolicy {
+                entry_ms: settings.entry_ms,
+                attr_ms: settings.attr_ms,
+                keep_data: settings.keep_data,
+            },
+            max_inodes: settings.max_inodes,
+            max_handles: settings.max_handles,
+            log: Fd(1),
+        };
+        let fds = [socket.as_raw_fd(), peer.log.as_raw_fd()];
+        let fs = Fs {
+            peer,
+            exchange: tokio::sync::Mutex::new(()),
+        };
+        match fs.peer.control.send(&config, &fds).await {
+            Ok(()) => Ok(fs),
+            Err(control::Error::Io { .. }) => Err(fs.gone().await),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until its jail is closed and it can serve.
+    pub async fn serving(&self) -> Result<(), Error> {
+        let _turn = self.exchange.lock().await;
+        match self.receive().await? {
+            FsEvent::Serving => Ok(()),
+            other => Err(refused("to serve", &other)),
+        }
+    }
+
+    /// Closes everything at and beneath `tree` (relative to the share), so that it can be unmounted.
+    pub async fn detach(&self, tree: &str) -> Result<(), Error> {
+        let _turn = self.exchange.lock().await;
+        let request = FsRequest::Detach { tree: tree.into() };
+        match self.peer.control.send(&request, &[]).await {
+            Ok(()) => {}
+            Err(control::Error::Io { .. }) => return Err(self.gone().await),
+            Err(error) => return Err(error.into()),
+        }
+        match self.receive().await? {
+            FsEvent::Detached { .. } => Ok(()),
+            other => Err(refused("to detach a tree", &other)),
+        }
+    }
+
+    /// Waits for its end: an error that tells how.
+    pub async fn gone(&self) -> Error {
+        // Its last words may still be in the socket.
+        loop {
+            match self.peer.control.receive::<FsEvent>().await {
+                Ok(Some(FsEvent::Failed { reason })) => return Error::Failed(printable(&reason)),
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break,
+            }
+        }
+        let death = self.peer.death().await;
+        Error::Died {
+            death: death.map_or(String::new(), |death| format!(" by {death}")),
+            line: match self.peer.tail.lines().last() {
+                Some(line) => format!(": {line}"),
+                None => String::new(),
+            },
+        }
+    }
+
+    async fn receive(&self) -> Result<FsEvent, Error> {
+        match self.peer.control.receive().await? {
+            Some(FsEvent::Failed { reason }) => Err(Error::Failed(printable(&reason))),
+            Some(event) => Ok(event),
+            None => Err(self.gone().await),
+        }
+    }
+}
+
+fn refused(request: &'static str, event: &FsEvent) -> Error {
+    let reason = match event {
+        FsEvent::Refused { reason } => printable(reason),
+        other => format!("its answer is {other:?}"),
+    };
+    Error::Refused { request, reason }
+}

@@ -1,0 +1,474 @@
+//! A pod: one virtual machine with everything that it takes on the host.
+//!
+//! ```text
+//! launch ──► (booting: the host goes on preparing) ──► ready ──► containers ... ──► stop
+//!    │                      │                            │
+//!    └── error: undone ─────┴─────────── abort ◄─────────┘
+//! ```
+//!
+//! Every step writes the ledger first, so that [`Sandbox::stop`], [`Sandbox::abort`] and, when this process is killed,
+//! `bulkhead gc` all end in the same replay.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
+use bulkhead_vmm_config::{Phase, Stamp, port};
+
+use crate::{
+    agent::{self, Agent},
+    cgroup::{self, Cgroup},
+    config::{self, Config},
+    fs::{self, Fs},
+    io as streams,
+    ledger::{self, Ledger, Leftover, Resource},
+    logs::{self, Tail},
+    oci::Plan,
+    peer::Place,
+    rootfs::{self, Share},
+    vm::{self, Hardware, Vm},
+};
+
+/// The virtio-fs tag of the share.
+const SHARE_TAG: &str = "share";
+/// How long the guest may take to sync and power off, and the VMM to end.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// How long the machine's own words may take after its connection broke.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Why there is no pod, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a regular file, or not there.
+    #[error("cannot use the {what} {path}; {remedy}")]
+    File {
+        /// What it is for.
+        what: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// A record.
+    #[error(transparent)]
+    Ledger(#[from] ledger::Error),
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// A limit that the host's cgroup does not take.
+    #[error("cannot set {name} = {value:?} on the pod's cgroup")]
+    Limit {
+        /// The control file.
+        name: String,
+        /// The value.
+        value: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The share.
+    #[error(transparent)]
+    Share(#[from] rootfs::Error),
+    /// The fs process.
+    #[error(transparent)]
+    Fs(#[from] fs::Error),
+    /// The machine.
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] agent::Error),
+    /// A socketpair.
+    #[error("cannot make a stream")]
+    Stream(#[source] io::Error),
+    /// No uid is free.
+    #[error("all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`")]
+    NoUid {
+        /// `uid_base`.
+        base: u32,
+        /// `uid_count`.
+        count: u32,
+    },
+    /// The guest took too long.
+    #[error("the guest was not ready within {secs} s: it {reached}{last}; boot_timeout_secs in the configuration is the limit")]
+    Timeout {
+        /// The limit.
+        secs: u64,
+        /// How far the boot got.
+        reached: &'static str,
+        /// `: ` and the last line, or nothing.
+        last: String,
+        /// The last lines of the console.
+        console: Vec<String>,
+    },
+}
+
+impl Error {
+    /// The guest's last words, where the error comes from its end.
+    pub fn last_lines(&self) -> &[String] {
+        match self {
+            Error::Vm(vm::Error::Gone(end)) => end.last_lines(),
+            Error::Timeout { console, .. } => console,
+            _ => &[],
+        }
+    }
+}
+
+/// What a machine is made from, opened before anything is taken.
+#[derive(Debug)]
+pub struct Parts {
+    executable: PathBuf,
+    kvm: File,
+    kernel: File,
+    initrd: File,
+}
+
+impl Parts {
+    /// Opens the device and the installed files.
+    pub fn open(config: &Config) -> Result<Parts, Error> {
+        const REINSTALL: &str = "install all parts of bulkhead again, or name it in the configuration";
+        let installed = config.installed()?;
+        regular("virtual machine monitor", &installed.vmm, REINSTALL)?;
+        let kvm = File::options().read(true).write(true).open(&config.kvm_device);
+        Ok(Parts {
+            kvm: kvm.map_err(|source| Error::File {
+                what: "KVM device",
+                path: config.kvm_device.clone(),
+                remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
+                source,
+            })?,
+            kernel: regular("guest kernel", &installed.kernel, REINSTALL)?,
+            initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
+            executable: installed.vmm,
+        })
+    }
+}
+
+fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
+    let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+    });
+    opened.map_err(|source| Error::File {
+        what,
+        path: path.into(),
+        remedy,
+        source,
+    })
+}
+
+/// What is asked for.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// Whose pods they are; `default` for the command.
+    pub namespace: &'a str,
+    /// Unique in the namespace.
+    pub id: &'a str,
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mib: u64,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: Option<&'a Path>,
+    /// Control files of the pod's cgroup.
+    pub host_limits: &'a [(String, String)],
+    /// Where a debugging console of the guest goes.
+    pub serial: Option<OwnedFd>,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Sandbox {
+    id: String,
+    boot_timeout: Duration,
+    ledger: Ledger,
+    share: Share,
+    fs: Fs,
+    vm: Vm,
+    agent: Agent,
+    agent_log: Tail,
+    next_port: u32,
+    // Last: its directory must be open until the processes are gone.
+    _cgroup: Cgroup,
+}
+
+impl Sandbox {
+    /// Takes what a pod takes and starts its processes. The guest boots while the caller goes on.
+    ///
+    /// # Errors
+    /// Everything taken has been given back; what could not is in the ledger for `bulkhead gc`.
+    pub async fn launch(
+        config: &Config,
+        parts: &Parts,
+        request: Request<'_>,
+    ) -> Result<Sandbox, Error> {
+        cgroup::require_v2()?;
+        let place = cgroup::place(request.cgroups_path, request.namespace, request.id)?;
+        let state = ledger::canonical_state(&config.state_dir)?;
+        let mut ledger = Ledger::create(&state, request.namespace, request.id)?;
+        match Taken::take(config, parts, &request, &place, &mut ledger).await {
+            Ok(taken) => Ok(Sandbox {
+                id: request.id.into(),
+                boot_timeout: config.boot_timeout(),
+                ledger,
+                share: taken.share,
+                fs: taken.fs,
+                vm: taken.vm,
+                agent: taken.agent,
+                agent_log: taken.agent_log,
+                next_port: port::FIRST_STREAM,
+                _cgroup: taken.cgroup,
+            }),
+            Err(error) => {
+                report(&ledger.teardown());
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until the guest's agent answers.
+    pub async fn ready(&self, hostname: &str) -> Result<StartSandboxResponse, Error> {
+        let answer = async {
+            match self.agent.start_sandbox(&self.id, hostname, SHARE_TAG).await {
+                // A broken connection: the machine's own words say why.
+                Err(agent::Error::Lost { call, reason }) => {
+                    match tokio::time::timeout(LAST_WORDS, self.trouble()).await {
+                        Ok(error) => Err(error),
+                        Err(_) => Err(agent::Error::Lost { call, reason }.into()),
+                    }
+                }
+                other => Ok(other?),
+            }
+        };
+        let served = async {
+            match self.fs.serving().await {
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
+            }
+        };
+        tokio::select! {
+            answer = answer => answer,
+            error = served => Err(error.into()),
+            end = self.vm.ended() => Err(vm::Error::Gone(end).into()),
+            () = tokio::time::sleep(self.boot_timeout) => Err(self.too_slow().await),
+        }
+    }
+
+    /// Stops the machine to get the guest's console, and says how far it came.
+    async fn too_slow(&self) -> Error {
+        let stamps = self.vm.stamps();
+        let has = |phase| stamps.iter().any(|stamp: &Stamp| stamp.phase == phase);
+        let reached = match () {
+            () if has(Phase::AgentDialled) => "reached its agent, which dialled but did not answer",
+            () if has(Phase::Init) => "reached its agent, which did not dial",
+            () if has(Phase::FirstInstruction) => "ran, but its kernel did not reach the agent",
+            () if has(Phase::VmmStart) => "was not started by the virtual machine monitor",
+            () => "was not reached: the virtual machine monitor did not begin",
+        };
+        let _ = self.vm.stop().await;
+        let mut console = match tokio::time::timeout(LAST_WORDS, self.vm.ended()).await {
+            Ok(end) => end.last_lines().to_vec(),
+            Err(_) => Vec::new(),
+        };
+        console.extend(self.agent_log.lines());
+        Error::Timeout {
+            secs: self.boot_timeout.as_secs(),
+            reached,
+            last: console.last().map_or(String::new(), |line| format!(": {line}")),
+            console,
+        }
+    }
+
+    /// Waits until the pod cannot go on, and tells why.
+    pub async fn trouble(&self) -> Error {
+        tokio::select! {
+            end = self.vm.ended() => vm::Error::Gone(end).into(),
+            error = self.fs.gone() => error.into(),
+        }
+    }
+
+    /// The VMM's pid.
+    pub fn pid(&self) -> i32 {
+        self.vm.pid()
+    }
+
+    /// The phases of the boot so far.
+    pub fn stamps(&self) -> Vec<Stamp> {
+        self.vm.stamps()
+    }
+
+    /// The agent, for calls about containers.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Puts a container's files into the share. The guest need not be ready.
+    pub fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
+        Ok(self.share.add(&mut self.ledger, container, &plan.root, &plan.binds)?)
+    }
+
+    /// A stream that the guest may dial: its port, and our end.
+    pub async fn stream(&mut self) -> Result<(u32, UnixStream), Error> {
+        let (ours, theirs) = streams::stream().map_err(Error::Stream)?;
+        let port = self.next_port;
+        self.next_port += 1;
+        self.vm.offer_port(port, theirs).await?;
+        Ok((port, ours))
+    }
+
+    /// Makes a placed container in the guest, up to the point before exec.
+    pub async fn create_container(
+        &self,
+        container: &str,
+        spec: wire::Container,
+        stdio: wire::Stdio,
+    ) -> Result<(), Error> {
+        let request = wire::CreateContainerRequest {
+            container_id: container.into(),
+            spec: Some(spec).into(),
+            stdio: Some(stdio).into(),
+            ..wire::CreateContainerRequest::default()
+        };
+        Ok(self.agent.create_container(&request).await?)
+    }
+
+    /// Forgets an exited container in the guest and takes its files out of the share.
+    pub async fn remove_container(&mut self, container: &str) -> Result<(), Error> {
+        self.agent.delete(container).await?;
+        Ok(self.share.remove(&mut self.ledger, container, &self.fs).await?)
+    }
+
+    /// Powers the guest off and gives everything back. What is left stays in the ledger.
+    pub async fn stop(self) -> Vec<Leftover> {
+        let farewell = async {
+            if let Err(error) = self.agent.shutdown(FAREWELL).await {
+                tracing::warn!(sandbox = %self.id, %error, "the guest refused to power off");
+                return;
+            }
+            self.vm.ended().await;
+        };
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::warn!(sandbox = %self.id, "the guest did not power off in time and is stopped");
+        }
+        self.abort().await
+    }
+
+    /// Gives everything back without asking the guest.
+    pub async fn abort(self) -> Vec<Leftover> {
+        let left = self.ledger.teardown();
+        report(&left);
+        left
+    }
+}
+
+fn report(left: &[Leftover]) {
+    for leftover in left {
+        tracing::warn!("cannot give back {leftover}");
+    }
+}
+
+/// What [`Sandbox::launch`] takes, in this order.
+struct Taken {
+    share: Share,
+    cgroup: Cgroup,
+    fs: Fs,
+    vm: Vm,
+    agent: Agent,
+    agent_log: Tail,
+}
+
+impl Taken {
+    async fn take(
+        config: &Config,
+        parts: &Parts,
+        request: &Request<'_>,
+        cgroup: &Path,
+        ledger: &mut Ledger,
+    ) -> Result<Taken, Error> {
+        let uid = claim_uid(config, request, ledger)?;
+        let share = Share::create(ledger)?;
+        let cgroup = Cgroup::create(ledger, cgroup)?;
+        for (name, value) in request.host_limits {
+            cgroup.write(name, value).map_err(|source| Error::Limit {
+                name: name.clone(),
+                value: value.clone(),
+                source,
+            })?;
+        }
+        let place = Place {
+            sandbox: request.id,
+            executable: &parts.executable,
+            cgroup: cgroup.as_fd(),
+        };
+        let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
+        let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
+        let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
+        // The machine first: it has the longest way to go before it needs the other one.
+        let hardware = Hardware {
+            vcpus: request.vcpus,
+            memory_mib: request.memory_mib,
+            kvm: parts.kvm.as_fd(),
+            kernel: parts.kernel.as_fd(),
+            initrd: parts.initrd.as_fd(),
+            kernel_arguments: config.kernel_arguments.clone(),
+            ports: vec![(port::AGENT, rpc_guest), (port::LOG, log_guest)],
+            share: (SHARE_TAG.into(), front.into(), config.share.queues),
+            serial: request.serial.as_ref().map(AsFd::as_fd),
+            uid,
+        };
+        let vm = Vm::start(place, hardware, ledger).await?;
+        let fs = Fs::start(place, share.path(), &config.share, back.into(), ledger).await?;
+        log.set_nonblocking(true).map_err(Error::Stream)?;
+        let log = tokio::net::UnixStream::from_std(log).map_err(Error::Stream)?;
+        Ok(Taken {
+            share,
+            cgroup,
+            fs,
+            vm,
+            agent: Agent::new(rpc)?,
+            agent_log: logs::follow(request.id, "agent", log),
+        })
+    }
+}
+
+/// A uid of its own for each VMM, so that one that is broken out of its jail cannot touch another one's process.
+fn claim_uid(config: &Config, request: &Request<'_>, ledger: &mut Ledger) -> Result<u32, Error> {
+    let holder = format!("{}/{}", request.namespace, request.id);
+    // FNV-1a: pods spread over the range, so that the first try is nearly always free.
+    let hash = holder.bytes().fold(0x811c_9dc5u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    for step in 0..config.uid_count {
+        let offset = (u64::from(hash) + u64::from(step)) % u64::from(config.uid_count);
+        let uid = config.uid_base + offset as u32;
+        if ledger.claim(&format!("uid-{uid}"), &holder)? {
+            return Ok(uid);
+        }
+    }
+    Err(Error::NoUid {
+        base: config.uid_base,
+        count: config.uid_count,
+    })
+}
+
+/// For tests and front ends: the resources that a pod holds now.
+impl Sandbox {
+    /// What the ledger names, oldest first.
+    pub fn held(&self) -> impl Iterator<Item = &Resource> {
+        self.ledger.held()
+    }
+}

@@ -1,0 +1,361 @@
+//! The machine: `bulkhead-vmm run`, its requests and its events.
+//!
+//! ```text
+//! starting ── Running ──► running ── Ended ──► gone (process collected)
+//!    │                       │
+//!    └────────── Failed, or dead without a word ──► gone
+//! ```
+
+use std::{
+    collections::VecDeque,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex},
+};
+
+use bulkhead_vmm_config::{
+    Event, Fd, FsDevice, GuestEnd, PortOffer, Request, SerialConsole, Stamp, VmConfig, VmStats,
+    WIRE_VERSION,
+};
+use tokio::sync::{oneshot, watch};
+
+use crate::{
+    control,
+    ledger::Ledger,
+    logs::printable,
+    peer::{self, Peer, Place},
+    sys::process::Death,
+};
+
+/// Why the machine cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process could not be started.
+    #[error(transparent)]
+    Peer(#[from] peer::Error),
+    /// The control socket broke.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// The machine is gone.
+    #[error("{0}")]
+    Gone(End),
+    /// It said no.
+    #[error("the virtual machine refused {request}: {reason}")]
+    Refused {
+        /// What was asked.
+        request: &'static str,
+        /// Its words.
+        reason: String,
+    },
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest ended.
+    Guest {
+        /// How.
+        end: GuestEnd,
+        /// Its last console lines, made printable.
+        console: Vec<String>,
+        /// Counters.
+        stats: Box<VmStats>,
+    },
+    /// The VMM said why it could not go on.
+    Failed {
+        /// Its words.
+        reason: String,
+    },
+    /// The VMM died without a word.
+    Died {
+        /// How, when we could collect it.
+        death: Option<Death>,
+        /// Its last log lines.
+        log: Vec<String>,
+    },
+}
+
+impl End {
+    /// The last lines of the guest's console, or of the VMM's log.
+    pub fn last_lines(&self) -> &[String] {
+        match self {
+            End::Guest { console, .. } => console,
+            End::Failed { .. } => &[],
+            End::Died { log, .. } => log,
+        }
+    }
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            End::Guest { end, console, .. } => {
+                f.write_str(match end {
+                    GuestEnd::PowerOff => "the guest powered off",
+                    GuestEnd::Reboot => "the guest rebooted",
+                    GuestEnd::Panic => "the guest's kernel panicked",
+                    GuestEnd::TripleFault => "the guest stopped by a triple fault",
+                    GuestEnd::Stopped => "the virtual machine was stopped",
+                    GuestEnd::KvmError => "KVM could not go on running the guest",
+                })?;
+                let telling = console.iter().rev().find(|line| line.contains("Kernel panic"));
+                match telling.or(console.last()) {
+                    Some(line) => write!(f, ": {line}"),
+                    None => Ok(()),
+                }
+            }
+            End::Failed { reason } => write!(f, "{reason}"),
+            End::Died { death, log } => {
+                f.write_str("the virtual machine's process died")?;
+                if let Some(death) = death {
+                    write!(f, " by {death}")?;
+                }
+                match log.last() {
+                    Some(line) => write!(f, ": {line}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// What the machine is made of.
+pub struct Hardware<'a> {
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mib: u64,
+    /// `/dev/kvm`.
+    pub kvm: BorrowedFd<'a>,
+    /// vmlinux.
+    pub kernel: BorrowedFd<'a>,
+    /// The initial RAM file system.
+    pub initrd: BorrowedFd<'a>,
+    /// Appended to the kernel's command line.
+    pub kernel_arguments: Vec<String>,
+    /// (port, end of a socketpair) that the guest may dial from the start.
+    pub ports: Vec<(u32, OwnedFd)>,
+    /// Front end of the share: (tag, vhost-user socket, request queues).
+    pub share: (String, OwnedFd, u32),
+    /// Where a debugging console goes.
+    pub serial: Option<BorrowedFd<'a>>,
+    /// The user and the group that the process becomes.
+    pub uid: u32,
+}
+
+type Answer = oneshot::Sender<Result<Option<VmStats>, String>>;
+
+#[derive(Debug, Default)]
+struct Shared {
+    stamps: Vec<Stamp>,
+    waiting: VecDeque<Answer>,
+}
+
+/// A machine.
+#[derive(Debug)]
+pub struct Vm {
+    peer: Arc<Peer>,
+    shared: Arc<Mutex<Shared>>,
+    end: watch::Receiver<Option<End>>,
+    /// Keeps the order of packets that of `Shared::waiting`.
+    sending: tokio::sync::Mutex<()>,
+}
+
+impl Vm {
+    /// Starts the process and sends it its configuration. It runs when [`Vm::stamps`] says so.
+    pub async fn start(
+        place: Place<'_>,
+        hardware: Hardware<'_>,
+        ledger: &mut Ledger,
+    ) -> Result<Vm, Error> {
+        let peer = Arc::new(Peer::start(place, "run", ledger)?);
+        let mut fds = Vec::new();
+        let config = config(place.sandbox, &hardware, &peer, &mut fds);
+        let sent = peer.control.send(&config, &fds).await;
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let (ended, end) = watch::channel(None);
+        tokio::spawn(watch_events(peer.clone(), shared.clone(), ended));
+        let vm = Vm {
+            peer,
+            shared,
+            end,
+            sending: tokio::sync::Mutex::new(()),
+        };
+        match sent {
+            Ok(()) => Ok(vm),
+            // It died before it could read: its own words say more than our broken pipe.
+            Err(control::Error::Io { .. }) => Err(Error::Gone(vm.ended().await)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The VMM's pid.
+    pub fn pid(&self) -> i32 {
+        self.peer.pid
+    }
+
+    /// The phases reached so far.
+    pub fn stamps(&self) -> Vec<Stamp> {
+        self.lock().stamps.clone()
+    }
+
+    /// Waits until the process is gone and tells how it ended.
+    pub async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await {
+            Ok(end) => end.clone().expect("waited for it"),
+            Err(_) => End::Died {
+                death: None,
+                log: self.peer.tail.lines(),
+            },
+        }
+    }
+
+    /// Lets the guest dial `port` once; its bytes come out of the other end of `fd`'s socketpair.
+    pub async fn offer_port(&self, port: u32, fd: OwnedFd) -> Result<(), Error> {
+        let offer = Request::OfferPort(PortOffer { port, fd: Fd(0) });
+        self.request("a stream", &offer, &[fd.as_raw_fd()]).await.map(drop)
+    }
+
+    /// Counters as of now.
+    pub async fn stats(&self) -> Result<VmStats, Error> {
+        let stats = self.request("its counters", &Request::Stats, &[]).await?;
+        Ok(stats.unwrap_or_default())
+    }
+
+    /// Ends the machine without asking the guest.
+    pub async fn stop(&self) -> Result<(), Error> {
+        let _order = self.sending.lock().await;
+        Ok(self.peer.control.send(&Request::Stop, &[]).await?)
+    }
+
+    async fn request(
+        &self,
+        name: &'static str,
+        request: &Request,
+        fds: &[i32],
+    ) -> Result<Option<VmStats>, Error> {
+        let (answer, answered) = oneshot::channel();
+        {
+            let _order = self.sending.lock().await;
+            self.lock().waiting.push_back(answer);
+            match self.peer.control.send(request, fds).await {
+                Ok(()) => {}
+                Err(control::Error::Io { .. }) => return Err(Error::Gone(self.ended().await)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match answered.await {
+            Ok(Ok(stats)) => Ok(stats),
+            Ok(Err(reason)) => Err(Error::Refused {
+                request: name,
+                reason,
+            }),
+            Err(_) => Err(Error::Gone(self.ended().await)),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().expect("no panic while it is held")
+    }
+}
+
+/// Builds the configuration; the descriptors it names by index go to `fds`.
+fn config(sandbox: &str, hardware: &Hardware<'_>, peer: &Peer, fds: &mut Vec<i32>) -> VmConfig {
+    let mut index = |fd: i32| {
+        fds.push(fd);
+        Fd(fds.len() as u32 - 1)
+    };
+    let offer = |(port, fd): &(u32, OwnedFd), index: &mut dyn FnMut(i32) -> Fd| PortOffer {
+        port: *port,
+        fd: index(fd.as_raw_fd()),
+    };
+    VmConfig {
+        version: WIRE_VERSION,
+        sandbox_id: sandbox.into(),
+        vcpus: hardware.vcpus,
+        memory_mib: hardware.memory_mib,
+        kvm: index(hardware.kvm.as_raw_fd()),
+        kernel: index(hardware.kernel.as_raw_fd()),
+        initrd: index(hardware.initrd.as_raw_fd()),
+        extra_cmdline: hardware.kernel_arguments.clone(),
+        ports: hardware.ports.iter().map(|port| offer(port, &mut index)).collect(),
+        fs: vec![FsDevice {
+            tag: hardware.share.0.clone(),
+            socket: index(hardware.share.1.as_raw_fd()),
+            queues: hardware.share.2,
+        }],
+        serial: hardware.serial.map(|fd| SerialConsole {
+            output: index(fd.as_raw_fd()),
+        }),
+        log: index(peer.log.as_raw_fd()),
+        uid: hardware.uid,
+        gid: hardware.uid,
+    }
+}
+
+/// Reads events until the machine is gone, then publishes how.
+async fn watch_events(
+    peer: Arc<Peer>,
+    shared: Arc<Mutex<Shared>>,
+    ended: watch::Sender<Option<End>>,
+) {
+    let mut last_words = None;
+    loop {
+        match peer.control.receive::<Event>().await {
+            Ok(Some(event)) => {
+                if let Some(end) = on_event(event, &shared) {
+                    last_words = Some(end);
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                last_words.get_or_insert(End::Failed {
+                    reason: error.to_string(),
+                });
+                break;
+            }
+        }
+    }
+    let death = peer.death().await;
+    let end = last_words.unwrap_or_else(|| End::Died {
+        death,
+        log: peer.tail.lines(),
+    });
+    // Whoever waits for an answer learns that there will be none.
+    shared.lock().expect("no panic while it is held").waiting.clear();
+    let _ = ended.send(Some(end));
+}
+
+fn on_event(event: Event, shared: &Mutex<Shared>) -> Option<End> {
+    let mut shared = shared.lock().expect("no panic while it is held");
+    let mut answer = |answer| {
+        if let Some(waiting) = shared.waiting.pop_front() {
+            // The one who asked may have given up.
+            let _ = waiting.send(answer);
+        }
+    };
+    match event {
+        Event::Running => {}
+        Event::Done => answer(Ok(None)),
+        Event::Refused { reason } => answer(Err(printable(&reason))),
+        Event::Stats(stats) => answer(Ok(Some(stats))),
+        Event::Reached(stamp) => shared.stamps.push(stamp),
+        Event::Ended {
+            end,
+            console,
+            stats,
+        } => {
+            return Some(End::Guest {
+                end,
+                console: console.iter().map(|line| printable(line)).collect(),
+                stats: Box::new(stats),
+            });
+        }
+        Event::Failed { reason } => {
+            return Some(End::Failed {
+                reason: printable(&reason),
+            });
+        }
+    }
+    None
+}
