@@ -69,7 +69,9 @@ def start(image, memory_mib, slots):
     try:
         return _restore(image, memory_mib, slots, ensure_snapshot(image, memory_mib))
     except LabError as error:
-        say(f"no lab from a snapshot, booting one: {error}")
+        # One line: the reason, and the console's last word on it.
+        lines = str(error).removesuffix(":").splitlines()
+        say("booting a lab, since none came from a snapshot: " + " ".join(dict.fromkeys([lines[0], lines[-1]])))
         return boot(image, memory_mib, slots)
 
 
