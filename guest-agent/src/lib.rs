@@ -1,1 +1,29 @@
-//! Placeholder
+//! The guest's agent: PID 1 of the microVM, which makes the containers that the shim describes.
+//!
+//! ```text
+//!  vsock 1024 ── ttrpc ──► service ──► sandbox ──► container::{create, exec} ── clone3 ──► stage (re-exec of this binary)
+//!  vsock 1026… ── bytes ─► stdio ◄── pipes or a terminal ──────────────────────────────────► the container's process
+//!                          reaper ◄── SIGCHLD: the only place that waits for children
+//! ```
+//!
+//! One thread runs everything: the stages that need a process of their own run in `container::stage`.
+
+pub mod announce;
+pub mod container;
+mod error;
+pub mod init;
+mod log;
+mod machine;
+mod reaper;
+mod rpc;
+mod sandbox;
+mod service;
+mod stdio;
+mod stream;
+mod sys;
+
+pub use log::install_panic_hook;
+pub use stream::Host;
+
+/// Version of the agent, as StartSandbox answers it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

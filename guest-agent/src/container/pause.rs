@@ -1,0 +1,54 @@
+//! The process that holds the pod's shared pid namespace: its pid 1, which only reaps.
+//!
+//! Containers of the pod can see it, so it has nothing to give: an empty read-only root, no capability, no descriptor.
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{chdir, pivot_root};
+
+use super::message::Failure;
+use super::security;
+use super::step::Step;
+use crate::sys::{self, CapabilitySets};
+
+/// The user "nobody".
+const NOBODY: u32 = 65534;
+
+/// Gives everything up and reaps until it is killed.
+pub fn run() -> Result<std::convert::Infallible, Failure> {
+    security::hide()?;
+    security::new_session()?;
+    empty_root()?;
+    sys::setgroups(&[]).step(|| "cannot leave the groups")?;
+    sys::set_ids(NOBODY, NOBODY).step(|| "cannot become nobody")?;
+    sys::capset(CapabilitySets::default()).step(|| "cannot drop the capabilities")?;
+    sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).step(|| "cannot set no_new_privs")?;
+    // Blocked, the signal of an orphan that ends between wait(2) and sigwait(3) stays pending.
+    let mut child = SigSet::empty();
+    child.add(Signal::SIGCHLD);
+    child.thread_block().step(|| "cannot block SIGCHLD")?;
+    loop {
+        // Every orphan of the namespace becomes a child of this process; the only error is that there is none now.
+        while nix::sys::wait::wait().is_ok() {}
+        child.wait().step(|| "cannot wait for SIGCHLD")?;
+    }
+}
+
+fn empty_root() -> Result<(), Failure> {
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+        .step(|| "cannot make mounts private")?;
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("tmpfs"),
+        "/dev",
+        Some("tmpfs"),
+        flags,
+        Some("size=0,mode=555"),
+    )
+    .step(|| "cannot mount an empty root")?;
+    chdir("/dev").step(|| "cannot enter the empty root")?;
+    pivot_root(".", ".").step(|| "cannot pivot to the empty root")?;
+    umount2(".", MntFlags::MNT_DETACH).step(|| "cannot detach the old root")?;
+    chdir("/").step(|| "cannot enter the empty root")
+}

@@ -1,0 +1,121 @@
+//! What an RPC can fail with, and the one map from there to the status that the shim sees.
+
+use ttrpc::Code;
+
+use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
+use crate::machine::MachineError;
+
+/// An RPC failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The shim and the agent are of different versions.
+    #[error(
+        "the agent speaks version {ours} of the protocol and was asked for {theirs}: install shim and guest image together"
+    )]
+    Version {
+        /// The agent's.
+        ours: u32,
+        /// The shim's.
+        theirs: u32,
+    },
+    /// Something of the request is malformed.
+    #[error("{0}")]
+    Invalid(String),
+    /// No such container.
+    #[error("no container \"{0}\"")]
+    NoContainer(String),
+    /// No such process.
+    #[error("no process \"{process}\" in container \"{container}\"")]
+    NoProcess {
+        /// The container.
+        container: String,
+        /// The exec id.
+        process: String,
+    },
+    /// The id is taken.
+    #[error("there is a container \"{0}\" already")]
+    ContainerExists(String),
+    /// The id is taken.
+    #[error("there is a process \"{process}\" in container \"{container}\" already")]
+    ProcessExists {
+        /// The container.
+        container: String,
+        /// The exec id.
+        process: String,
+    },
+    /// It must have ended first.
+    #[error("{0} is still running: kill it first")]
+    Running(String),
+    /// It is being made.
+    #[error("{0} is still being made")]
+    Unfinished(String),
+    /// A container or an exec process could not be made.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// A process cannot do what is asked.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// A cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The guest as a whole.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+impl Error {
+    fn code(&self) -> Code {
+        match self {
+            Self::Version { .. } => Code::FAILED_PRECONDITION,
+            Self::Invalid(_) => Code::INVALID_ARGUMENT,
+            Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
+            Self::ContainerExists(_) | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
+            Self::Running(_) | Self::Unfinished(_) => Code::FAILED_PRECONDITION,
+            Self::Create(error) => match error {
+                CreateError::Invalid(_) => Code::INVALID_ARGUMENT,
+                CreateError::NotRunning => Code::FAILED_PRECONDITION,
+                CreateError::Stage(failure) => stage_code(failure.kind),
+                _ => Code::INTERNAL,
+            },
+            Self::Process(error) => match error {
+                ProcessError::State(_) => Code::FAILED_PRECONDITION,
+                ProcessError::Exited => Code::NOT_FOUND,
+                ProcessError::NoTerminal => Code::INVALID_ARGUMENT,
+                ProcessError::Stage(failure) => stage_code(failure.kind),
+                ProcessError::System { .. } => Code::INTERNAL,
+            },
+            Self::Cgroup(_) | Self::Machine(_) => Code::INTERNAL,
+        }
+    }
+}
+
+fn stage_code(kind: FailureKind) -> Code {
+    match kind {
+        FailureKind::Internal => Code::INTERNAL,
+        // NOT_FOUND means "no such container or process" to the shim, never "no such program".
+        FailureKind::Invalid | FailureKind::ProgramNotFound | FailureKind::ProgramNotExecutable => {
+            Code::INVALID_ARGUMENT
+        }
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> Self {
+        Self::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+    }
+}
+
+/// An error and its causes on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Transparent errors repeat their cause.
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,214 @@
+//! The guest as a whole: what it is, its name, clock and sysctls, the share, and its end.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime, clock_settime};
+
+use crate::announce::{Announcement, announce};
+
+/// Where the share is mounted.
+pub const SHARE: &str = "/run/bulkhead/share";
+
+/// Something of the guest could not be set.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A sysctl.
+    #[error("{0}")]
+    Sysctl(String),
+    /// Anything else.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn system(what: impl Into<String>) -> impl FnOnce(nix::Error) -> MachineError {
+    let what = what.into();
+    move |errno| MachineError::System {
+        what,
+        source: errno.into(),
+    }
+}
+
+/// Sets the host name of the guest, which new UTS namespaces begin with.
+pub fn set_hostname(name: &str) -> Result<(), MachineError> {
+    nix::unistd::sethostname(name).map_err(system(format!("set host name \"{name}\"")))
+}
+
+/// Sets the wall clock to ns since the epoch.
+pub fn set_clock(realtime_ns: u64) -> Result<(), MachineError> {
+    let time = TimeSpec::new(
+        (realtime_ns / 1_000_000_000) as i64,
+        (realtime_ns % 1_000_000_000) as i64,
+    );
+    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(system("set the clock"))
+}
+
+/// Mounts the virtio-fs share with this tag.
+pub fn mount_share(tag: &str) -> Result<(), MachineError> {
+    std::fs::create_dir_all(SHARE).map_err(|source| MachineError::System {
+        what: format!("make {SHARE}"),
+        source,
+    })?;
+    // No nodev or nosuid: a container's root is a copy of this mount, and its set-uid programs must work.
+    mount(
+        Some(tag),
+        SHARE,
+        Some("virtiofs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .map_err(system(format!("mount the share \"{tag}\" at {SHARE}")))
+}
+
+/// CLOCK_MONOTONIC in ns.
+pub fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
+    })
+}
+
+/// The running kernel's release.
+pub fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// Bytes of memory that the kernel manages.
+pub fn memory_bytes() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = meminfo.lines().find_map(|line| {
+        line.strip_prefix("MemTotal:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse::<u64>()
+            .ok()
+    });
+    kib.unwrap_or(0) * 1024
+}
+
+/// CPUs that the kernel runs on.
+pub fn vcpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
+}
+
+/// Writes a sysctl by its dotted name.
+pub fn write_sysctl(name: &str, value: &str) -> Result<(), String> {
+    let path = sysctl_path(name).ok_or_else(|| format!("\"{name}\" is no name of a sysctl"))?;
+    std::fs::write(&path, value)
+        .map_err(|error| format!("cannot set sysctl {name} to \"{value}\": {error}"))
+}
+
+/// The file of a sysctl. Dots and slashes change places when a slash comes first, so that an interface's name may
+/// hold a dot (sysctl(8)).
+fn sysctl_path(name: &str) -> Option<PathBuf> {
+    let relative = match name.find(['.', '/']) {
+        Some(first) if name.as_bytes()[first] == b'/' => name.to_owned(),
+        _ => name
+            .chars()
+            .map(|c| {
+                if c == '.' {
+                    '/'
+                } else if c == '/' {
+                    '.'
+                } else {
+                    c
+                }
+            })
+            .collect(),
+    };
+    let plain = relative
+        .split('/')
+        .all(|part| !part.is_empty() && part != "." && part != "..");
+    plain.then(|| Path::new("/proc/sys").join(relative))
+}
+
+/// Ends the machine: kills everything, writes everything back, unmounts, tells the VMM and stops. Only for PID 1.
+pub fn power_off() -> ! {
+    // SAFETY: as PID 1, -1 names every process but this one.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+    wait_for_all();
+    nix::unistd::sync();
+    unmount_all();
+    announce(Announcement::PowerOff);
+    // A restart and not a power-off: without ACPI the kernel turns the latter into a halt that no VMM can see, while a
+    // restart ends the machine even if nobody listened to the announcement.
+    let Err(errno) = reboot(RebootMode::RB_AUTOBOOT);
+    panic!("reboot failed: {errno}");
+}
+
+/// Reaps until no child is left. Killed processes end unless the kernel waits for a device on their behalf; those must not
+/// keep the machine up, so that the wait has an end.
+fn wait_for_all() {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
+    loop {
+        // SAFETY: a null status is allowed.
+        match unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } {
+            0 if std::time::Instant::now() < deadline => {
+                std::thread::sleep(std::time::Duration::from_millis(1))
+            }
+            pid if pid > 0 => {}
+            _ => return,
+        }
+    }
+}
+
+/// Unmounts in reverse order of mounting; what is busy has been synced.
+fn unmount_all() {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut targets: Vec<&str> = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .collect();
+    targets.reverse();
+    for target in targets {
+        let _ = umount2(target, MntFlags::MNT_FORCE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names_become_paths() {
+        let path = |name| sysctl_path(name).map(|path| path.display().to_string());
+        assert_eq!(
+            path("net.ipv4.ip_forward").as_deref(),
+            Some("/proc/sys/net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            path("net/ipv4/conf/eth0.1/forwarding").as_deref(),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
+        );
+        assert_eq!(
+            path("net.ipv4.conf.eth0/1.forwarding").as_deref(),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
+        );
+    }
+
+    #[test]
+    fn a_sysctl_name_cannot_leave_its_directory() {
+        for name in [
+            "",
+            ".",
+            "..",
+            "kernel..x",
+            "/../etc/passwd",
+            "kernel/../../x",
+            "/kernel",
+            "kernel.//.x",
+        ] {
+            assert_eq!(sysctl_path(name), None, "{name}");
+        }
+    }
+}

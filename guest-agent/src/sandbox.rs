@@ -1,0 +1,324 @@
+//! The pod: its containers and their processes by name, and what the shim can ask of them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
+
+use crate::container::{self, Container, Launcher, Process, ProcessError, blocking};
+use crate::error::Error;
+use crate::reaper::Exit;
+use crate::{log, machine};
+
+/// Longest id of a container or process.
+const MAX_ID: usize = 256;
+
+/// The pod.
+#[derive(Debug)]
+pub(crate) struct Sandbox {
+    launcher: Launcher,
+    /// `None` while a container is being made, which is without the lock.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    init_monotonic_ns: u64,
+    /// The agent is PID 1 of a guest and owns clock, name and mounts.
+    owns_machine: bool,
+}
+
+impl Sandbox {
+    /// A pod without containers.
+    pub(crate) fn new(launcher: Launcher, init_monotonic_ns: u64, owns_machine: bool) -> Self {
+        Self {
+            launcher,
+            containers: Mutex::default(),
+            init_monotonic_ns,
+            owns_machine,
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+        self.containers
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
+
+    /// The first request.
+    pub(crate) async fn start(
+        &self,
+        request: agent::StartSandboxRequest,
+    ) -> Result<agent::StartSandboxResponse, Error> {
+        if request.version != PROTOCOL_VERSION {
+            return Err(Error::Version {
+                ours: PROTOCOL_VERSION,
+                theirs: request.version,
+            });
+        }
+        if self.owns_machine {
+            if request.realtime_ns != 0 {
+                machine::set_clock(request.realtime_ns)?;
+            }
+            if !request.hostname.is_empty() {
+                machine::set_hostname(&request.hostname)?;
+            }
+            for (name, value) in &request.sysctls {
+                machine::write_sysctl(name, value).map_err(machine::MachineError::Sysctl)?;
+            }
+            if !request.share_tag.is_empty() {
+                let tag = request.share_tag.clone();
+                blocking(move || machine::mount_share(&tag)).await?;
+            }
+        }
+        log::info(&format!("sandbox {} started", request.sandbox_id));
+        Ok(agent::StartSandboxResponse {
+            agent_version: crate::VERSION.to_owned(),
+            kernel_release: machine::kernel_release(),
+            vcpus: machine::vcpus(),
+            memory_bytes: machine::memory_bytes(),
+            init_monotonic_ns: self.init_monotonic_ns,
+            ..Default::default()
+        })
+    }
+
+    /// Makes a container.
+    pub(crate) async fn create_container(
+        &self,
+        request: agent::CreateContainerRequest,
+    ) -> Result<u32, Error> {
+        let id = checked_id(&request.container_id)?;
+        if self.containers().contains_key(&id) {
+            return Err(Error::ContainerExists(id));
+        }
+        // The id is taken from here on; the lock is not held while the container is made.
+        self.containers().insert(id.clone(), None);
+        match container::create(&self.launcher, request).await {
+            Ok(made) => {
+                let pid = made.init.pid() as u32;
+                self.containers().insert(id, Some(made));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.containers().remove(&id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Adds a process to a container.
+    pub(crate) async fn create_exec(
+        &self,
+        request: agent::CreateExecRequest,
+    ) -> Result<u32, Error> {
+        let container = self.container(&request.container_id)?;
+        let id = checked_id(&request.exec_id)?;
+        {
+            let mut execs = container.execs();
+            if execs.contains_key(&id) {
+                return Err(Error::ProcessExists {
+                    container: container.id.clone(),
+                    process: id,
+                });
+            }
+            execs.insert(id.clone(), None);
+        }
+        match container::create_exec(&self.launcher, &container, &request).await {
+            Ok(process) => {
+                let pid = process.pid() as u32;
+                container.execs().insert(id, Some(Arc::new(process)));
+                Ok(pid)
+            }
+            Err(error) => {
+                container.execs().remove(&id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Lets a process execute its program.
+    pub(crate) async fn start_process(
+        &self,
+        request: &agent::ProcessRequest,
+    ) -> Result<u32, Error> {
+        let (_, process) = self.process(&request.container_id, &request.exec_id)?;
+        process.start().await?;
+        Ok(process.pid() as u32)
+    }
+
+    /// Waits for the end of a process; true when the kernel has killed one of the container for memory.
+    pub(crate) async fn wait_process(
+        &self,
+        request: &agent::ProcessRequest,
+    ) -> Result<(Exit, bool), Error> {
+        let (container, process) = self.process(&request.container_id, &request.exec_id)?;
+        let exit = process.wait().await;
+        let cgroup = Arc::clone(&container.cgroup);
+        let kills = blocking(move || {
+            cgroup
+                .read()
+                .expect("no code panics while it holds this lock")
+                .memory_events_oom_kill()
+        })
+        .await?;
+        Ok((exit, kills > 0))
+    }
+
+    /// Sends a signal to a process or to all of a container.
+    pub(crate) async fn signal_process(
+        &self,
+        request: &agent::SignalProcessRequest,
+    ) -> Result<(), Error> {
+        if request.all && !request.exec_id.is_empty() {
+            return Err(Error::Invalid(
+                "a signal to all processes of a container names no exec process".to_owned(),
+            ));
+        }
+        if request.signal > 64 {
+            return Err(Error::Invalid(format!(
+                "no such signal: {}",
+                request.signal
+            )));
+        }
+        let (container, process) = self.process(&request.container_id, &request.exec_id)?;
+        if !request.all {
+            return Ok(process.signal(request.signal)?);
+        }
+        if process.exited().is_some() {
+            return Err(ProcessError::Exited.into());
+        }
+        let signal = request.signal;
+        Ok(blocking(move || container.signal_all(signal)).await?)
+    }
+
+    /// Sets the size of a process' terminal.
+    pub(crate) fn resize_terminal(
+        &self,
+        request: &agent::ResizeTerminalRequest,
+    ) -> Result<(), Error> {
+        let (_, process) = self.process(&request.container_id, &request.exec_id)?;
+        Ok(process.resize(request.rows, request.columns)?)
+    }
+
+    /// Forgets an exited process, or an exited container with all that it held.
+    pub(crate) async fn delete_process(
+        &self,
+        request: &agent::ProcessRequest,
+    ) -> Result<(), Error> {
+        let (container, process) = self.process(&request.container_id, &request.exec_id)?;
+        if process.exited().is_none() {
+            let what = if request.exec_id.is_empty() {
+                &request.container_id
+            } else {
+                &request.exec_id
+            };
+            return Err(Error::Running(what.clone()));
+        }
+        if !request.exec_id.is_empty() {
+            container.execs().remove(&request.exec_id);
+            return Ok(());
+        }
+        let cgroup = Arc::clone(&container.cgroup);
+        blocking(move || {
+            let cgroup = cgroup
+                .read()
+                .expect("no code panics while it holds this lock");
+            cgroup.kill_all()?;
+            cgroup.delete()
+        })
+        .await?;
+        self.containers().remove(&request.container_id);
+        Ok(())
+    }
+
+    /// The processes of a container.
+    pub(crate) async fn list_processes(&self, id: &str) -> Result<Vec<u32>, Error> {
+        let cgroup = Arc::clone(&self.container(id)?.cgroup);
+        Ok(blocking(move || {
+            cgroup
+                .read()
+                .expect("no code panics while it holds this lock")
+                .pids()
+        })
+        .await?)
+    }
+
+    /// Freezes or thaws a container.
+    pub(crate) async fn set_frozen(&self, id: &str, frozen: bool) -> Result<(), Error> {
+        let container = self.container(id)?;
+        if container.init.exited().is_some() {
+            return Err(ProcessError::State("has exited already").into());
+        }
+        let cgroup = Arc::clone(&container.cgroup);
+        Ok(blocking(move || {
+            let cgroup = cgroup
+                .read()
+                .expect("no code panics while it holds this lock");
+            if frozen {
+                cgroup.freeze()
+            } else {
+                cgroup.thaw()
+            }
+        })
+        .await?)
+    }
+
+    /// Sets new limits.
+    pub(crate) async fn update_container(
+        &self,
+        request: agent::UpdateContainerRequest,
+    ) -> Result<(), Error> {
+        let cgroup = Arc::clone(&self.container(&request.container_id)?.cgroup);
+        Ok(blocking(move || {
+            cgroup
+                .write()
+                .expect("no code panics while it holds this lock")
+                .apply(&request.resources)
+        })
+        .await?)
+    }
+
+    /// Ends the machine, or in a test the agent.
+    pub(crate) fn shut_down(&self) -> ! {
+        if self.owns_machine {
+            machine::power_off();
+        }
+        std::process::exit(0);
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match self.containers().get(id) {
+            Some(Some(container)) => Ok(Arc::clone(container)),
+            Some(None) => Err(Error::Unfinished(format!("container \"{id}\""))),
+            None => Err(Error::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// A process with its container; the init when `exec_id` is empty.
+    fn process(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+    ) -> Result<(Arc<Container>, Arc<Process>), Error> {
+        let container = self.container(container_id)?;
+        if exec_id.is_empty() {
+            let init = Arc::clone(&container.init);
+            return Ok((container, init));
+        }
+        let found = container.execs().get(exec_id).cloned();
+        match found {
+            Some(Some(process)) => Ok((container, process)),
+            Some(None) => Err(Error::Unfinished(format!("process \"{exec_id}\""))),
+            None => Err(Error::NoProcess {
+                container: container_id.to_owned(),
+                process: exec_id.to_owned(),
+            }),
+        }
+    }
+}
+
+fn checked_id(id: &str) -> Result<String, Error> {
+    if id.is_empty() || id.len() > MAX_ID {
+        return Err(Error::Invalid(format!(
+            "an id has 1 to {MAX_ID} bytes, this one has {}",
+            id.len()
+        )));
+    }
+    Ok(id.to_owned())
+}

@@ -1,0 +1,176 @@
+//! The RPCs of agent.proto, each a call into the sandbox.
+//!
+//! Each runs as a task of its own: a caller that gives up must not leave a container half made.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bulkhead_agent_protocol::{agent, agent_ttrpc};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::Error;
+use crate::sandbox::Sandbox;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub(crate) struct Service(pub(crate) Arc<Sandbox>);
+
+/// Runs to the end even if the caller goes away.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let result = tokio::spawn(work)
+        .await
+        .expect("a panic ends the agent, and the task is never aborted");
+    result.map_err(ttrpc::Error::from)
+}
+
+fn empty<T>(result: Result<T, ttrpc::Error>) -> ttrpc::Result<agent::Empty> {
+    result.map(|_| agent::Empty::new())
+}
+
+fn created(pid: u32) -> agent::CreateProcessResponse {
+    agent::CreateProcessResponse {
+        pid,
+        ..Default::default()
+    }
+}
+
+#[async_trait]
+impl agent_ttrpc::Agent for Service {
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: agent::StartSandboxRequest,
+    ) -> ttrpc::Result<agent::StartSandboxResponse> {
+        let sandbox = Arc::clone(&self.0);
+        to_the_end(async move { sandbox.start(request).await }).await
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: agent::CreateContainerRequest,
+    ) -> ttrpc::Result<agent::CreateProcessResponse> {
+        let sandbox = Arc::clone(&self.0);
+        to_the_end(async move { sandbox.create_container(request).await })
+            .await
+            .map(created)
+    }
+
+    async fn create_exec(
+        &self,
+        _: &TtrpcContext,
+        request: agent::CreateExecRequest,
+    ) -> ttrpc::Result<agent::CreateProcessResponse> {
+        let sandbox = Arc::clone(&self.0);
+        to_the_end(async move { sandbox.create_exec(request).await })
+            .await
+            .map(created)
+    }
+
+    async fn start_process(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ProcessRequest,
+    ) -> ttrpc::Result<agent::StartProcessResponse> {
+        let sandbox = Arc::clone(&self.0);
+        let pid = to_the_end(async move { sandbox.start_process(&request).await }).await?;
+        Ok(agent::StartProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ProcessRequest,
+    ) -> ttrpc::Result<agent::WaitProcessResponse> {
+        let (exit, oom_killed) = self.0.wait_process(&request).await?;
+        Ok(agent::WaitProcessResponse {
+            exit_status: exit.status,
+            signal: exit.signal,
+            exited_at_ns: exit.at_ns,
+            oom_killed,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: agent::SignalProcessRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.signal_process(&request).await }).await)
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ResizeTerminalRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        empty(self.0.resize_terminal(&request).map_err(ttrpc::Error::from))
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ProcessRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.delete_process(&request).await }).await)
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ContainerRequest,
+    ) -> ttrpc::Result<agent::ListProcessesResponse> {
+        let pids = self.0.list_processes(&request.container_id).await?;
+        Ok(agent::ListProcessesResponse {
+            pids,
+            ..Default::default()
+        })
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(
+            to_the_end(async move { sandbox.set_frozen(&request.container_id, true).await }).await,
+        )
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(
+            to_the_end(async move { sandbox.set_frozen(&request.container_id, false).await }).await,
+        )
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: agent::UpdateContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.update_container(request).await }).await)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        // Shutting down blocks until everything is dead; not on the thread that the answer needs.
+        std::thread::spawn(move || sandbox.shut_down());
+        Ok(agent::Empty::new())
+    }
+}

@@ -1,0 +1,7 @@
+//! The agent against real namespaces, cgroups and terminals, without a virtual machine.
+
+mod guest;
+mod lifecycle;
+mod processes;
+mod security;
+mod streams;

@@ -1,0 +1,240 @@
+//! Bytes in, bytes out, terminals, and ends of file.
+
+use std::time::Duration;
+
+use crate::guest::{Guest, context, shell};
+use bulkhead_agent_protocol::agent;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+#[tokio::test]
+async fn sixty_four_mebibytes_go_through_unchanged() {
+    const SIZE: usize = 64 << 20;
+    let guest = Guest::start().await;
+    let streams = guest
+        .create("one", guest.spec("one", "exec cat"))
+        .await
+        .unwrap();
+    guest.start_process("one", "").await.unwrap();
+    let (mut stdin, mut stdout) = (streams.stdin, streams.stdout);
+    let began = std::time::Instant::now();
+    let byte = |n: usize| (n.wrapping_mul(2_654_435_761) >> 13) as u8;
+    let feed = tokio::spawn(async move {
+        let bytes: Vec<u8> = (0..SIZE).map(byte).collect();
+        stdin.write_all(&bytes).await.unwrap();
+        // Dropping it is the end of file that cat waits for.
+    });
+    let mut got = Vec::with_capacity(SIZE);
+    stdout.read_to_end(&mut got).await.unwrap();
+    feed.await.unwrap();
+    println!(
+        "64 MiB through stdin and stdout: {:.0} MB/s",
+        SIZE as f64 / began.elapsed().as_secs_f64() / 1e6
+    );
+    assert_eq!(got.len(), SIZE);
+    assert!(
+        got.iter().enumerate().all(|(n, &b)| b == byte(n)),
+        "the bytes differ"
+    );
+    assert_eq!(guest.wait("one", "").await.exit_status, 0);
+    guest.delete("one", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_grandchild_with_stdout_holds_the_stream_and_not_the_status() {
+    let guest = Guest::start().await;
+    let _streams = guest.sleeper("one", guest.spec("one", "")).await;
+    let mut streams = guest
+        .exec(
+            "one",
+            "e",
+            shell("(sleep 1; echo late) & echo early; exit 3"),
+        )
+        .await
+        .unwrap();
+    guest.start_process("one", "e").await.unwrap();
+    let began = std::time::Instant::now();
+    assert_eq!(guest.wait("one", "e").await.exit_status, 3);
+    assert!(began.elapsed() < Duration::from_millis(900));
+    guest.delete("one", "e").await.unwrap();
+    streams.expect("early").await;
+    let (rest, _) = streams.collect().await;
+    assert_eq!(rest, "late\n");
+    guest.end("one").await;
+}
+
+#[tokio::test]
+async fn output_of_a_process_that_ends_at_once_is_whole() {
+    let guest = Guest::start().await;
+    let _streams = guest.sleeper("one", guest.spec("one", "")).await;
+    for n in 0..50 {
+        let output = guest
+            .run_exec("one", &format!("e{n}"), shell("seq 1 500"))
+            .await;
+        assert_eq!(output.text().lines().count(), 500);
+    }
+    guest.end("one").await;
+}
+
+#[tokio::test]
+async fn a_closed_stdin_of_the_process_closes_the_connection() {
+    let guest = Guest::start().await;
+    let mut streams = guest
+        .create(
+            "one",
+            guest.spec("one", "exec <&-; echo closed; sleep 1000"),
+        )
+        .await
+        .unwrap();
+    guest.start_process("one", "").await.unwrap();
+    streams.expect("closed").await;
+    let mut buffer = [0u8; 1];
+    let read = tokio::time::timeout(Duration::from_secs(10), streams.stdin.read(&mut buffer)).await;
+    assert_eq!(
+        read.expect("the agent notices that nobody reads")
+            .unwrap_or(0),
+        0
+    );
+    guest.end("one").await;
+}
+
+#[tokio::test]
+async fn a_host_that_stops_reading_breaks_the_pipe() {
+    let guest = Guest::start().await;
+    let streams = guest
+        .create(
+            "one",
+            guest.spec("one", "while echo line; do :; done 2>/tmp/err; exit 9"),
+        )
+        .await
+        .unwrap();
+    drop(streams);
+    guest.start_process("one", "").await.unwrap();
+    let exit = guest.wait("one", "").await;
+    assert!(
+        exit.exit_status == 9 || exit.signal == libc::SIGPIPE as u32,
+        "{exit:?}"
+    );
+    guest.delete("one", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn streams_without_a_port_are_dev_null() {
+    let guest = Guest::start().await;
+    let spec = guest.spec(
+        "one",
+        "readlink /proc/self/fd/0 > /tmp/fds; readlink /proc/$$/fd/2 >> /tmp/fds; cat",
+    );
+    let request = agent::CreateContainerRequest {
+        container_id: "one".into(),
+        spec: Some(spec).into(),
+        ..Default::default()
+    };
+    guest
+        .client
+        .create_container(context(), &request)
+        .await
+        .unwrap();
+    guest.start_process("one", "").await.unwrap();
+    assert_eq!(guest.wait("one", "").await.exit_status, 0);
+    assert_eq!(
+        std::fs::read_to_string(guest.root.join("tmp/fds")).unwrap(),
+        "/dev/null\n/dev/null\n"
+    );
+    guest.delete("one", "").await.unwrap();
+}
+
+fn terminal(script: &str) -> agent::Process {
+    agent::Process {
+        terminal: true,
+        rows: 24,
+        columns: 80,
+        ..shell(script)
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_has_a_name_a_size_and_signals() {
+    let guest = Guest::start().await;
+    let mut spec = guest.spec("one", "");
+    spec.process = Some(terminal(
+        "tty; stty size; test /proc/self/fd/0 -ef /dev/console && echo console; \
+         trap 'echo winch; stty size' WINCH; trap 'echo int; exit 5' INT; while :; do read line; echo got $line; done",
+    ))
+    .into();
+    let mut streams = guest.create("one", spec).await.unwrap();
+    guest.start_process("one", "").await.unwrap();
+    let seen = streams.expect("24 80").await;
+    assert!(seen.contains("/dev/pts/0"), "{seen}");
+    streams.type_in("hello\n").await;
+    streams.expect("got hello").await;
+    let size = agent::ResizeTerminalRequest {
+        container_id: "one".into(),
+        rows: 50,
+        columns: 132,
+        ..Default::default()
+    };
+    guest
+        .client
+        .resize_terminal(context(), &size)
+        .await
+        .unwrap();
+    streams.type_in("\n").await;
+    streams.expect("50 132").await;
+    streams.type_in("\u{3}").await;
+    streams.expect("int").await;
+    assert_eq!(guest.wait("one", "").await.exit_status, 5);
+    let (_, _) = streams.collect().await;
+    guest.delete("one", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_exec_process_has_a_terminal_of_its_own() {
+    let guest = Guest::start().await;
+    let _streams = guest.sleeper("one", guest.spec("one", "")).await;
+    let output = guest
+        .run_exec(
+            "one",
+            "a",
+            terminal("tty; stty size; ps -o tty,args | grep 'ps -o' | head -1"),
+        )
+        .await;
+    assert!(
+        output.out.contains("/dev/pts/0") && output.out.contains("24 80"),
+        "{}",
+        output.out
+    );
+    guest.end("one").await;
+}
+
+#[tokio::test]
+async fn the_end_of_the_hosts_input_says_nothing_to_a_terminal() {
+    let guest = Guest::start().await;
+    let mut spec = guest.spec("one", "");
+    spec.process = Some(terminal(
+        "echo ready; read -t 1 line; echo status $?; sleep 0.1",
+    ))
+    .into();
+    let mut streams = guest.create("one", spec).await.unwrap();
+    guest.start_process("one", "").await.unwrap();
+    streams.expect("ready").await;
+    let began = std::time::Instant::now();
+    let (rest, _) = streams.collect().await;
+    assert!(
+        rest.contains("status 1") && began.elapsed() > Duration::from_millis(800),
+        "{rest}"
+    );
+    guest.wait("one", "").await;
+    guest.delete("one", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn output_before_a_hang_up_is_not_lost() {
+    let guest = Guest::start().await;
+    for n in 0..20 {
+        let id = format!("c{n}");
+        let mut spec = guest.spec(&id, "");
+        spec.process = Some(terminal("seq 1 300")).into();
+        let output = guest.run(&id, spec).await;
+        assert_eq!(output.out.lines().count(), 300, "{n}");
+    }
+}
