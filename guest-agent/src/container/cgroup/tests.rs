@@ -1,6 +1,5 @@
 //! On a real cgroup2 hierarchy: the host's own, or the one beside version 1.
 
-use std::os::unix::fs::FileTypeExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -8,7 +7,7 @@ use bulkhead_agent_protocol::agent::{CgroupFile, DeviceRule};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::*;
-use crate::container::mounts::testing::in_child;
+use crate::container::mounts::testing::{in_child, in_mount_namespace};
 
 /// Where this host has cgroup2; `None`, said loudly, when it has it nowhere.
 fn hierarchy() -> Option<PathBuf> {
@@ -240,15 +239,11 @@ fn a_container_cannot_nest_cgroups_without_end() {
 }
 
 #[test]
-fn a_process_can_be_born_in_the_cgroup() {
+fn a_new_cgroup_is_empty_and_nothing_was_killed_in_it() {
     let Some(own) = Own::new(&Resources::default()) else {
         return;
     };
-    assert!(fs::metadata(own.cgroup.path()).expect("stat").is_dir());
-    assert_eq!(
-        own.cgroup.open_fd().try_clone_to_owned().map(|_| ()).ok(),
-        Some(())
-    );
+    assert!(own.cgroup.open_fd().try_clone_to_owned().is_ok());
     assert_eq!(own.cgroup.pids().expect("pids"), Vec::<u32>::new());
     assert_eq!(
         own.cgroup.memory_events_oom_kill().expect("memory.events"),
@@ -256,46 +251,64 @@ fn a_process_can_be_born_in_the_cgroup() {
     );
 }
 
-/// Which of these device numbers a process in the cgroup may open for reading and for writing.
-fn openable(own: &Own, devices: &[(u64, u64)]) -> Vec<String> {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    for (major, minor) in devices {
-        let path = directory.path().join(format!("{major}:{minor}"));
-        let (kind, mode) = (
-            nix::sys::stat::SFlag::S_IFCHR,
-            nix::sys::stat::Mode::S_IRWXU,
-        );
-        nix::sys::stat::mknod(&path, kind, mode, nix::sys::stat::makedev(*major, *minor))
-            .expect("mknod");
-        assert!(
-            fs::metadata(&path)
-                .expect("stat")
-                .file_type()
-                .is_char_device()
-        );
+#[test]
+fn a_process_killed_for_memory_is_counted() {
+    let Some(mut own) = Own::new(&Resources::default()) else {
+        return;
+    };
+    if !own.cgroup.path().join("memory.max").exists() {
+        eprintln!("SKIPPED: this hierarchy has no memory controller; the lab runs this test");
+        return;
     }
+    let mut limits = vec![("memory.max", "16777216")];
+    if own.cgroup.path().join("memory.swap.max").exists() {
+        limits.push(("memory.swap.max", "0"));
+    }
+    own.cgroup.apply(&files(&limits)).expect("limits");
     let procs = own.cgroup.path().join("cgroup.procs");
-    let text = in_child(|| {
-        fs::write(&procs, "0").expect("enter");
-        let mut lines = String::new();
-        for (major, minor) in devices {
-            let path = directory.path().join(format!("{major}:{minor}"));
-            let read = OpenOptions::new().read(true).open(&path).is_ok();
-            let write = OpenOptions::new().write(true).open(&path).is_ok();
-            let both = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(&path)
-                .is_ok();
-            let letter = |allowed, letter| if allowed { letter } else { '-' };
-            lines.push_str(&format!(
-                "{major}:{minor} {}{}{}\n",
-                letter(read, 'r'),
-                letter(write, 'w'),
-                letter(both, 'b')
-            ));
+    let hog = std::panic::catch_unwind(|| {
+        in_child(|| {
+            fs::write(&procs, "0").expect("enter the cgroup");
+            // Written, not only reserved.
+            vec![1u8; 64 << 20].len().to_string()
+        })
+    });
+    assert!(hog.is_err(), "64 MiB do not fit into 16");
+    assert_eq!(
+        own.cgroup.memory_events_oom_kill().expect("memory.events"),
+        1
+    );
+}
+
+/// Which of these device numbers a process in the cgroup may open for reading, for writing, and for both.
+fn openable(own: &Own, devices: &[(u64, u64)]) -> Vec<String> {
+    use nix::mount::{MsFlags, mount};
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = |(major, minor): &(u64, u64)| directory.path().join(format!("{major}:{minor}"));
+    let procs = own.cgroup.path().join("cgroup.procs");
+    let text = in_mount_namespace(|| {
+        // A /tmp may be mounted nodev.
+        let (tmpfs, flags) = (Some("tmpfs"), MsFlags::empty());
+        mount(tmpfs, directory.path(), tmpfs, flags, None::<&str>).expect("a tmpfs");
+        for device in devices {
+            let number = makedev(device.0, device.1);
+            mknod(&path(device), SFlag::S_IFCHR, Mode::S_IRWXU, number).expect("mknod");
         }
-        lines
+        fs::write(&procs, "0").expect("enter the cgroup");
+        let may = |device, read, write, letter| {
+            let opened = OpenOptions::new()
+                .read(read)
+                .write(write)
+                .open(path(device));
+            if opened.is_ok() { letter } else { '-' }
+        };
+        let lines = devices.iter().map(|device| {
+            let (read, write) = (may(device, true, false, 'r'), may(device, false, true, 'w'));
+            let both = may(device, true, true, 'b');
+            format!("{}:{} {read}{write}{both}\n", device.0, device.1)
+        });
+        lines.collect()
     });
     text.lines().map(str::to_owned).collect()
 }

@@ -99,11 +99,6 @@ pub fn prepare(spec: &Container, sources: Sources) -> Result<Prepared, MountErro
 }
 
 impl Prepared {
-    /// The container's root directory, for work in it that does not depend on names (see `paths`).
-    pub fn root(&self) -> &RootDir {
-        &self.root
-    }
-
     /// Makes the container's root "/" and detaches the agent's, with everything mounted in it.
     pub fn enter_root(self) -> Result<Entered, MountError> {
         let fail = |action, errno| MountError::root(&self.name, action, errno);
