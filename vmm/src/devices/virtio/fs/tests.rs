@@ -189,12 +189,7 @@ fn back_end(offered: u64) -> (OwnedFd, UnixStream, Arc<Mutex<Record>>, JoinHandl
     let backend = Arc::new(Mutex::new(BackEnd(record.clone())));
     let thread = std::thread::spawn(move || {
         let mut handler = BackendReqHandler::from_stream(back, backend);
-        loop {
-            match handler.handle_request() {
-                Ok(()) | Err(Error::InvalidParam) => {}
-                Err(_) => break,
-            }
-        }
+        while let Ok(()) | Err(Error::InvalidParam) = handler.handle_request() {}
     });
     (front.into(), killer, record, thread)
 }

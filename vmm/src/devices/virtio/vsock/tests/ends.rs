@@ -152,8 +152,11 @@ fn a_guest_that_closes_gets_its_reset_while_the_host_still_reads() {
 
 #[test]
 fn a_guest_s_reset_delivers_what_came_before_it() {
-    let mut guest = Guest::new();
-    let mut host = guest.connect();
+    let mut guest = Guest::without_buffers();
+    guest.offer_buffers(1);
+    let mut host = guest.offer(PORT);
+    guest.send(op::REQUEST, 0);
+    // The one buffer holds the RESPONSE, so that this stays in the socket.
     host.write_all(b"unread input").unwrap();
     guest.send_bytes(b"before");
     guest.send(op::RST, 0);
