@@ -3,7 +3,8 @@
 //! The C entry point instead of Rust's: Rust's start-up code wants descriptors 0 to 2 or /dev/null, and a guest without
 //! a console driver has neither before the agent has mounted /dev; and the announcement comes before anything else.
 
-#![no_main]
+// Under test the entry point is the test harness'; what has tests is in the library.
+#![cfg_attr(not(test), no_main)]
 
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
@@ -22,7 +23,7 @@ const USAGE: &str = "usage: bulkhead-agent (as PID 1 of a guest)
 /// # Safety
 ///
 /// Called once, by the C start-up code, with `argc` C strings in `argv`.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     // SAFETY: takes no arguments.
     let first = unsafe { libc::getpid() } == 1;
