@@ -229,7 +229,7 @@ mod tests {
         let relay = drain("stdout", ours, write).unwrap();
         let sent = expected.clone();
         let writer = thread::spawn(move || UnixStream::from(theirs).write_all(&sent).unwrap());
-        let mut got = Vec::new();
+        let mut got: Vec<u8> = Vec::new();
         while got.len() < expected.len() {
             wait_for(read.as_fd(), PollFlags::POLLIN).unwrap();
             let mut buffer = [0; 65536];

@@ -117,9 +117,29 @@ impl Bundle {
             path: path.clone(),
             source,
         })?;
-        let spec = serde_json::from_slice(&bytes).map_err(|source| Error::Parse { path, source })?;
+        let spec = parse(&bytes).map_err(|source| Error::Parse { path, source })?;
         Ok(Bundle { directory, spec })
     }
+}
+
+/// Two words that OCI has and the crate oci-spec 0.10 misspells: (OCI's, the crate's).
+const MISSPELT: &[(&str, &str)] = &[
+    ("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"),
+    ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
+];
+
+fn parse(bytes: &[u8]) -> Result<spec::Spec, serde_json::Error> {
+    serde_json::from_slice(bytes).or_else(|error| {
+        let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
+        let flags = value.pointer_mut("/process/scheduler/flags");
+        for flag in flags.and_then(|flags| flags.as_array_mut()).into_iter().flatten() {
+            if let Some((_, word)) = MISSPELT.iter().find(|(oci, _)| flag == oci) {
+                *flag = (*word).into();
+            }
+        }
+        // The first error has the line and the column.
+        serde_json::from_value(value).map_err(|_| error)
+    })
 }
 
 /// Everything that running a container takes, on both sides.
