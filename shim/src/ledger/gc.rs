@@ -45,6 +45,9 @@ pub fn collect(state: &Path, dry_run: bool) -> Result<Vec<Collected>, Error> {
                 done.push(collected);
             }
         }
+        if !dry_run {
+            super::remove_if_empty(state, &namespace);
+        }
     }
     Ok(done)
 }
@@ -92,10 +95,6 @@ fn collect_one(
                     resource: Resource::Directory { path: directory },
                     error: error.to_string(),
                 });
-            }
-            drop(guard);
-            if !dry_run {
-                super::remove_if_empty(state, namespace);
             }
             return Ok(Some(collected));
         }
