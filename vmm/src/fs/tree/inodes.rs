@@ -85,7 +85,10 @@ impl Inodes {
     /// An empty table for at most `most` inodes beside the root.
     pub fn new(most: usize) -> Inodes {
         Inodes {
-            table: Mutex::default(),
+            table: Mutex::new(Table {
+                last: ROOT_ID,
+                ..Table::default()
+            }),
             most,
         }
     }
@@ -101,7 +104,6 @@ impl Inodes {
         let mut table = self.lock();
         let old = std::mem::take(&mut table.by_id);
         table.by_key.clear();
-        table.last = table.last.max(ROOT_ID);
         insert(
             &mut table,
             ROOT_ID,
