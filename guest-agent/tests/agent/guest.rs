@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use ttrpc::context::Context;
 
+const INSTALLED_IMAGE: &str = "/usr/local/libexec/bulkhead/initramfs";
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
 const APPLETS: [&str; 40] = [
     "sh", "true", "false", "echo", "cat", "sleep", "kill", "id", "ls", "stty", "tty", "head",
@@ -54,7 +55,7 @@ impl Guest {
         let root = directory.path().join("root");
         busybox_root(&root);
         let listener = UnixListener::bind(directory.path().join("1024")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
+        let mut command = Command::new(program(directory.path()));
         command.arg("--host").arg(directory.path());
         // SAFETY: only system calls between fork and exec.
         unsafe { command.pre_exec(|| Ok(private_cgroup2()?)) };
@@ -269,6 +270,23 @@ fn remove_cgroups(path: &Path) {
         remove_cgroups(&entry.path());
     }
     let _ = std::fs::remove_dir(path);
+}
+
+/// The agent as cargo has built it, or, in the lab, as it is installed: /init of the guest's initramfs.
+fn program(directory: &Path) -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
+    if built.exists() {
+        return built.to_owned();
+    }
+    let image = std::fs::File::open(INSTALLED_IMAGE).expect("the agent is built or installed");
+    let extracted = Command::new("/bin/busybox")
+        .args(["cpio", "-i", "init"])
+        .current_dir(directory)
+        .stdin(image)
+        .status()
+        .unwrap();
+    assert!(extracted.success());
+    directory.join("init")
 }
 
 fn private_cgroup2() -> nix::Result<()> {
