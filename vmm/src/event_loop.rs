@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -102,23 +103,38 @@ impl EventLoop {
     /// # Errors
     /// epoll_wait(2)'s but EINTR.
     pub fn run(&mut self, mut stop: impl FnMut() -> bool) -> io::Result<()> {
-        let mut batch = [EpollEvent::default(); 32];
         while !stop() {
-            let count = match self.epoll.wait(-1, &mut batch) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            for event in &batch[..count] {
-                let data = event.data();
-                let handler = &self.handlers[(data >> 32) as usize];
-                handler
-                    .lock()
-                    .expect("a handler does not panic")
-                    .ready(data as u32, event.event_set());
-            }
+            self.turn(-1)?;
         }
         Ok(())
+    }
+
+    /// Serves what is ready until nothing is, or until `limit`.
+    ///
+    /// # Errors
+    /// epoll_wait(2)'s but EINTR.
+    pub fn drain(&mut self, limit: Instant) -> io::Result<()> {
+        while self.turn(0)? > 0 && Instant::now() < limit {}
+        Ok(())
+    }
+
+    /// Waits for one batch, at most `timeout` milliseconds, and serves it. Returns its size.
+    fn turn(&mut self, timeout: i32) -> io::Result<usize> {
+        let mut batch = [EpollEvent::default(); 32];
+        let count = match self.epoll.wait(timeout, &mut batch) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &batch[..count] {
+            let data = event.data();
+            let handler = &self.handlers[(data >> 32) as usize];
+            handler
+                .lock()
+                .expect("a handler does not panic")
+                .ready(data as u32, event.event_set());
+        }
+        Ok(count)
     }
 }
 

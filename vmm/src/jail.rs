@@ -70,10 +70,8 @@ pub unsafe fn close_inherited(keep: libc::c_int) -> Result<(), JailError> {
         .map_err(step("open /dev/null"))?;
     for standard in 0..3 {
         // SAFETY: the caller says that nobody owns what 0 to 2 refer to.
-        check(
-            unsafe { libc::dup2(null.as_raw_fd(), standard) },
-            "replace standard streams",
-        )?;
+        let result = unsafe { libc::dup2(null.as_raw_fd(), standard) };
+        check(result, "replace standard streams")?;
     }
     // Closed with the rest, unless it became one of the three itself.
     let _ = null.into_raw_fd();

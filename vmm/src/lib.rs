@@ -1,20 +1,25 @@
 //! One process, one microVM.
 //!
-//! `main` reads the configuration and sequences; [`bus`], [`event_loop`] and [`irq`] are what devices are made of.
+//! `main` reads the configuration and sequences: [`spec`] checks, [`vm`] builds and runs, [`jail`] lies between the two.
+//! [`bus`], [`event_loop`] and [`irq`] are what devices are made of.
 pub mod arch;
 pub mod boot;
+pub mod build_id;
 pub mod bus;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
 pub mod fs;
 pub mod irq;
-pub mod memory;
-pub mod ramoops;
 pub mod jail;
 pub mod log;
+pub mod memory;
 pub mod metrics;
+pub mod ramoops;
+pub mod reports;
 pub mod spec;
+pub mod supervisor;
 #[cfg(test)]
 mod test_kvm;
 pub mod vcpu;
+pub mod vm;

@@ -106,6 +106,11 @@ impl Memory {
         &self.ram
     }
 
+    /// First address behind RAM.
+    pub fn end(&self) -> u64 {
+        self.ram.last_addr().raw_value() + 1
+    }
+
     /// Makes the memory visible to the guest.
     ///
     /// # Errors

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_bindings::KVMIO;
 use vmm_sys_util::ioctl::ioctl;
-use vmm_sys_util::ioctl_io_nr;
 
-ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+mod request {
+    // The macro makes a public function without a comment.
+    #![allow(missing_docs)]
+    vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+}
 
 /// Bytes of struct kvm_stats_header and of struct kvm_stats_desc without its name (Documentation/virt/kvm/api.rst §4.133).
 const HEADER: usize = 24;
@@ -26,11 +29,14 @@ pub struct KvmStats {
     counters: Vec<(String, u64)>,
 }
 
+/// Of all vCPUs of a machine, in order.
+pub type KvmStatsOfAll = Arc<Vec<Option<KvmStats>>>;
+
 impl KvmStats {
     /// Asks KVM for the statistics of a vCPU or a VM; `None` where the host's kernel is older than 5.14.
     pub fn open(kvm: &impl AsRawFd) -> Option<KvmStats> {
         // SAFETY: the ioctl takes no argument and returns a new descriptor or -1.
-        let fd = unsafe { ioctl(kvm, KVM_GET_STATS_FD()) };
+        let fd = unsafe { ioctl(kvm, request::KVM_GET_STATS_FD()) };
         if fd < 0 {
             return None;
         }

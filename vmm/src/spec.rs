@@ -176,6 +176,20 @@ impl VmSpec {
     }
 }
 
+impl VmSpec {
+    /// The longest that a regular file may become: nothing, unless the shim wants log or console in one.
+    pub fn file_limit(&self) -> u64 {
+        const ROOM: u64 = 64 << 20;
+        let regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
+        let wanted = [Some(&self.log), self.serial.as_ref()];
+        if wanted.into_iter().flatten().any(regular) {
+            ROOM
+        } else {
+            0
+        }
+    }
+}
+
 fn kvm(fd: OwnedFd) -> Result<Kvm, SpecError> {
     const API_VERSION: i32 = 12;
     // Any other device might take the ioctl for one of its own.

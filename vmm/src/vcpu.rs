@@ -20,7 +20,7 @@ use thiserror::Error;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
-use crate::metrics::{KvmStats, UserExit, UserExits};
+use crate::metrics::{KvmStatsOfAll, UserExit, UserExits};
 
 /// What a port or an address without a device reads, as on a PC's bus that nobody drives.
 const NOBODY: u8 = 0xff;
@@ -148,7 +148,7 @@ pub struct Vcpus {
     gate: Arc<Gate>,
     runners: Vec<Runner>,
     exits: Vec<Arc<UserExits>>,
-    stats: Vec<Option<KvmStats>>,
+    stats: KvmStatsOfAll,
 }
 
 impl Vcpus {
@@ -158,7 +158,7 @@ impl Vcpus {
     /// The host refuses threads.
     pub fn start(
         fds: Vec<VcpuFd>,
-        stats: Vec<Option<KvmStats>>,
+        stats: KvmStatsOfAll,
         buses: Arc<Buses>,
         on_end: EndListener,
     ) -> Result<Vcpus, VcpuError> {

@@ -48,10 +48,8 @@ impl Cmdline {
         let mut line = Cmdline(ALWAYS.join(" "));
         let mut words: Vec<String> = ramoops::cmdline_words();
         if serial {
-            words.push("console=ttyS0".into());
-        } else {
-            // Without a port to probe: each register is an exit.
-            words.push("8250.nr_uarts=0".into());
+            // The kernel has a driver but, so that it probes none, no port unless told.
+            words.extend(["8250.nr_uarts=1".into(), "console=ttyS0".into()]);
         }
         for word in words {
             line.push(&word).expect("our own words are short and clean");

@@ -7,6 +7,7 @@ use super::*;
 use crate::arch::x86_64::{cpu, interrupts, layout};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
+use crate::metrics::KvmStats;
 use crate::test_kvm;
 
 /// A device that tells of writes and answers reads with a constant.
@@ -68,7 +69,7 @@ fn guest_in(code: &[u8], long_mode: bool) -> Option<Guest> {
     buses.ports.insert(0x8900, 4, device()).unwrap();
     buses.mmio.insert(0xd000_0000, 0x1000, device()).unwrap();
     let (ends, ended) = mpsc::channel();
-    let stats = vec![KvmStats::open(&fd)];
+    let stats = Arc::new(vec![KvmStats::open(&fd)]);
     let on_end = Arc::new(move |end| ends.send(end).unwrap());
     let vcpus = Vcpus::start(vec![fd], stats, Arc::new(buses), on_end).unwrap();
     Some(Guest {
@@ -99,7 +100,7 @@ fn a_port_is_written_and_read() {
         "parked at first"
     );
     guest.vcpus.resume();
-    let mut write = || guest.written.recv_timeout(SOON).unwrap();
+    let write = || guest.written.recv_timeout(SOON).unwrap();
     assert_eq!(write(), (0, vec![1]));
     assert_eq!(write(), (1, vec![0x41]));
     assert_eq!(write(), (0, vec![0xff, 0xff]));

@@ -1,0 +1,188 @@
+//! The machine's side of the control socket: requests in, reports out.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use bulkhead_vmm_config::{Event, PortOffer, Request, VmStats};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::control::{ControlError, ControlSocket, Descriptors};
+use crate::devices::virtio::vsock::{Ports, Withdrawn};
+use crate::event_loop::{Handler, Poller};
+use crate::log::{Log, chain};
+use crate::reports::{Ending, Reports};
+use crate::spec;
+use crate::vcpu::Vcpus;
+
+/// Key of the control socket on the event loop.
+pub const CONTROL: u32 = 0;
+/// Key of the reports' bell.
+pub const BELL: u32 = 1;
+
+/// Why the machine is to stop.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// The guest ended.
+    Guest(Ending),
+    /// The shim asked for it, or has gone.
+    Stopped,
+    /// The control socket cannot be used any more.
+    Failed(String),
+}
+
+/// Answers the shim and passes reports on, on the event loop's thread.
+pub struct Supervisor {
+    control: ControlSocket,
+    reports: Arc<Reports>,
+    vcpus: Vcpus,
+    ports: Ports,
+    poller: Poller,
+    log: Log,
+    outcome: Option<Outcome>,
+}
+
+impl Supervisor {
+    /// A supervisor of parked vCPUs. `poller` watches the control socket as [`CONTROL`] and the reports' bell as [`BELL`].
+    pub fn new(
+        control: ControlSocket,
+        reports: Arc<Reports>,
+        vcpus: Vcpus,
+        ports: Ports,
+        poller: Poller,
+        log: Log,
+    ) -> Supervisor {
+        Supervisor {
+            control,
+            reports,
+            vcpus,
+            ports,
+            poller,
+            log,
+            outcome: None,
+        }
+    }
+
+    /// Tells the shim and lets the vCPUs run.
+    ///
+    /// # Errors
+    /// The shim has gone.
+    pub fn start(&mut self) -> Result<(), ControlError> {
+        self.pass_reports();
+        self.control.send(&Event::Running)?;
+        self.vcpus.resume();
+        Ok(())
+    }
+
+    /// Stops the vCPUs for good and listens to nobody any more.
+    pub fn stop(&mut self) {
+        self.vcpus.stop();
+        // They are watched since the start.
+        let _ = self.poller.remove(&self.control);
+        let _ = self.poller.remove(self.reports.bell());
+    }
+
+    /// Passes on what was reported, once more after the last queue was served.
+    pub fn pass_reports(&mut self) {
+        let (stamps, ending) = self.reports.take();
+        for stamp in stamps {
+            self.send(&Event::Reached(stamp));
+        }
+        if let Some(ending) = ending {
+            self.end(Outcome::Guest(ending));
+        }
+    }
+
+    /// Why the machine is to stop, once it is.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.outcome.as_ref()
+    }
+
+    /// All counters.
+    pub fn stats(&self) -> VmStats {
+        let mut stats = VmStats {
+            guest_faults: self.reports.guest_faults(),
+            ..VmStats::default()
+        };
+        self.vcpus.add_stats(&mut stats.kvm, &mut stats.user_exits);
+        stats
+    }
+
+    /// Sends an event; without the shim there is nobody to tell.
+    pub fn send(&mut self, event: &Event) {
+        match self.control.send(event) {
+            Ok(()) => {}
+            Err(ControlError::Closed) => self.end(Outcome::Stopped),
+            Err(error) => self.end(Outcome::Failed(chain(&error))),
+        }
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.outcome.get_or_insert(outcome);
+    }
+
+    fn next_request(&mut self) {
+        match self.control.receive::<Request>() {
+            Ok((request, fds)) => self.answer(request, fds),
+            Err(ControlError::Closed) => {
+                self.log.info("the shim closed the control socket");
+                self.end(Outcome::Stopped);
+            }
+            Err(error) => self.end(Outcome::Failed(chain(&error))),
+        }
+    }
+
+    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) {
+        let result = match request {
+            Request::OfferPort(offer) => self.offer(offer, fds),
+            other if !fds.is_empty() => Err(format!(
+                "{other:?} needs no descriptors, {} came",
+                fds.len()
+            )),
+            Request::WithdrawPort { port } => match self.ports.withdraw(port) {
+                Withdrawn::Nothing => Err(format!("vsock port {port} is not offered")),
+                _ => Ok(()),
+            },
+            Request::Pause => {
+                self.vcpus.pause();
+                Ok(())
+            }
+            Request::Resume => {
+                self.vcpus.resume();
+                Ok(())
+            }
+            Request::Stats => {
+                let stats = self.stats();
+                return self.send(&Event::Stats(stats));
+            }
+            Request::Stop => return self.end(Outcome::Stopped),
+        };
+        self.send(&match result {
+            Ok(()) => Event::Done,
+            Err(reason) => Event::Refused { reason },
+        });
+    }
+
+    fn offer(&self, offer: PortOffer, fds: Vec<OwnedFd>) -> Result<(), String> {
+        let mut fds = Descriptors::new(fds);
+        let socket = fds
+            .take(offer.fd, "offer_port")
+            .map_err(|e| e.to_string())?;
+        fds.finish().map_err(|e| e.to_string())?;
+        spec::unix_stream(socket.as_fd(), "offer_port").map_err(|e| e.to_string())?;
+        self.ports
+            .offer(offer.port, socket)
+            .map_err(|e| e.to_string())
+    }
+}
+
+impl Handler for Supervisor {
+    fn ready(&mut self, key: u32, _events: EventSet) {
+        if self.outcome.is_some() {
+            return;
+        }
+        match key {
+            CONTROL => self.next_request(),
+            _ => self.pass_reports(),
+        }
+    }
+}

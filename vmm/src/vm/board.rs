@@ -1,0 +1,191 @@
+//! What is wired to what: devices to their windows, ports, interrupt pins and kicks.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use bulkhead_vmm_config::ANNOUNCE_PORT;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::interrupts::KvmRouter;
+use crate::arch::x86_64::layout;
+use crate::boot::CmdlineError;
+use crate::bus::BadRange;
+use crate::devices::announce::AnnouncePort;
+use crate::devices::ioapic::Ioapic;
+use crate::devices::serial::SerialConsole;
+use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
+use crate::event_loop::EventLoop;
+use crate::irq::IrqFd;
+use crate::log::{Log, set_nonblocking};
+use crate::memory::GuestMemory;
+use crate::reports::{Reports, routing_failed};
+use crate::spec::VmSpec;
+use crate::vcpu::Buses;
+
+/// A device could not be wired.
+#[derive(Debug, Error)]
+pub enum BoardError {
+    /// Two devices at one place: a mistake in the layout.
+    #[error(transparent)]
+    Range(#[from] BadRange),
+    /// The command line has no room for a device.
+    #[error("a device does not fit the kernel command line")]
+    Cmdline(#[from] CmdlineError),
+    /// A descriptor of a device.
+    #[error("making a device's descriptors failed; check RLIMIT_NOFILE")]
+    Descriptor(#[from] io::Error),
+    /// KVM refuses an eventfd.
+    #[error("KVM refuses the {0} of a device")]
+    EventFd(&'static str, #[source] kvm_ioctls::Error),
+    /// A vsock port.
+    #[error("a vsock port cannot be offered")]
+    Offer(#[from] OfferError),
+    /// A virtio-fs device.
+    #[error("the virtio-fs device {tag:?} cannot be made")]
+    Fs {
+        /// Its tag.
+        tag: String,
+        /// Why.
+        #[source]
+        source: FsError,
+    },
+}
+
+/// The wired devices.
+pub struct Board {
+    /// Who answers exits.
+    pub buses: Buses,
+    /// Interrupt pins in use.
+    pub pins: Vec<u32>,
+    /// The vsock device's ports.
+    pub ports: Ports,
+}
+
+/// Makes the devices of `spec`, taking their descriptors out of it and announcing them on its command line.
+///
+/// # Errors
+/// The host's, or a back end's.
+pub fn build(
+    spec: &mut VmSpec,
+    vm: &Arc<VmFd>,
+    memory: &GuestMemory,
+    events: &mut EventLoop,
+    reports: &Arc<Reports>,
+    log: &Log,
+) -> Result<Board, BoardError> {
+    let (devices, ports) = virtio_devices(spec, events, reports)?;
+    let mut pins = layout::virtio_pins(devices.len(), spec.serial.is_some());
+    let mut buses = Buses::default();
+    for (index, device) in devices.into_iter().enumerate() {
+        let slot = Slot {
+            window: layout::virtio_window(index),
+            pin: pins[index],
+        };
+        attach_virtio(device, slot, vm, memory, reports, &mut buses)?;
+        spec.cmdline.push_virtio(slot.window, slot.pin)?;
+    }
+    if let Some(output) = spec.serial.take() {
+        set_nonblocking(&output);
+        let console = SerialConsole::new(output, line(vm, layout::SERIAL_PIN)?);
+        let port = u64::from(layout::SERIAL_PORT);
+        buses
+            .ports
+            .insert(port, layout::SERIAL_PORTS, shared(console))?;
+        pins.push(layout::SERIAL_PIN);
+    }
+    let reports = reports.clone();
+    let announce = AnnouncePort::new(Arc::new(move |what| reports.announced(what)));
+    buses
+        .ports
+        .insert(u64::from(ANNOUNCE_PORT), 1, shared(announce))?;
+
+    let count = pins.iter().max().map_or(1, |last| *last as u8 + 1);
+    let router = KvmRouter::new(vm.clone(), routing_failed(log.clone()));
+    let ioapic = Ioapic::new(spec.vcpus, count, router);
+    buses
+        .mmio
+        .insert(layout::IOAPIC, layout::IOAPIC_SIZE, shared(ioapic))?;
+    Ok(Board { buses, pins, ports })
+}
+
+fn shared<T>(device: T) -> Arc<Mutex<T>> {
+    Arc::new(Mutex::new(device))
+}
+
+type Devices = Vec<Box<dyn VirtioDevice>>;
+
+/// vsock first: the agent's first words go there.
+fn virtio_devices(
+    spec: &mut VmSpec,
+    events: &mut EventLoop,
+    reports: &Arc<Reports>,
+) -> Result<(Devices, Ports), BoardError> {
+    let vsock = Vsock::new(events.next_poller());
+    events.attach(vsock.handler());
+    let ports = vsock.ports();
+    for (port, socket) in spec.ports.drain(..) {
+        ports.offer(port, socket)?;
+    }
+    let mut devices: Devices = vec![Box::new(vsock)];
+    for fs in spec.fs.drain(..) {
+        let socket: OwnedFd = fs.socket;
+        let device = Fs::new(
+            &fs.tag,
+            socket,
+            u32::from(fs.queues),
+            events.next_poller(),
+            reports.observer(),
+        )
+        .map_err(|source| BoardError::Fs {
+            tag: fs.tag,
+            source,
+        })?;
+        events.attach(device.handler());
+        devices.push(Box::new(device));
+    }
+    let rng = Rng::new(events.next_poller());
+    events.attach(rng.handler());
+    devices.push(Box::new(rng));
+    Ok((devices, ports))
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    window: u64,
+    pin: u32,
+}
+
+fn attach_virtio(
+    device: Box<dyn VirtioDevice>,
+    slot: Slot,
+    vm: &VmFd,
+    memory: &GuestMemory,
+    reports: &Arc<Reports>,
+    buses: &mut Buses,
+) -> Result<(), BoardError> {
+    let irq = line(vm, slot.pin)?;
+    let transport = MmioTransport::new(device, memory.clone(), irq, reports.observer())?;
+    for (index, kick) in (0_u32..).zip(transport.queue_events()?) {
+        let address = IoEventAddress::Mmio(slot.window + QUEUE_NOTIFY);
+        vm.register_ioevent(&kick, &address, index)
+            .map_err(|error| BoardError::EventFd("kick", error))?;
+    }
+    let size = layout::VIRTIO_MMIO_SIZE;
+    buses.mmio.insert(slot.window, size, shared(transport))?;
+    Ok(())
+}
+
+/// An interrupt line to `pin`, whose GSI has the same number.
+fn line(vm: &VmFd, pin: u32) -> Result<IrqFd, BoardError> {
+    let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    vm.register_irqfd(&fd, pin)
+        .map_err(|error| BoardError::EventFd("interrupt", error))?;
+    Ok(IrqFd::new(fd))
+}
