@@ -316,6 +316,10 @@ impl MmioTransport {
     fn ready_queue(&mut self, offset: u16, value: u32) {
         let memory = self.memory.clone();
         let index = self.queue_select as u16;
+        // Linux says so once more of each queue when it lets a device go, which it has reset before.
+        if value == 0 && self.selected().is_some_and(|queue| !queue.ready) {
+            return;
+        }
         let Some(queue) = self.writable_queue() else {
             return self.signal.note(Fault::Frozen(offset));
         };
