@@ -1,0 +1,240 @@
+//! Boots real kernels in the built VMM; for a host whose KVM runs them, the lab for instance.
+
+use bulkhead_vmm_config::{Event, GuestEnd, Phase, Request};
+
+mod support;
+
+use support::guest::{Act, Told, initramfs};
+use support::{Ended, Machine, Setup, kernel};
+
+fn machine(act: Act, change: impl FnOnce(&mut Setup)) -> Option<Machine> {
+    let mut setup = Setup::new(&kernel()?, &initramfs(act));
+    change(&mut setup);
+    Some(setup.start())
+}
+
+fn boot(act: Act) -> Option<Ended> {
+    Some(machine(act, |_| {})?.end())
+}
+
+#[test]
+fn a_guest_boots_and_powers_off() {
+    let Some(mut machine) = machine(Act::PowerOff, |_| {}) else {
+        return;
+    };
+    let ended = machine.end();
+    assert_eq!(
+        (ended.end, ended.code),
+        (GuestEnd::PowerOff, 0),
+        "{:?}",
+        ended.console
+    );
+    let phases: Vec<Phase> = machine.stamps.iter().map(|stamp| stamp.phase).collect();
+    assert_eq!(
+        phases,
+        [Phase::VmmStart, Phase::FirstInstruction, Phase::Init]
+    );
+    assert!(machine.stamps.is_sorted_by_key(|stamp| stamp.at_ns));
+    let [start, first, init] = machine.stamps[..] else {
+        unreachable!("three, as above")
+    };
+    println!(
+        "vmm {} ms, guest {} ms, exits {} less {} by interrupts",
+        (first.at_ns - start.at_ns) / 1_000_000,
+        (init.at_ns - first.at_ns) / 1_000_000,
+        init.exits,
+        init.irq_exits
+    );
+    println!("kvm {:?}", ended.stats.kvm);
+    println!("user {:?}", ended.stats.user_exits);
+}
+
+#[test]
+fn each_way_to_end_is_told_apart() {
+    for (act, end, code) in [
+        (Act::Reboot, GuestEnd::Reboot, 10),
+        (Act::Panic, GuestEnd::Panic, 11),
+        (Act::AnnounceThenPanic, GuestEnd::Panic, 11),
+        (Act::Reset, GuestEnd::TripleFault, 12),
+    ] {
+        let Some(ended) = boot(act) else { return };
+        assert_eq!(
+            (ended.end, ended.code),
+            (end, code),
+            "{act:?}: {:?}",
+            ended.console
+        );
+        let text = ended.console.join("\n");
+        let says = text.contains("Kernel panic - not syncing: Attempted to kill init!");
+        assert_eq!(says, end == GuestEnd::Panic, "{act:?}: {text}");
+    }
+}
+
+#[test]
+fn processors_and_memory_are_as_configured() {
+    const MIB: u64 = 1 << 20;
+    for (vcpus, memory) in [
+        (1, 64),
+        (2, 128),
+        (4, 256),
+        (32, 512),
+        (1, 3072),
+        (2, 4096),
+        (1, 6144),
+    ] {
+        let Some(kernel) = kernel() else { return };
+        let mut setup = Setup::new(&kernel, &initramfs(Act::Tell)).with_serial();
+        setup.config.vcpus = vcpus;
+        setup.config.memory_mib = memory;
+        let mut machine = setup.start();
+        let ended = machine.end();
+        assert_eq!(ended.end, GuestEnd::PowerOff, "{}", machine.report());
+        let told = Told::read(&machine.read_serial()).unwrap();
+        println!("{vcpus} vCPUs, {memory} MiB: {told:?}");
+        assert_eq!(told.processors, vcpus);
+        // All but the kernel and what it needs for each page and each processor.
+        let needed = 32 * MIB + memory * MIB / 32 + u64::from(vcpus) * MIB / 4;
+        let expected = memory * MIB - needed..memory * MIB;
+        assert!(expected.contains(&told.memory), "{expected:?}");
+    }
+}
+
+#[test]
+fn requests_are_answered_in_order() {
+    let Some(mut machine) = machine(Act::Spin, |_| {}) else {
+        return;
+    };
+    assert_eq!(machine.event(), Event::Running);
+    machine.reach(Phase::Init);
+    for _ in 0..5 {
+        assert_eq!(machine.ask(&Request::Pause), Event::Done);
+        assert_eq!(machine.ask(&Request::Resume), Event::Done);
+    }
+    let Event::Stats(stats) = machine.ask(&Request::Stats) else {
+        panic!("no stats")
+    };
+    assert!(stats.user_exits["io_out"] > 0);
+    let refused = machine.ask(&Request::WithdrawPort { port: 5 });
+    assert!(matches!(refused, Event::Refused { .. }), "{refused:?}");
+    machine.process.control().send(&Request::Stop).unwrap();
+    let ended = machine.end();
+    assert_eq!((ended.end, ended.code), (GuestEnd::Stopped, 0));
+}
+
+#[test]
+fn a_vmm_whose_shim_has_gone_ends() {
+    for act in [Act::Idle, Act::Spin] {
+        let Some(mut machine) = machine(act, |_| {}) else {
+            return;
+        };
+        machine.reach(Phase::Init);
+        machine.process.hang_up();
+        assert_eq!(machine.process.wait(), 0);
+    }
+}
+
+#[test]
+fn announcements_without_end_cost_the_guest_only() {
+    let Some(mut machine) = machine(Act::Chatter, |_| {}) else {
+        return;
+    };
+    let ended = machine.end();
+    assert_eq!(ended.end, GuestEnd::PowerOff);
+    let inits = machine
+        .stamps
+        .iter()
+        .filter(|stamp| stamp.phase == Phase::Init);
+    assert_eq!(inits.count(), 1);
+    assert_eq!(ended.stats.guest_faults["announce.unknown"], 1000);
+}
+
+#[test]
+fn the_running_process_is_jailed() {
+    let Some(mut machine) = machine(Act::Idle, |_| {}) else {
+        return;
+    };
+    machine.reach(Phase::Init);
+    let pid = machine.process.pid;
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+    let status = read("status");
+    let field = |name: &str| -> Vec<String> {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("{name}:")));
+        line.unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect()
+    };
+    for name in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(name), ["0000000000000000"], "{name}");
+    }
+    assert_eq!(field("Uid"), ["64123"; 4]);
+    assert_eq!(field("Gid"), ["64123"; 4]);
+    assert!(field("Groups").is_empty());
+    assert_eq!(field("NoNewPrivs"), ["1"]);
+    let mounts = read("mountinfo");
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / / ro,"), "{mounts}");
+    let root: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/root"))
+        .unwrap()
+        .collect();
+    assert!(root.is_empty());
+    for namespace in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+        let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
+    }
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let entry = entry.unwrap();
+        let target = std::fs::read_link(entry.path()).unwrap();
+        let target = target.to_string_lossy();
+        let known = [
+            "anon_inode:",
+            "socket:[",
+            "pipe:[",
+            "/memfd:RAM",
+            "/memfd:ramoops",
+        ];
+        // Standard streams; /dev is no longer mounted.
+        let standard = target == "/null";
+        assert!(
+            standard || known.iter().any(|known| target.starts_with(known)),
+            "{target} is open"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_boot_is_refused_in_one_line() {
+    let Some(kernel) = kernel() else { return };
+    let refused = |change: &dyn Fn(&mut Setup)| -> String {
+        let mut setup = Setup::new(&kernel, &initramfs(Act::PowerOff));
+        change(&mut setup);
+        let mut machine = setup.start();
+        let event = machine.event();
+        let Event::Failed { reason } = event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(machine.process.wait(), 1);
+        assert!(!reason.contains('\n'), "{reason}");
+        println!("{reason}");
+        reason
+    };
+    assert!(refused(&|setup| setup.config.memory_mib = 1).contains("1 MiB of memory"));
+    assert!(refused(&|setup| setup.config.vcpus = 33).contains("33 vCPUs"));
+    assert!(refused(&|setup| setup.config.uid = 0).contains("uid 0"));
+    let text = refused(&|setup| {
+        setup.fds[1] = std::fs::File::open("/proc/self/exe").unwrap().into();
+    });
+    assert!(text.contains("kernel"), "{text}");
+    let text = refused(&|setup| {
+        let large = tempfile::tempfile().unwrap();
+        large.set_len(120 << 20).unwrap();
+        setup.fds[2] = large.into();
+    });
+    assert!(text.contains("more memory"), "{text}");
+    let text = refused(&|setup| {
+        setup.fds[0] = std::fs::File::open("/dev/null").unwrap().into();
+    });
+    assert!(text.contains("/dev/kvm"), "{text}");
+}
