@@ -89,13 +89,16 @@ fn told_version(vmm: &Path) -> Option<String> {
 fn kernel_version(kernel: &Path) -> Option<String> {
     const BANNER: &[u8] = b"Linux version ";
     let image = std::fs::read(kernel).ok()?;
-    let mut places = image.windows(BANNER.len()).enumerate();
-    places.find_map(|(index, window)| {
+    let mut windows = image.windows(BANNER.len()).enumerate();
+    windows.find_map(|(index, window)| {
+        if window != BANNER {
+            return None;
+        }
+        // The format string of the same banner has a % here.
         let rest = &image[index + BANNER.len()..];
-        let word = rest.split(|byte| *byte == b' ').next()?;
-        let plain = |byte: &u8| byte.is_ascii_graphic() && *byte != b'%';
-        let version = window == BANNER && word.first().is_some_and(u8::is_ascii_digit);
-        (version && word.len() < 64 && word.iter().all(plain))
-            .then(|| String::from_utf8_lossy(word).into_owned())
+        let word = rest.iter().take(64).take_while(|byte| byte.is_ascii_graphic());
+        let word: Vec<u8> = word.copied().collect();
+        let version = word.first().is_some_and(u8::is_ascii_digit);
+        version.then(|| String::from_utf8_lossy(&word).into_owned())
     })
 }
