@@ -9,10 +9,12 @@
 //! Exit statuses do not pass here: a grandchild that holds stdout keeps the stream, not the answer to WaitProcess.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use bulkhead_agent_protocol::agent;
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 
 use crate::stream::{Host, Stream};
@@ -148,27 +150,18 @@ pub fn copy_terminal(master: OwnedFd, connections: [Option<Stream>; 3]) -> io::R
     Ok(())
 }
 
-/// Host to process. Ends with the host's end of file or when nobody can read the pipe any more.
-async fn copy_in(mut connection: Stream, mut pipe: Stream) {
-    let mut buffer = vec![0u8; BUFFER];
-    loop {
-        let length = tokio::select! {
-            biased;
-            // POLLERR on a pipe's write end: no reader is left (pipe(7)).
-            _ = pipe_closed(&pipe) => return,
-            read = connection.read(&mut buffer) => match read {
-                // Dropping the pipe is the process' end of file.
-                Ok(0) | Err(_) => return,
-                Ok(length) => length,
-            },
-        };
-        if pipe.write_all(&buffer[..length]).await.is_err() {
-            return;
-        }
+/// Host to process. Ends with the host's end of file or when nobody can read the pipe any more; dropping the pipe is the
+/// process' end of file.
+async fn copy_in(connection: Stream, pipe: Stream) {
+    tokio::select! {
+        biased;
+        _ = pipe_closed(&pipe) => {}
+        // An error of either side ends the stream like its end of file.
+        _ = splice_all(&connection, &pipe) => {}
     }
 }
 
-/// Resolves when a pipe that we write to has lost its last reader.
+/// Resolves when a pipe that we write to has lost its last reader: POLLERR on its write end (pipe(7)).
 async fn pipe_closed(pipe: &Stream) {
     loop {
         match pipe.readiness().ready(Interest::ERROR).await {
@@ -181,19 +174,43 @@ async fn pipe_closed(pipe: &Stream) {
 }
 
 /// Process to host. Ends with the last writer, or, as a broken pipe for the process, with the host's connection.
-async fn copy_out(mut pipe: Stream, mut connection: Stream) {
-    let mut buffer = vec![0u8; BUFFER];
+async fn copy_out(pipe: Stream, connection: Stream) {
+    if splice_all(&pipe, &connection).await.is_ok() {
+        connection.finish();
+    }
+}
+
+/// Moves bytes from one descriptor to the other, one of which is a pipe, until end of file: one copy by the kernel
+/// instead of two through a buffer of ours, and no memory while nothing moves.
+async fn splice_all(from: &Stream, to: &Stream) -> io::Result<()> {
+    let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
     loop {
-        match pipe.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(length) => {
-                if connection.write_all(&buffer[..length]).await.is_err() {
-                    return;
+        let mut readable = from.readiness().readable().await?;
+        let mut writable = to.readiness().writable().await?;
+        match splice(from, None, to, None, PIPE_SIZE as usize, flags) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(Errno::EAGAIN) => {
+                // splice(2) does not say which side it would have to wait for.
+                let mut sides = [
+                    PollFd::new(from.as_fd(), PollFlags::POLLIN),
+                    PollFd::new(to.as_fd(), PollFlags::POLLOUT),
+                ];
+                poll(&mut sides, PollTimeout::ZERO)?;
+                let [input, output] = sides.map(|side| side.any().unwrap_or(true));
+                if !input {
+                    readable.clear_ready();
+                }
+                if !output {
+                    writable.clear_ready();
                 }
             }
+            Err(errno) => return Err(errno.into()),
         }
+        // A stream that is always ready must not keep the others and the RPCs waiting.
+        tokio::task::yield_now().await;
     }
-    connection.finish();
 }
 
 /// Host to terminal. The end of the host's stream leaves the terminal as it is: somebody may attach again.

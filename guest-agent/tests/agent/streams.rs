@@ -16,10 +16,10 @@ async fn sixty_four_mebibytes_go_through_unchanged() {
         .unwrap();
     guest.start_process("one", "").await.unwrap();
     let (mut stdin, mut stdout) = (streams.stdin, streams.stdout);
-    let began = std::time::Instant::now();
     let byte = |n: usize| (n.wrapping_mul(2_654_435_761) >> 13) as u8;
+    let bytes: Vec<u8> = (0..SIZE).map(byte).collect();
+    let began = std::time::Instant::now();
     let feed = tokio::spawn(async move {
-        let bytes: Vec<u8> = (0..SIZE).map(byte).collect();
         stdin.write_all(&bytes).await.unwrap();
         // Dropping it is the end of file that cat waits for.
     });
