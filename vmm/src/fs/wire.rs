@@ -85,43 +85,6 @@ pub struct SetxattrExtIn {
 // SAFETY: four integers without padding; any bytes are a valid value.
 unsafe impl ByteValued for SetxattrExtIn {}
 
-/// `fuse_statx_in`.
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone)]
-pub struct StatxIn {
-    /// `FUSE_GETATTR_FH`.
-    pub getattr_flags: u32,
-    /// Zero.
-    pub reserved: u32,
-    /// Handle, if the flag says so.
-    pub fh: u64,
-    /// statx(2)'s flags.
-    pub sx_flags: u32,
-    /// statx(2)'s mask.
-    pub sx_mask: u32,
-}
-// SAFETY: integers without padding; any bytes are a valid value.
-unsafe impl ByteValued for StatxIn {}
-
-/// `fuse_statx_out` but for its `fuse_statx`, which follows.
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone)]
-pub struct StatxOutHead {
-    /// Validity in seconds.
-    pub attr_valid: u64,
-    /// And nanoseconds.
-    pub attr_valid_nsec: u32,
-    /// Zero.
-    pub flags: u32,
-    /// Zero.
-    pub spare: [u64; 2],
-}
-// SAFETY: integers without padding; any bytes are a valid value.
-unsafe impl ByteValued for StatxOutHead {}
-
-/// Bytes of `struct fuse_statx`, which has the layout of the first part of `struct statx`.
-pub const STATX_BYTES: usize = 256;
-
 /// Takes a wire type off the front of `bytes`.
 pub fn take<T: ByteValued + Default>(bytes: &mut &[u8]) -> Option<T> {
     let (front, rest) = bytes.split_at_checked(size_of::<T>())?;

@@ -24,7 +24,6 @@ pub enum Op<'a> {
         items: &'a [u8],
     },
     Getattr,
-    Statx,
     Setattr(SetattrIn),
     Readlink,
     Symlink {
@@ -130,7 +129,6 @@ impl Op<'_> {
             Op::Create { .. } | Op::Tmpfile(_) => size_of::<EntryOut>() + size_of::<OpenOut>(),
             Op::Open(_) | Op::Opendir => size_of::<OpenOut>(),
             Op::Getattr | Op::Setattr(_) => size_of::<AttrOut>(),
-            Op::Statx => size_of::<StatxOutHead>() + STATX_BYTES,
             Op::Statfs => size_of::<StatfsOut>(),
             Op::Write(_) | Op::CopyFileRange(_) => size_of::<WriteOut>(),
             Op::Lseek(_) => size_of::<LseekOut>(),

@@ -8,10 +8,7 @@ use super::inodes::Inode;
 use super::lookup::attributes;
 use super::sys::{self, Result};
 use super::{Call, Engine, reply};
-use crate::fs::wire::{AttrOut, FATTR_FH, STATX_BYTES, SetattrIn, SetattrValid, StatxOutHead};
-
-/// The part of `struct statx` that `struct fuse_statx` has: up to the mount id.
-const STATX_COMMON: usize = 144;
+use crate::fs::wire::{AttrOut, FATTR_FH, SetattrIn, SetattrValid};
 
 impl Engine {
     pub(super) fn getattr(&self, call: &mut Call<'_>) -> Result<()> {
@@ -32,28 +29,6 @@ impl Engine {
                 attr,
             },
         );
-        Ok(())
-    }
-
-    /// Attributes with the birth time.
-    pub(super) fn statx(&self, call: &mut Call<'_>) -> Result<()> {
-        let inode = self.inodes.get(call.node)?;
-        let wanted = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
-        let mut raw = sys::statx(inode.as_fd(), wanted)?;
-        raw.stx_mask &= wanted;
-        raw.stx_ino ^= inode.number_tag;
-        let (attr_valid, attr_valid_nsec) = self.attribute_validity();
-        reply(
-            call,
-            &StatxOutHead {
-                attr_valid,
-                attr_valid_nsec,
-                ..Default::default()
-            },
-        );
-        let mut body = [0; STATX_BYTES];
-        body[..STATX_COMMON].copy_from_slice(&sys::statx_bytes(&raw)[..STATX_COMMON]);
-        call.out.extend_from_slice(&body);
         Ok(())
     }
 

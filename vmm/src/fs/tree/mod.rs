@@ -241,7 +241,6 @@ impl Engine {
             Op::Forget { count } => self.inodes.forget(header.nodeid, count),
             Op::BatchForget { items } => self.batch_forget(items),
             Op::Getattr => self.getattr(c)?,
-            Op::Statx => self.statx(c)?,
             Op::Setattr(body) => self.setattr(c, &body)?,
             Op::Readlink => self.readlink(c)?,
             Op::Symlink { name, target } => self.symlink(c, name, target)?,

@@ -131,8 +131,7 @@ pub fn mountinfo_id(fd: BorrowedFd<'_>) -> Result<u64> {
     statx(fd, libc::STATX_MNT_ID).map(|raw| raw.stx_mnt_id)
 }
 
-/// statx(2) with the birth time.
-pub fn statx(fd: BorrowedFd<'_>, mask: u32) -> Result<libc::statx> {
+fn statx(fd: BorrowedFd<'_>, mask: u32) -> Result<libc::statx> {
     // SAFETY: statx is plain integers; zero is a valid value of each.
     let mut raw: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the empty path is a constant and raw is written for its whole size at most.
@@ -437,12 +436,6 @@ pub fn remove_attribute(object: &FdName, name: &CStr) -> Result<()> {
     done(i64::from(unsafe {
         libc::removexattr(object.as_c_str().as_ptr(), name.as_ptr())
     }))
-}
-
-/// The bytes of a statx answer.
-pub fn statx_bytes(raw: &libc::statx) -> &[u8] {
-    // SAFETY: statx is plain integers laid out without padding, filled by the kernel over zeros.
-    unsafe { std::slice::from_raw_parts((&raw const *raw).cast(), size_of::<libc::statx>()) }
 }
 
 /// preadv(2) into buffers that are described by `parts`.
