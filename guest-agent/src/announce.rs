@@ -32,3 +32,19 @@ pub fn announce(what: Announcement) {
         std::arch::asm!("out dx, al", in("dx") PORT, in("al") what as u8, options(nomem, nostack, preserves_flags));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_vmm_config as vmm;
+
+    #[test]
+    fn numbers_are_the_vmms() {
+        assert_eq!(PORT, vmm::ANNOUNCE_PORT);
+        assert_eq!(Announcement::Init as u8, vmm::announce::INIT);
+        assert_eq!(Announcement::PowerOff as u8, vmm::announce::POWER_OFF);
+        assert_eq!(Announcement::Reboot as u8, vmm::announce::REBOOT);
+        assert_eq!(crate::init::AGENT_PORT, vmm::port::AGENT);
+        assert_eq!(crate::log::LOG_PORT, vmm::port::LOG);
+    }
+}

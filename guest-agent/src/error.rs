@@ -18,6 +18,9 @@ pub(crate) enum Error {
         /// The shim's.
         theirs: u32,
     },
+    /// There is one sandbox a guest.
+    #[error("the sandbox has been started already")]
+    Started,
     /// Something of the request is malformed.
     #[error("{0}")]
     Invalid(String),
@@ -66,7 +69,7 @@ pub(crate) enum Error {
 impl Error {
     fn code(&self) -> Code {
         match self {
-            Self::Version { .. } => Code::FAILED_PRECONDITION,
+            Self::Version { .. } | Self::Started => Code::FAILED_PRECONDITION,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
             Self::ContainerExists(_) | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
@@ -75,6 +78,7 @@ impl Error {
                 CreateError::Invalid(_) => Code::INVALID_ARGUMENT,
                 CreateError::NotRunning => Code::FAILED_PRECONDITION,
                 CreateError::Stage(failure) => stage_code(failure.kind),
+                CreateError::Cgroup(error) => cgroup_code(error),
                 _ => Code::INTERNAL,
             },
             Self::Process(error) => match error {
@@ -84,8 +88,26 @@ impl Error {
                 ProcessError::Stage(failure) => stage_code(failure.kind),
                 ProcessError::System { .. } => Code::INTERNAL,
             },
-            Self::Cgroup(_) | Self::Machine(_) => Code::INTERNAL,
+            Self::Cgroup(error) => cgroup_code(error),
+            Self::Machine(_) => Code::INTERNAL,
         }
+    }
+}
+
+/// A limit that this kernel does not have or that it refuses is the request's fault; anything else is the guest's.
+fn cgroup_code(error: &CgroupError) -> Code {
+    match error {
+        CgroupError::InvalidPath { .. }
+        | CgroupError::InvalidFile { .. }
+        | CgroupError::Rule { .. } => Code::INVALID_ARGUMENT,
+        CgroupError::Exists { .. } => Code::ALREADY_EXISTS,
+        CgroupError::Write { source, .. } => match source.raw_os_error() {
+            Some(libc::ENOENT | libc::EINVAL | libc::ERANGE | libc::EOPNOTSUPP | libc::ENODEV) => {
+                Code::INVALID_ARGUMENT
+            }
+            _ => Code::INTERNAL,
+        },
+        CgroupError::Io { .. } | CgroupError::Timeout { .. } => Code::INTERNAL,
     }
 }
 

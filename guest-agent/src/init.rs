@@ -21,7 +21,7 @@ use crate::stream::Host;
 use crate::{log, machine, rpc, sys};
 
 /// vsock port of the host that the agent serves on.
-const AGENT_PORT: u32 = 1024;
+pub(crate) const AGENT_PORT: u32 = 1024;
 
 /// Open files of the agent: a dozen for each process with streams.
 const AGENT_NOFILE: u64 = 1 << 16;
@@ -107,7 +107,8 @@ pub fn serve(host: Host, exe: &str, began_ns: u64, owns_machine: bool) -> Result
             .dial(AGENT_PORT)
             .await
             .map_err(tried(format!("connect to port {AGENT_PORT} of the host")))?;
-        log::connect(&host).await;
+        let log_host = host.clone();
+        tokio::spawn(async move { log::connect(&log_host).await });
         let reaper = Reaper::start().map_err(tried("watch children"))?;
         let launcher =
             Launcher::new(exe, host, reaper).map_err(tried("open what processes are made of"))?;
@@ -217,13 +218,15 @@ fn delegate_controllers() -> Result<(), InitError> {
     let root = Path::new("/sys/fs/cgroup");
     let controllers = std::fs::read_to_string(root.join("cgroup.controllers"))
         .map_err(tried("read the cgroup controllers"))?;
-    for controller in controllers.split_whitespace() {
-        std::fs::write(
-            root.join("cgroup.subtree_control"),
-            format!("+{controller}"),
-        )
-        .map_err(tried(format!("enable the cgroup controller {controller}")))?;
-    }
+    // One write: each rebuilds the sets of all processes.
+    let all: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    std::fs::write(root.join("cgroup.subtree_control"), all.join(" ")).map_err(tried(format!(
+        "enable the cgroup controllers {}",
+        controllers.trim()
+    )))?;
     std::fs::create_dir(AGENT_CGROUP).map_err(tried(format!("make {AGENT_CGROUP}")))?;
     std::fs::write(format!("{AGENT_CGROUP}/cgroup.procs"), "1")
         .map_err(tried("enter the agent's cgroup"))

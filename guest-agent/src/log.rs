@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use crate::stream::Host;
 
 /// vsock port of the host for log lines.
-const LOG_PORT: u32 = 1025;
+pub(crate) const LOG_PORT: u32 = 1025;
 /// Lines that wait for a slow host.
 const QUEUE: usize = 256;
 

@@ -19,6 +19,8 @@ pub struct Exit {
     pub signal: u32,
     /// ns since the epoch.
     pub at_ns: u64,
+    /// The kernel had killed a process of its container for want of memory by then; not known to the reaper.
+    pub oom_killed: bool,
 }
 
 /// Waits for all children of the agent.
@@ -84,6 +86,7 @@ impl Reaper {
                 status,
                 signal,
                 at_ns: now_ns(),
+                oom_killed: false,
             });
         }
     }

@@ -1,6 +1,7 @@
 //! The pod: its containers and their processes by name, and what the shim can ask of them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
@@ -19,6 +20,7 @@ pub(crate) struct Sandbox {
     launcher: Launcher,
     /// `None` while a container is being made, which is without the lock.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    started: AtomicBool,
     init_monotonic_ns: u64,
     /// The agent is PID 1 of a guest and owns clock, name and mounts.
     owns_machine: bool,
@@ -30,6 +32,7 @@ impl Sandbox {
         Self {
             launcher,
             containers: Mutex::default(),
+            started: AtomicBool::new(false),
             init_monotonic_ns,
             owns_machine,
         }
@@ -51,6 +54,9 @@ impl Sandbox {
                 ours: PROTOCOL_VERSION,
                 theirs: request.version,
             });
+        }
+        if self.started.swap(true, Ordering::Relaxed) {
+            return Err(Error::Started);
         }
         if self.owns_machine {
             if request.realtime_ns != 0 {
@@ -142,22 +148,13 @@ impl Sandbox {
         Ok(process.pid() as u32)
     }
 
-    /// Waits for the end of a process; true when the kernel has killed one of the container for memory.
+    /// Waits for the end of a process.
     pub(crate) async fn wait_process(
         &self,
         request: &agent::ProcessRequest,
-    ) -> Result<(Exit, bool), Error> {
-        let (container, process) = self.process(&request.container_id, &request.exec_id)?;
-        let exit = process.wait().await;
-        let cgroup = Arc::clone(&container.cgroup);
-        let kills = blocking(move || {
-            cgroup
-                .read()
-                .expect("no code panics while it holds this lock")
-                .memory_events_oom_kill()
-        })
-        .await?;
-        Ok((exit, kills > 0))
+    ) -> Result<Exit, Error> {
+        let (_, process) = self.process(&request.container_id, &request.exec_id)?;
+        Ok(process.wait().await)
     }
 
     /// Sends a signal to a process or to all of a container.

@@ -88,12 +88,12 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: agent::ProcessRequest,
     ) -> ttrpc::Result<agent::WaitProcessResponse> {
-        let (exit, oom_killed) = self.0.wait_process(&request).await?;
+        let exit = self.0.wait_process(&request).await?;
         Ok(agent::WaitProcessResponse {
             exit_status: exit.status,
             signal: exit.signal,
             exited_at_ns: exit.at_ns,
-            oom_killed,
+            oom_killed: exit.oom_killed,
             ..Default::default()
         })
     }

@@ -15,6 +15,7 @@ use super::mounts::{MountError, Sources};
 use super::namespaces::Plan;
 use super::process::{Channel, Launch, Process, watch_exit};
 use super::{Container, SharedCgroup, idmap, stage};
+use crate::log;
 use crate::reaper::Exit;
 use crate::stdio::{self, Ends, StdioError};
 use crate::sys::Spawned;
@@ -104,7 +105,7 @@ fn remove(cgroup: &SharedCgroup) {
         .read()
         .expect("no code panics while it holds this lock");
     if let Err(error) = cgroup.kill_all().and_then(|()| cgroup.delete()) {
-        crate::log::warn(&format!("{error}"));
+        log::warn(&format!("{error}"));
     }
 }
 
@@ -166,16 +167,17 @@ fn spawn_init(
             .map_err(system("make the container's init"))?
     };
     let at_end = Arc::clone(cgroup);
-    // What outlives init dies with it: in a pid namespace of its own by the kernel, else by this.
     let exit = watch_exit(reaped, move || {
         let cgroup = at_end
             .read()
             .expect("no code panics while it holds this lock");
+        // What outlives init dies with it: in a pid namespace of its own by the kernel, else by this.
         if let Err(error) = cgroup.kill_all() {
-            crate::log::warn(&format!(
+            log::warn(&format!(
                 "cannot end the processes that outlived a container's init: {error}"
             ));
         }
+        oom_killed(&cgroup)
     });
     let prepared = prepare_init(request, plan, &spawned, &launch);
     // Without a channel the child sees end of file and ends by itself.
@@ -197,6 +199,15 @@ pub(super) fn outside(mappings: &[agent::IdMapping], plan: Plan, uid: u32) -> u3
     } else {
         uid
     }
+}
+
+/// Read when a process has ended: later the cgroup may be gone, and earlier the kernel may not have counted yet. It counts
+/// before it kills.
+pub(super) fn oom_killed(cgroup: &Cgroup) -> bool {
+    cgroup.memory_events_oom_kill().unwrap_or_else(|error| {
+        log::warn(&format!("cannot tell whether memory ran out: {error}"));
+        0
+    }) > 0
 }
 
 /// What only the agent may do to a new init.

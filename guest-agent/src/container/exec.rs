@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 use bulkhead_agent_protocol::agent;
 use tokio::sync::oneshot;
 
-use super::create::{CreateError, Newborn, finish, outside, set_oom_score, system};
+use super::create::{CreateError, Newborn, finish, oom_killed, outside, set_oom_score, system};
 use super::launcher::{Birth, Launcher};
 use super::namespaces::Join;
 use super::process::{Launch, Process, watch_exit};
@@ -43,7 +44,14 @@ pub(crate) async fn create(
     let init = container.init.pidfd().as_fd();
     let launch = Launch::new(&ends.child, &spec, &[init]).map_err(system("prepare the process"))?;
     let (spawned, reaped) = spawn(launcher, container, &launch)?;
-    let exit = watch_exit(reaped, || ());
+    let cgroup = Arc::clone(&container.cgroup);
+    let exit = watch_exit(reaped, move || {
+        oom_killed(
+            &cgroup
+                .read()
+                .expect("no code panics while it holds this lock"),
+        )
+    });
     let prepared = set_oom_score(spawned.pid, process);
     let newborn = match (prepared, launch.into_channel()) {
         (Ok(()), Ok(channel)) => Newborn {

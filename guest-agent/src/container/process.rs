@@ -339,19 +339,20 @@ impl Process {
     }
 }
 
-/// Turns the reaper's answer into a value that any number of callers can wait for; `at_end` runs before they see it.
+/// Turns the reaper's answer into a value that any number of callers can wait for; `at_end` runs before they see it, and
+/// says whether the kernel has killed for memory in the container.
 pub fn watch_exit(
     reaped: oneshot::Receiver<Exit>,
-    at_end: impl FnOnce() + Send + 'static,
+    at_end: impl FnOnce() -> bool + Send + 'static,
 ) -> watch::Receiver<Option<Exit>> {
     let (sender, receiver) = watch::channel(None);
     tokio::spawn(async move {
         let exit = reaped
             .await
             .expect("the reaper keeps the sender of a tracked pid until it is reaped");
-        at_end();
+        let oom_killed = at_end();
         // Nobody is left to know.
-        let _ = sender.send(Some(exit));
+        let _ = sender.send(Some(Exit { oom_killed, ..exit }));
     });
     receiver
 }

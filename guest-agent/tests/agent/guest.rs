@@ -43,6 +43,13 @@ pub fn context() -> Context {
 impl Guest {
     /// Starts an agent in a mount namespace with a cgroup2 hierarchy, and makes a busybox root for its containers.
     pub async fn start() -> Guest {
+        let guest = Guest::before_sandbox().await;
+        guest.start_sandbox().await.unwrap();
+        guest
+    }
+
+    /// An agent that has not had its first request.
+    pub async fn before_sandbox() -> Guest {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests make namespaces and cgroups: run them as root"
@@ -65,24 +72,23 @@ impl Guest {
             ttrpc::r#async::transport::Socket::new(stream),
         ));
         let cgroups = format!("bulkhead-agent-test-{}", process.id());
-        let guest = Guest {
+        Guest {
             process,
             client,
             directory,
             root,
             cgroups,
-        };
+        }
+    }
+
+    /// Sends the first request.
+    pub async fn start_sandbox(&self) -> ttrpc::Result<agent::StartSandboxResponse> {
         let request = agent::StartSandboxRequest {
-            version: 1,
+            version: bulkhead_agent_protocol::PROTOCOL_VERSION,
             sandbox_id: "test".into(),
             ..Default::default()
         };
-        guest
-            .client
-            .start_sandbox(context(), &request)
-            .await
-            .unwrap();
-        guest
+        self.client.start_sandbox(context(), &request).await
     }
 
     /// Number of the agent's process.

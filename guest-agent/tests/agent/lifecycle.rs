@@ -273,8 +273,8 @@ async fn pause_stops_and_resume_goes_on() {
 }
 
 #[tokio::test]
-async fn a_wrong_protocol_version_is_refused() {
-    let guest = Guest::start().await;
+async fn a_wrong_protocol_version_and_a_second_sandbox_are_refused() {
+    let guest = Guest::before_sandbox().await;
     let request = agent::StartSandboxRequest {
         version: 999,
         ..Default::default()
@@ -282,4 +282,9 @@ async fn a_wrong_protocol_version_is_refused() {
     let (code, text) = status(guest.client.start_sandbox(context(), &request).await);
     assert_eq!(code, Code::FAILED_PRECONDITION);
     assert!(text.contains("999"), "{text}");
+    guest.start_sandbox().await.unwrap();
+    assert_eq!(
+        status(guest.start_sandbox().await).0,
+        Code::FAILED_PRECONDITION
+    );
 }
