@@ -18,7 +18,7 @@ use crate::devices::ioapic::Ioapic;
 use crate::devices::serial::SerialConsole;
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
-use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
 use crate::event_loop::EventLoop;
@@ -176,6 +176,13 @@ fn attach_virtio(
         let address = IoEventAddress::Mmio(slot.window + QUEUE_NOTIFY);
         vm.register_ioevent(&kick, &address, index)
             .map_err(|error| BoardError::EventFd("kick", error))?;
+    }
+    if let Some(value) = transport.ignores_acknowledgement() {
+        // KVM keeps the eventfd; nobody reads it.
+        let unread = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let address = IoEventAddress::Mmio(slot.window + INTERRUPT_ACK);
+        vm.register_ioevent(&unread, &address, value)
+            .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
     }
     let size = layout::VIRTIO_MMIO_SIZE;
     buses.mmio.insert(slot.window, size, shared(transport))?;

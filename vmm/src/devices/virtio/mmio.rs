@@ -27,6 +27,8 @@ use crate::irq::IrqFd;
 pub const WINDOW: u64 = 0x1000;
 /// Offset of the register that a driver kicks a queue by; its value is the queue's index.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// Offset of the register that a driver acknowledges interrupts by; see [`MmioTransport::ignores_acknowledgement`].
+pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
 /// "virt", §4.2.2.
 const MAGIC: u32 = 0x7472_6976;
@@ -118,6 +120,12 @@ impl MmioTransport {
             .iter()
             .map(|queue| queue.kick.try_clone())
             .collect()
+    }
+
+    /// The value written to [`INTERRUPT_ACK`] that changes nothing, where another process raises the interrupt: an ioeventfd that
+    /// nobody reads may swallow it, and spares an exit to user space for each interrupt.
+    pub fn ignores_acknowledgement(&self) -> Option<u32> {
+        self.device.interrupts_directly().then_some(USED_BUFFER)
     }
 
     fn read_register(&mut self, offset: u16) -> u32 {
