@@ -10,6 +10,8 @@ use bulkhead_vmm_config::GuestEnd;
 mod guest_side;
 #[path = "virtio_guest/host.rs"]
 mod host_side;
+#[path = "virtio_guest/share.rs"]
+mod share;
 mod support;
 
 /// Ports, and how much flows there.
@@ -40,6 +42,9 @@ mod plan {
     pub const MANY: u32 = 40;
 
     pub const BULK: usize = 4 << 20;
+    /// The file system's tag, and the size of a file there.
+    pub const TAG: &str = "share";
+    pub const FILE: usize = 3_000_001;
     pub const SMALL: usize = 300_000;
     pub const PINGS: usize = 100;
 }
@@ -70,6 +75,7 @@ fn boot(kernel: &std::path::Path, vcpus: u32) {
     setup.config.memory_mib = 256;
     setup.config.extra_cmdline.push("loglevel=4".into());
     let hosts = host_side::start(&mut setup);
+    let share = share::Share::start(&mut setup);
     let start = Instant::now();
     let mut machine = setup.start();
     let ended = machine.end();
@@ -87,6 +93,7 @@ fn boot(kernel: &std::path::Path, vcpus: u32) {
         "{:?}",
         ended.stats.guest_faults
     );
+    share.finish();
     for host in hosts {
         host.join().expect("each host side is content");
     }

@@ -16,7 +16,7 @@ use super::plan;
 
 type Scenario = fn() -> Result<String, String>;
 
-pub const SCENARIOS: [(&str, Scenario); 14] = [
+pub const SCENARIOS: [(&str, Scenario); 16] = [
     ("a slow host", slow),
     ("a port that is not offered", refused),
     ("an echo of bulk data", || echo(plan::ECHO, plan::BULK)),
@@ -28,9 +28,11 @@ pub const SCENARIOS: [(&str, Scenario); 14] = [
     ("many at once", many),
     ("a port that was used", || refuse(plan::ECHO)),
     ("random bytes", random),
+    ("a shared directory", files),
     ("the end of the slow host", slow_end),
     ("the driver bound again", bind_again),
     ("random bytes again", random),
+    ("a shared directory again", files),
 ];
 
 /// Runs all scenarios and powers off.
@@ -249,9 +251,45 @@ fn random() -> Result<String, String> {
         .ok_or(format!("{ones} bits of 51200 are set"))
 }
 
-/// Unbinds and binds both drivers, which resets the devices and sets them up anew.
+/// Reads what the host wrote, writes a file and reads it back from the host.
+fn files() -> Result<String, String> {
+    let none = None::<&str>;
+    let told = |error: nix::Error| error.to_string();
+    let _ = fs::create_dir("/mnt");
+    mount(
+        Some(plan::TAG),
+        "/mnt",
+        Some("virtiofs"),
+        MsFlags::empty(),
+        none,
+    )
+    .map_err(told)?;
+    let result = read_and_write().map_err(|error| error.to_string());
+    nix::mount::umount("/mnt").map_err(told)?;
+    result
+}
+
+fn read_and_write() -> io::Result<String> {
+    let start = Instant::now();
+    let same = fs::read("/mnt/from-host")? == pattern(1, plan::FILE);
+    let mut file = File::create("/mnt/from-guest")?;
+    file.write_all(&pattern(2, plan::FILE))?;
+    file.sync_all()?;
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let same = same && fs::read("/mnt/from-guest")? == pattern(2, plan::FILE);
+    let names = fs::read_dir("/mnt")?.count();
+    if !same || names != 2 {
+        return Err(io::Error::other(format!(
+            "same bytes: {same}, {names} names"
+        )));
+    }
+    let rate = 3.0 * plan::FILE as f64 / start.elapsed().as_secs_f64() / 1e6;
+    Ok(format!("{rate:.0} MB/s"))
+}
+
+/// Unbinds and binds all drivers, which resets the devices and sets them up anew.
 fn bind_again() -> Result<String, String> {
-    for driver in ["vmw_vsock_virtio_transport", "virtio_rng"] {
+    for driver in ["vmw_vsock_virtio_transport", "virtio_rng", "virtiofs"] {
         let folder = format!("/sys/bus/virtio/drivers/{driver}");
         let device = fs::read_dir(&folder)
             .map_err(|error| format!("{folder}: {error}"))?
