@@ -64,9 +64,11 @@ impl Launcher {
         launch: &Launch,
     ) -> io::Result<(Spawned, oneshot::Receiver<Exit>)> {
         let fds = launch.fds();
+        // The child puts its descriptors at low numbers: the binary must not be where one of them goes.
+        let exe = launch.beyond(self.exe.as_fd())?;
         let new_user = birth.namespaces & libc::CLONE_NEWUSER as u64 != 0;
         let child = Child {
-            exe: self.exe.as_fd(),
+            exe: exe.as_fd(),
             stage,
             fds: &fds,
             wait_for_mappings: new_user.then(|| launch.control()),

@@ -72,6 +72,11 @@ impl Launch {
         self.inherited[message::CONTROL_FD as usize].as_raw_fd()
     }
 
+    /// A copy of `fd` whose number none of the targets has.
+    pub fn beyond(&self, fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+        duplicate_from(FIRST_FREE_FD + self.inherited.len() as i32, fd)
+    }
+
     /// Sends the byte that the child of a user namespace waits for.
     pub fn release(&self) -> io::Result<()> {
         nix::unistd::write(&self.ours, b"m")?;

@@ -229,6 +229,10 @@ async fn a_user_namespace_maps_root_away() {
         "id -u; cat /proc/self/uid_map; readlink /proc/self/ns/user; sleep 1000",
     ));
     spec.process.as_mut().unwrap().oom_score_adj = Some(100);
+    // Each is a descriptor that the agent opens and passes: more than there are small numbers.
+    spec.masked_paths = (0..30)
+        .map(|n| format!("/proc/sys/kernel/none{n}"))
+        .collect();
     let mut streams = guest.create("one", spec).await.unwrap();
     let pid = guest.start_process("one", "").await.unwrap();
     let seen = streams.expect("user:[").await;
