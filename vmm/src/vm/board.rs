@@ -20,6 +20,7 @@ use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::signal::USED_BUFFER;
 use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
 use crate::event_loop::EventLoop;
 use crate::irq::IrqFd;
@@ -177,13 +178,11 @@ fn attach_virtio(
         vm.register_ioevent(&kick, &address, index)
             .map_err(|error| BoardError::EventFd("kick", error))?;
     }
-    if let Some(value) = transport.ignores_acknowledgement() {
-        // KVM keeps the eventfd; nobody reads it.
-        let unread = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let address = IoEventAddress::Mmio(slot.window + INTERRUPT_ACK);
-        vm.register_ioevent(&unread, &address, value)
-            .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
-    }
+    // An exit less for each interrupt. KVM keeps the eventfd; nobody reads it.
+    let unread = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let address = IoEventAddress::Mmio(slot.window + INTERRUPT_ACK);
+    vm.register_ioevent(&unread, &address, USED_BUFFER)
+        .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
     let size = layout::VIRTIO_MMIO_SIZE;
     buses.mmio.insert(slot.window, size, shared(transport))?;
     Ok(())

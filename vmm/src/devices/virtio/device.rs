@@ -64,7 +64,7 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> &[u8];
     /// Takes a write into the configuration space; the offset is inside [`VirtioDevice::config`].
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-    /// Whether another process raises the interrupt, so that the transport cannot know when there is a used buffer.
+    /// Whether another process takes the kicks and raises the interrupt.
     fn interrupts_directly(&self) -> bool {
         false
     }

@@ -27,7 +27,11 @@ use crate::irq::IrqFd;
 pub const WINDOW: u64 = 0x1000;
 /// Offset of the register that a driver kicks a queue by; its value is the queue's index.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
-/// Offset of the register that a driver acknowledges interrupts by; see [`MmioTransport::ignores_acknowledgement`].
+/// Offset of the register that a driver acknowledges interrupts by.
+///
+/// The used-buffer bit reads 1 as long as a driver runs: a back end in another process raises the interrupt itself, and a
+/// driver only looks at its rings if the bit is set. So acknowledging [`USED_BUFFER`] alone changes nothing, and an ioeventfd
+/// that nobody reads may swallow that write, which spares an exit to user space for each interrupt.
 pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
 /// "virt", §4.2.2.
@@ -122,12 +126,6 @@ impl MmioTransport {
             .collect()
     }
 
-    /// The value written to [`INTERRUPT_ACK`] that changes nothing, where another process raises the interrupt: an ioeventfd that
-    /// nobody reads may swallow it, and spares an exit to user space for each interrupt.
-    pub fn ignores_acknowledgement(&self) -> Option<u32> {
-        self.device.interrupts_directly().then_some(USED_BUFFER)
-    }
-
     fn read_register(&mut self, offset: u16) -> u32 {
         let queue = self.selected();
         match u32::from(offset) {
@@ -177,13 +175,9 @@ impl MmioTransport {
     }
 
     fn interrupt_status(&self) -> u32 {
-        let status = self.signal.interrupt_status();
-        // The back end raised the line itself, and a driver looks at its rings only if this bit is set.
-        if self.device.interrupts_directly() && self.status & DRIVER_OK != 0 {
-            status | USED_BUFFER
-        } else {
-            status
-        }
+        let running = self.status & DRIVER_OK != 0;
+        // See INTERRUPT_ACK.
+        self.signal.interrupt_status() | if running { USED_BUFFER } else { 0 }
     }
 
     fn read_status(&self) -> u8 {

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::fault::{Fault, Notice, Observer};
 use crate::irq::{Interrupt, IrqFd};
 
-/// InterruptStatus bit 0 (VIRTIO 1.2 §4.2.2): a used buffer.
+/// InterruptStatus bit 0 (VIRTIO 1.2 §4.2.2): a used buffer. The transport supplies it.
 pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus bit 1: the configuration, or the request for a reset, has changed.
 pub const CONFIG_CHANGE: u32 = 2;
@@ -18,6 +18,7 @@ pub const CONFIG_CHANGE: u32 = 2;
 struct Shared {
     device: &'static str,
     irq: IrqFd,
+    /// [`CONFIG_CHANGE`] or nothing.
     status: AtomicU32,
     needs_reset: AtomicBool,
     generation: AtomicU32,
@@ -43,7 +44,7 @@ impl Signal {
 
     /// Tells the driver that a used ring has grown. Call it after the ring's index was stored.
     pub fn used_buffer(&self) {
-        self.raise(USED_BUFFER);
+        self.raise();
     }
 
     /// The guest's fault in a queue: asks for a reset (§2.1.2) and counts.
@@ -103,13 +104,13 @@ impl Signal {
 
     fn ask_for_reset(&self) {
         if !self.0.needs_reset.swap(true, Ordering::SeqCst) {
-            self.raise(CONFIG_CHANGE);
+            // §4.2.2: the status before the interrupt, or the driver finds nothing to do.
+            self.0.status.fetch_or(CONFIG_CHANGE, Ordering::SeqCst);
+            self.raise();
         }
     }
 
-    fn raise(&self, bit: u32) {
-        // §4.2.2: the status before the interrupt, or the driver finds nothing to do.
-        self.0.status.fetch_or(bit, Ordering::SeqCst);
+    fn raise(&self) {
         match self.0.irq.raise() {
             Ok(()) => {}
             // The counter is full: the line is raised already and nobody has taken it.

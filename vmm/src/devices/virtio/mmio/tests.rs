@@ -274,8 +274,9 @@ fn a_reset_restores_the_initial_state_from_any_state() {
 }
 
 #[test]
-fn interrupts_set_the_status_until_they_are_acknowledged() {
+fn a_configuration_change_stays_until_it_is_acknowledged_and_used_buffers_always() {
     let (mut driver, life) = probe();
+    assert_eq!(driver.read(reg::INTERRUPT_STATUS), 0);
     driver.start();
     let signal = life.lock().unwrap().signal.clone().unwrap();
     signal.used_buffer();
@@ -291,9 +292,9 @@ fn interrupts_set_the_status_until_they_are_acknowledged() {
     );
     assert_eq!(driver.read(reg::STATUS), 0x4f);
     driver.write(reg::INTERRUPT_ACK, 1);
-    assert_eq!(driver.read(reg::INTERRUPT_STATUS), 2);
+    assert_eq!(driver.read(reg::INTERRUPT_STATUS), 3);
     driver.write(reg::INTERRUPT_ACK, u32::MAX);
-    assert_eq!(driver.read(reg::INTERRUPT_STATUS), 0);
+    assert_eq!(driver.read(reg::INTERRUPT_STATUS), 1);
     assert_eq!(driver.notices.count("probe.chain_loop"), 2);
     // A driver that adds FAILED to what it has read.
     driver.write(reg::STATUS, 0xcf);
