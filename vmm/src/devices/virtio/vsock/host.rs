@@ -15,7 +15,7 @@ use super::super::sys::{IoVecs, MAX_BUFFERS};
 use super::packet::HEADER_LEN;
 use crate::event_loop::Poller;
 
-/// Buffer space that the guest is promised for each connection; bounds [`HostEnd::backlog`].
+/// Buffer space that the guest is promised for each connection; bounds what is kept of the guest's bytes.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// What a read from the socket came to.

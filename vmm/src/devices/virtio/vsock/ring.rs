@@ -69,8 +69,6 @@ impl RxRing {
         credit: u32,
         batch: usize,
     ) -> Result<Fill, Fault> {
-        // A handle of its own, so that the list's borrow does not lock the ring.
-        let memory = self.memory.clone();
         let mut list = IoVecs::new();
         let mut asked = 0;
         let mut count = 0;
@@ -83,7 +81,7 @@ impl RxRing {
             let room = (buffer.length() as usize - HEADER_LEN)
                 .min(MAX_PAYLOAD)
                 .min(credit as usize - asked);
-            if !buffer.list(&memory, HEADER_LEN, room, &mut list)? {
+            if !buffer.list(&self.memory, HEADER_LEN, room, &mut list)? {
                 self.queue.unpop(chain);
                 break;
             }
