@@ -1,13 +1,12 @@
 //! One virtqueue and the thread that serves it.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
@@ -48,6 +47,7 @@ impl Ring {
     /// The thread cannot become a worker.
     pub fn serve(mut self, engine: &Engine) -> io::Result<u16> {
         let mut worker = Worker::new()?;
+        let kicks = self.watch()?;
         let memory = self.memory.clone();
         let mut buffers = Buffers::new(&memory);
         loop {
@@ -58,32 +58,23 @@ impl Ring {
                     engine.fault(Rule::Chain);
                     // Until the guest resets the device there is nothing to do.
                     while !self.stop.load(Ordering::Acquire) {
-                        self.wait()?;
+                        wait(&kicks)?;
                     }
                     break;
                 }
             }
-            self.wait()?;
+            wait(&kicks)?;
         }
         Ok(self.queue.next_avail())
     }
 
-    /// Waits for a notification. The eventfd belongs to the VMM and may be non-blocking.
-    fn wait(&self) -> io::Result<()> {
-        loop {
-            match (&self.kick).read(&mut [0; 8]) {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let mut fds = [PollFd::new(self.kick.as_fd(), PollFlags::POLLIN)];
-                    match poll(&mut fds, PollTimeout::NONE) {
-                        Ok(_) | Err(Errno::EINTR) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+    /// Watches the guest's notifications. By edges, so that a wake-up costs one system call: the counter is never read, and
+    /// each write to it is an edge, whether the VMM made the eventfd blocking or not.
+    fn watch(&self) -> io::Result<Epoll> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let edges = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
+        epoll.add(&self.kick, edges)?;
+        Ok(epoll)
     }
 
     /// Serves what is available, then asks to be notified.
@@ -132,6 +123,17 @@ impl Ring {
         if let Some(mut call) = call.as_ref() {
             // It fails only when 2^64 - 2 interrupts are pending: then one is pending.
             let _ = call.write(&1_u64.to_ne_bytes());
+        }
+    }
+}
+
+fn wait(kicks: &Epoll) -> io::Result<()> {
+    let mut event = [EpollEvent::empty()];
+    loop {
+        match kicks.wait(&mut event, EpollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Ok(()),
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -122,7 +122,7 @@ impl Engine {
     /// Closes a mount that the guest has not reached yet.
     fn close_mount(&self, mount: &MountLine) {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let Ok(fd) = open(&mount.point, flags, Mode::empty()).map(OwnedFd::from) else {
+        let Ok(fd) = open(&mount.point, flags, Mode::empty()) else {
             return;
         };
         let Ok(status) = sys::status(fd.as_fd()) else {
