@@ -282,10 +282,8 @@ fn mappings_shared_and_private() {
         private[0] = b'p';
         shared[5000] = b's';
         // SAFETY: the range is that of the mapping.
-        assert_eq!(
-            unsafe { libc::msync(shared.as_mut_ptr().cast(), 8192, libc::MS_SYNC) },
-            0
-        );
+        let synced = unsafe { libc::msync(shared.as_mut_ptr().cast(), 8192, libc::MS_SYNC) };
+        assert_eq!(synced, 0);
         let host = fs::read(m.host("f")).unwrap();
         assert_eq!((host.len(), host[0], host[5000]), (8192, b'a', b's'));
     }
