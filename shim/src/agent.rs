@@ -8,12 +8,12 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CreateContainerRequest, Empty, ProcessRequest, ResizeTerminalRequest,
-        SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, WaitProcessResponse,
+        CreateContainerRequest, Empty, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
+        StartSandboxRequest, StartSandboxResponse, WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
-use ttrpc::{context::Context, r#async::transport::Socket};
+use ttrpc::{r#async::transport::Socket, context::Context};
 
 use crate::logs::printable;
 
@@ -89,19 +89,31 @@ impl Agent {
 
     /// Makes a container up to the point before exec.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), Error> {
-        call("CreateContainer", self.0.create_container(unbounded(), request)).await?;
+        call(
+            "CreateContainer",
+            self.0.create_container(unbounded(), request),
+        )
+        .await?;
         Ok(())
     }
 
     /// Lets a container's init exec.
     pub async fn start(&self, container: &str) -> Result<(), Error> {
-        call("StartProcess", self.0.start_process(unbounded(), &init_of(container))).await?;
+        call(
+            "StartProcess",
+            self.0.start_process(unbounded(), &init_of(container)),
+        )
+        .await?;
         Ok(())
     }
 
     /// Answers when a container's init has exited.
     pub async fn wait(&self, container: &str) -> Result<WaitProcessResponse, Error> {
-        call("WaitProcess", self.0.wait_process(unbounded(), &init_of(container))).await
+        call(
+            "WaitProcess",
+            self.0.wait_process(unbounded(), &init_of(container)),
+        )
+        .await
     }
 
     /// Sends a signal to a container's init.
@@ -111,7 +123,11 @@ impl Agent {
             signal: signal.unsigned_abs(),
             ..SignalProcessRequest::default()
         };
-        call("SignalProcess", self.0.signal_process(unbounded(), &request)).await?;
+        call(
+            "SignalProcess",
+            self.0.signal_process(unbounded(), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -123,13 +139,21 @@ impl Agent {
             columns: columns.into(),
             ..ResizeTerminalRequest::default()
         };
-        call("ResizeTerminal", self.0.resize_terminal(unbounded(), &request)).await?;
+        call(
+            "ResizeTerminal",
+            self.0.resize_terminal(unbounded(), &request),
+        )
+        .await?;
         Ok(())
     }
 
     /// Forgets an exited container with all that it held.
     pub async fn delete(&self, container: &str) -> Result<(), Error> {
-        call("DeleteProcess", self.0.delete_process(unbounded(), &init_of(container))).await?;
+        call(
+            "DeleteProcess",
+            self.0.delete_process(unbounded(), &init_of(container)),
+        )
+        .await?;
         Ok(())
     }
 

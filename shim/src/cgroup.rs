@@ -29,7 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not a cgroup v2 host.
-    #[error("{ROOT} is not a cgroup v2 file system: this host uses cgroup v1 or both; boot it with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there")]
+    #[error(
+        "{ROOT} is not a cgroup v2 file system: this host uses cgroup v1 or both; boot it with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there"
+    )]
     NotV2,
     /// The form that only systemd understands.
     #[error("linux.cgroupsPath {0:?} is a systemd slice; give a path, or leave it out")]
@@ -65,7 +67,11 @@ pub fn require_v2() -> Result<(), Error> {
 }
 
 /// The directory for a pod (see the module's text).
-pub fn place(cgroups_path: Option<&Path>, namespace: &str, sandbox: &str) -> Result<PathBuf, Error> {
+pub fn place(
+    cgroups_path: Option<&Path>,
+    namespace: &str,
+    sandbox: &str,
+) -> Result<PathBuf, Error> {
     let own = Path::new(ROOT).join("bulkhead");
     let Some(path) = cgroups_path.filter(|path| !path.as_os_str().is_empty()) else {
         return Ok(own.join(namespace).join(sandbox));
@@ -94,7 +100,9 @@ impl Cgroup {
     /// Makes it, with every controller that its parents can give, and writes it into the ledger.
     pub fn create(ledger: &mut Ledger, path: &Path) -> Result<Cgroup, Error> {
         require_v2()?;
-        let relative = path.strip_prefix(ROOT).map_err(|_| Error::Path(path.into()))?;
+        let relative = path
+            .strip_prefix(ROOT)
+            .map_err(|_| Error::Path(path.into()))?;
         let parents = make_parents(ledger, relative)?;
         let mut made = make(ledger, path, false);
         for _ in 0..RACES {
@@ -187,10 +195,16 @@ fn enable_controllers(path: &Path) {
     };
     let enabled = fs::read_to_string(path.join("cgroup.subtree_control")).unwrap_or_default();
     for controller in available.split_ascii_whitespace() {
-        if enabled.split_ascii_whitespace().any(|word| word == controller) {
+        if enabled
+            .split_ascii_whitespace()
+            .any(|word| word == controller)
+        {
             continue;
         }
-        if let Err(error) = write(&path.join("cgroup.subtree_control"), &format!("+{controller}")) {
+        if let Err(error) = write(
+            &path.join("cgroup.subtree_control"),
+            &format!("+{controller}"),
+        ) {
             tracing::debug!(%controller, path = %path.display(), %error, "controller not handed down");
         }
     }
@@ -279,7 +293,10 @@ mod tests {
             super::place(None, "default", "a").unwrap(),
             Path::new("/sys/fs/cgroup/bulkhead/default/a")
         );
-        assert_eq!(place("").unwrap(), Path::new("/sys/fs/cgroup/bulkhead/default/a"));
+        assert_eq!(
+            place("").unwrap(),
+            Path::new("/sys/fs/cgroup/bulkhead/default/a")
+        );
         assert_eq!(place("/x/y").unwrap(), Path::new("/sys/fs/cgroup/x/y"));
         assert_eq!(place("x").unwrap(), Path::new("/sys/fs/cgroup/bulkhead/x"));
         assert!(matches!(place("user.slice:run:a"), Err(Error::Systemd(_))));

@@ -42,7 +42,9 @@ pub enum Error {
         reason: String,
     },
     /// The installed files are not where they should be.
-    #[error("cannot find the directory of this program, to look for ../libexec/bulkhead beside it; set libexec_dir in the configuration")]
+    #[error(
+        "cannot find the directory of this program, to look for ../libexec/bulkhead beside it; set libexec_dir in the configuration"
+    )]
     OwnPath(#[source] io::Error),
 }
 
@@ -216,8 +218,14 @@ impl Config {
         };
         Ok(Installed {
             vmm: libexec.join("bulkhead-vmm"),
-            kernel: self.kernel.clone().unwrap_or_else(|| libexec.join("vmlinux")),
-            initramfs: self.initramfs.clone().unwrap_or_else(|| libexec.join("initramfs")),
+            kernel: self
+                .kernel
+                .clone()
+                .unwrap_or_else(|| libexec.join("vmlinux")),
+            initramfs: self
+                .initramfs
+                .clone()
+                .unwrap_or_else(|| libexec.join("initramfs")),
         })
     }
 }
@@ -276,9 +284,15 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
         let error = parse("vcpus = 2\nmemroy_mib = 256\n").unwrap_err();
-        assert!(error.contains("line 2") && error.contains("`memroy_mib`"), "{error}");
+        assert!(
+            error.contains("line 2") && error.contains("`memroy_mib`"),
+            "{error}"
+        );
         let error = parse("[share]\nqueue = 2\n").unwrap_err();
-        assert!(error.contains("line 2") && error.contains("`queue`"), "{error}");
+        assert!(
+            error.contains("line 2") && error.contains("`queue`"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -28,7 +28,9 @@ pub enum Error {
         source: io::Error,
     },
     /// The other side speaks another language.
-    #[error("control socket: the packet received is not understood ({0}); are all parts of one version?")]
+    #[error(
+        "control socket: the packet received is not understood ({0}); are all parts of one version?"
+    )]
     Parse(#[from] serde_json::Error),
     /// Too large, or too many descriptors.
     #[error("control socket: a packet of {0} bytes and {1} descriptors exceeds the limit")]
@@ -99,7 +101,9 @@ impl Control {
                 Ok(Ok(Packet::Truncated)) => return Err(Error::Truncated),
                 Ok(Ok(Packet::Bytes(bytes))) => return Ok(Some(serde_json::from_slice(&bytes)?)),
                 // The process died with packets of ours unread.
-                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(None);
+                }
                 Ok(Err(error)) => return Err(io_error("receive")(error)),
                 Err(_would_block) => {}
             }
@@ -171,9 +175,15 @@ mod tests {
     async fn an_oversized_packet_is_refused_on_both_sides() {
         let (ours, theirs) = pair().unwrap();
         let large = "x".repeat(MAX_PACKET);
-        assert!(matches!(ours.send(&large, &[]).await, Err(Error::TooLarge(..))));
+        assert!(matches!(
+            ours.send(&large, &[]).await,
+            Err(Error::TooLarge(..))
+        ));
         let bytes = vec![b'1'; MAX_PACKET + 1];
         nix::sys::socket::send(theirs.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
-        assert!(matches!(ours.receive::<Event>().await, Err(Error::Truncated)));
+        assert!(matches!(
+            ours.receive::<Event>().await,
+            Err(Error::Truncated)
+        ));
     }
 }

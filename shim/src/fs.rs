@@ -31,7 +31,7 @@ pub enum Error {
     Died {
         /// How.
         death: String,
-        /// Its last log line.
+        /// The last log line that tells of trouble.
         line: String,
     },
     /// It said no, or something unexpected.
@@ -48,7 +48,8 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Fs {
     peer: Peer,
-    exchange: tokio::sync::Mutex<()>,
+    /// Held over a request and its answer: whether it serves yet.
+    exchange: tokio::sync::Mutex<bool>,
 }
 
 impl Fs {
@@ -79,7 +80,7 @@ impl Fs {
         let fds = [socket.as_raw_fd(), peer.log.as_raw_fd()];
         let fs = Fs {
             peer,
-            exchange: tokio::sync::Mutex::new(()),
+            exchange: tokio::sync::Mutex::new(false),
         };
         match fs.peer.control.send(&config, &fds).await {
             Ok(()) => Ok(fs),
@@ -88,11 +89,20 @@ impl Fs {
         }
     }
 
-    /// Waits until its jail is closed and it can serve.
+    /// Waits until its jail is closed and it can serve; at once when that was before.
+    ///
+    /// Nothing may be mounted in the share earlier: the kernel does not propagate a mount to a tree that is detached at that
+    /// moment, as the share is while the process moves it into its jail.
     pub async fn serving(&self) -> Result<(), Error> {
-        let _turn = self.exchange.lock().await;
+        let mut serves = self.exchange.lock().await;
+        if *serves {
+            return Ok(());
+        }
         match self.receive().await? {
-            FsEvent::Serving => Ok(()),
+            FsEvent::Serving => {
+                *serves = true;
+                Ok(())
+            }
             other => Err(refused("to serve", &other)),
         }
     }
@@ -125,7 +135,7 @@ impl Fs {
         let death = self.peer.death().await;
         Error::Died {
             death: death.map_or(String::new(), |death| format!(" by {death}")),
-            line: match self.peer.tail.lines().last() {
+            line: match self.peer.tail.trouble() {
                 Some(line) => format!(": {line}"),
                 None => String::new(),
             },

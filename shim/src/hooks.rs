@@ -45,11 +45,13 @@ pub async fn run(kind: &'static str, hooks: &[HostHook], state: &State<'_>) -> R
     }
     let input = serde_json::to_vec(state).expect("a state is made of strings and numbers");
     for hook in hooks {
-        run_one(hook, state.bundle, &input).await.map_err(|reason| Error {
-            kind,
-            path: hook.path.clone(),
-            reason,
-        })?;
+        run_one(hook, state.bundle, &input)
+            .await
+            .map_err(|reason| Error {
+                kind,
+                path: hook.path.clone(),
+                reason,
+            })?;
     }
     Ok(())
 }
@@ -66,7 +68,9 @@ async fn run_one(hook: &HostHook, bundle: &Path, input: &[u8]) -> Result<(), Str
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let mut child = command.spawn().map_err(|error| format!("cannot be started: {error}"))?;
+    let mut child = command
+        .spawn()
+        .map_err(|error| format!("cannot be started: {error}"))?;
     let mut stdin = child.stdin.take().expect("it is piped");
     let mut stderr = child.stderr.take().expect("it is piped");
     let work = async {
@@ -125,19 +129,31 @@ mod tests {
             annotations: &annotations,
         };
         let hooks = [hook(script, timeout)];
-        run("createRuntime", &hooks, &state).await.map_err(|error| error.to_string())
+        run("createRuntime", &hooks, &state)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     #[tokio::test]
     async fn a_hook_gets_the_state_its_environment_and_nothing_else() {
-        run_script(r#"grep -q '"pid":42' && test "$NAME" = value && test -z "$HOME""#, None).await.unwrap();
+        run_script(
+            r#"grep -q '"pid":42' && test "$NAME" = value && test -z "$HOME""#,
+            None,
+        )
+        .await
+        .unwrap();
         run_script("exit 0", None).await.unwrap();
     }
 
     #[tokio::test]
     async fn failures_quote_the_hook() {
-        let error = run_script("echo broken >&2; exit 3", None).await.unwrap_err();
-        assert!(error.contains("createRuntime hook /bin/sh") && error.contains("broken"), "{error}");
+        let error = run_script("echo broken >&2; exit 3", None)
+            .await
+            .unwrap_err();
+        assert!(
+            error.contains("createRuntime hook /bin/sh") && error.contains("broken"),
+            "{error}"
+        );
         let error = run_script("sleep 60", Some(1)).await.unwrap_err();
         assert!(error.contains("did not end within 1 s"), "{error}");
     }

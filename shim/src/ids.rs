@@ -18,7 +18,9 @@ pub enum Error {
         length: usize,
     },
     /// A character outside of the alphabet.
-    #[error("the {what} {id:?} has the character {character:?}; letters, digits and . _ + - are allowed")]
+    #[error(
+        "the {what} {id:?} has the character {character:?}; letters, digits and . _ + - are allowed"
+    )]
     Character {
         /// Which id.
         what: &'static str,
@@ -72,7 +74,18 @@ mod tests {
         for good in ["a", "A-1_b+c.d", "0", &"x".repeat(MAX_ID)] {
             check("id", good).unwrap();
         }
-        for bad in ["", ".", "..", ".claims", "a/b", "a b", "ä", "a\0", "a\n", &"x".repeat(129)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".claims",
+            "a/b",
+            "a b",
+            "ä",
+            "a\0",
+            "a\n",
+            &"x".repeat(129),
+        ] {
             check("id", bad).unwrap_err();
         }
         assert_eq!(

@@ -217,8 +217,14 @@ mod tests {
         let relay = drain("stdout", ours, write).unwrap();
         let mut theirs = UnixStream::from(theirs);
         theirs.write_all(b"x").unwrap();
-        assert_eq!(relay.finished().await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        assert_eq!(theirs.write_all(b"y").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(
+            relay.finished().await.unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
+        assert_eq!(
+            theirs.write_all(b"y").unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
     }
 
     #[tokio::test]

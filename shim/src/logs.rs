@@ -34,6 +34,20 @@ impl Tail {
         lines.iter().cloned().collect()
     }
 
+    /// The last line that tells of trouble: an error, or what is no log line at all (a panic's text).
+    pub fn trouble(&self) -> Option<String> {
+        let lines = self.0.lock().expect("no panic while it is held");
+        lines
+            .iter()
+            .rev()
+            .find(|line| {
+                !["info: ", "debug: ", "warn: ", "trace: "]
+                    .iter()
+                    .any(|mild| line.starts_with(mild))
+            })
+            .cloned()
+    }
+
     fn push(&self, line: String) {
         let mut lines = self.0.lock().expect("no panic while it is held");
         if lines.len() == KEPT {
@@ -97,7 +111,7 @@ impl Follower {
     }
 
     fn line(&mut self, bytes: &[u8]) {
-        let text = printable(&String::from_utf8_lossy(bytes));
+        let text = printable(&plain(bytes));
         if self.second.elapsed() >= Duration::from_secs(1) {
             if self.dropped > 0 {
                 tracing::warn!(sandbox = %self.sandbox, source = self.source, dropped = self.dropped, "log lines dropped");
@@ -114,6 +128,19 @@ impl Follower {
     }
 }
 
+/// `level: message` of a log line in JSON; anything else as it is.
+fn plain(bytes: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        level: String,
+        message: String,
+    }
+    match serde_json::from_slice(bytes) {
+        Ok(Line { level, message }) => format!("{level}: {message}"),
+        Err(_) => String::from_utf8_lossy(bytes).into_owned(),
+    }
+}
+
 /// Makes control characters visible, so that untrusted text cannot command a terminal.
 pub fn printable(text: &str) -> String {
     let escape = |c: char| match c {
@@ -121,7 +148,10 @@ pub fn printable(text: &str) -> String {
         c if c.is_control() => c.escape_default().collect(),
         c => vec![c],
     };
-    text.trim_end_matches('\r').chars().flat_map(escape).collect()
+    text.trim_end_matches('\r')
+        .chars()
+        .flat_map(escape)
+        .collect()
 }
 
 #[cfg(test)]
@@ -151,5 +181,15 @@ mod tests {
         assert_eq!(lines[1], "\\u{1b}[31mred");
         assert_eq!(lines[2].len(), MAX_LINE);
         assert_eq!(lines[3], "last without a newline");
+    }
+
+    #[test]
+    fn the_telling_line_is_an_error_or_no_log_line() {
+        let tail = Tail::default();
+        tail.push(plain(br#"{"level":"error","message":"broken","time":1}"#));
+        tail.push(plain(br#"{"level":"info","message":"fine"}"#));
+        assert_eq!(tail.trouble().unwrap(), "error: broken");
+        tail.push(plain(b"thread 'main' panicked"));
+        assert_eq!(tail.trouble().unwrap(), "thread 'main' panicked");
     }
 }

@@ -86,7 +86,9 @@ impl Share {
         // Inside the tmpfs, which takes them with it.
         make_directory(&tree)?;
         make_directory(&share)?;
-        ledger.take(Resource::Mount { path: share.clone() })?;
+        ledger.take(Resource::Mount {
+            path: share.clone(),
+        })?;
         let view = DetachedTree::clone_of(&tree, Depth::Top)
             .map_err(io_error("clone the mount of", &tree))?;
         view.set_read_only(Depth::Top)
@@ -135,13 +137,24 @@ impl Share {
             } else {
                 fs::File::create_new(&point).map_err(io_error("make the mount point", &point))?;
             }
-            let depth = if bind.recursive { Depth::Whole } else { Depth::Top };
+            let depth = if bind.recursive {
+                Depth::Whole
+            } else {
+                Depth::Top
+            };
             let read_only = match (bind.read_only_whole, bind.read_only) {
                 (true, _) => Some(Depth::Whole),
                 (false, true) => Some(Depth::Top),
                 (false, false) => None,
             };
-            self.attach(ledger, &bind.source, &name, depth, read_only, bind.propagation)?;
+            self.attach(
+                ledger,
+                &bind.source,
+                &name,
+                depth,
+                read_only,
+                bind.propagation,
+            )?;
         }
         Ok(())
     }
@@ -164,7 +177,8 @@ impl Share {
         tree.set_propagation(propagation)
             .map_err(io_error("detach from its peers", source))?;
         if let Some(depth) = read_only {
-            tree.set_read_only(depth).map_err(io_error("make read-only", source))?;
+            tree.set_read_only(depth)
+                .map_err(io_error("make read-only", source))?;
         }
         let target = self.share.join(name);
         let ticket = ledger.take(Resource::Mount {

@@ -1,13 +1,12 @@
 //! A pod: one virtual machine with everything that it takes on the host.
 //!
 //! ```text
-//! launch ──► (booting: the host goes on preparing) ──► ready ──► containers ... ──► stop
-//!    │                      │                            │
-//!    └── error: undone ─────┴─────────── abort ◄─────────┘
+//! launch ──► (booting: the host goes on preparing) ──► ready ──► containers ... ──► power_off
+//!    │                      │                            │                            │
+//!    └── error: undone      └───────────────────────► give_back ◄─────────────────────┘
 //! ```
 //!
-//! Every step writes the ledger first, so that [`Sandbox::stop`], [`Sandbox::abort`] and, when this process is killed,
-//! `bulkhead gc` all end in the same replay.
+//! Every step writes the ledger first, so that [`Sandbox::give_back`] and, when this process is killed, `bulkhead gc` both end in the same replay.
 
 use std::{
     fs::File,
@@ -96,15 +95,27 @@ pub enum Error {
     #[error("cannot make a stream")]
     Stream(#[source] io::Error),
     /// No uid is free.
-    #[error("all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`")]
+    #[error(
+        "all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`"
+    )]
     NoUid {
         /// `uid_base`.
         base: u32,
         /// `uid_count`.
         count: u32,
     },
+    /// The guest ended instead of becoming ready.
+    #[error("{end}; it {reached}")]
+    Boot {
+        /// How it ended.
+        end: vm::End,
+        /// How far the boot got.
+        reached: &'static str,
+    },
     /// The guest took too long.
-    #[error("the guest was not ready within {secs} s: it {reached}{last}; boot_timeout_secs in the configuration is the limit")]
+    #[error(
+        "the guest was not ready within {secs} s: it {reached}{last}; boot_timeout_secs in the configuration is the limit"
+    )]
     Timeout {
         /// The limit.
         secs: u64,
@@ -121,7 +132,7 @@ impl Error {
     /// The guest's last words, where the error comes from its end.
     pub fn last_lines(&self) -> &[String] {
         match self {
-            Error::Vm(vm::Error::Gone(end)) => end.last_lines(),
+            Error::Vm(vm::Error::Gone(end)) | Error::Boot { end, .. } => end.last_lines(),
             Error::Timeout { console, .. } => console,
             _ => &[],
         }
@@ -140,10 +151,14 @@ pub struct Parts {
 impl Parts {
     /// Opens the device and the installed files.
     pub fn open(config: &Config) -> Result<Parts, Error> {
-        const REINSTALL: &str = "install all parts of bulkhead again, or name it in the configuration";
+        const REINSTALL: &str =
+            "install all parts of bulkhead again, or name it in the configuration";
         let installed = config.installed()?;
         regular("virtual machine monitor", &installed.vmm, REINSTALL)?;
-        let kvm = File::options().read(true).write(true).open(&config.kvm_device);
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open(&config.kvm_device);
         Ok(Parts {
             kvm: kvm.map_err(|source| Error::File {
                 what: "KVM device",
@@ -161,7 +176,10 @@ impl Parts {
 fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
     let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
         true => Ok(file),
-        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        )),
     });
     opened.map_err(|source| Error::File {
         what,
@@ -243,7 +261,11 @@ impl Sandbox {
     /// Waits until the guest's agent answers.
     pub async fn ready(&self, hostname: &str) -> Result<StartSandboxResponse, Error> {
         let answer = async {
-            match self.agent.start_sandbox(&self.id, hostname, SHARE_TAG).await {
+            match self
+                .agent
+                .start_sandbox(&self.id, hostname, SHARE_TAG)
+                .await
+            {
                 // A broken connection: the machine's own words say why.
                 Err(agent::Error::Lost { call, reason }) => {
                     match tokio::time::timeout(LAST_WORDS, self.trouble()).await {
@@ -263,22 +285,40 @@ impl Sandbox {
         tokio::select! {
             answer = answer => answer,
             error = served => Err(error.into()),
-            end = self.vm.ended() => Err(vm::Error::Gone(end).into()),
+            end = self.vm.ended() => Err(self.ended_early(end)),
             () = tokio::time::sleep(self.boot_timeout) => Err(self.too_slow().await),
+        }
+    }
+
+    /// A guest that ended by itself; the VMM's own words need no comment.
+    fn ended_early(&self, end: vm::End) -> Error {
+        match end {
+            vm::End::Guest { .. } => Error::Boot {
+                end,
+                reached: self.reached(),
+            },
+            end => vm::Error::Gone(end).into(),
+        }
+    }
+
+    /// How far the boot has come, to follow "it".
+    fn reached(&self) -> &'static str {
+        let stamps = self.vm.stamps();
+        let has = |phase| stamps.iter().any(|stamp: &Stamp| stamp.phase == phase);
+        match () {
+            () if has(Phase::AgentDialled) => "reached its agent, which dialled but did not answer",
+            () if has(Phase::Init) => "reached its agent, which did not dial",
+            () if has(Phase::FirstInstruction) => {
+                "ran, but did not reach its agent: are the guest kernel and the guest image the right files?"
+            }
+            () if has(Phase::VmmStart) => "was not started by the virtual machine monitor",
+            () => "was not reached: the virtual machine monitor did not begin",
         }
     }
 
     /// Stops the machine to get the guest's console, and says how far it came.
     async fn too_slow(&self) -> Error {
-        let stamps = self.vm.stamps();
-        let has = |phase| stamps.iter().any(|stamp: &Stamp| stamp.phase == phase);
-        let reached = match () {
-            () if has(Phase::AgentDialled) => "reached its agent, which dialled but did not answer",
-            () if has(Phase::Init) => "reached its agent, which did not dial",
-            () if has(Phase::FirstInstruction) => "ran, but its kernel did not reach the agent",
-            () if has(Phase::VmmStart) => "was not started by the virtual machine monitor",
-            () => "was not reached: the virtual machine monitor did not begin",
-        };
+        let reached = self.reached();
         let _ = self.vm.stop().await;
         let mut console = match tokio::time::timeout(LAST_WORDS, self.vm.ended()).await {
             Ok(end) => end.last_lines().to_vec(),
@@ -288,7 +328,9 @@ impl Sandbox {
         Error::Timeout {
             secs: self.boot_timeout.as_secs(),
             reached,
-            last: console.last().map_or(String::new(), |line| format!(": {line}")),
+            last: console
+                .last()
+                .map_or(String::new(), |line| format!(": {line}")),
             console,
         }
     }
@@ -317,8 +359,11 @@ impl Sandbox {
     }
 
     /// Puts a container's files into the share. The guest need not be ready.
-    pub fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
-        Ok(self.share.add(&mut self.ledger, container, &plan.root, &plan.binds)?)
+    pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
+        self.fs.serving().await?;
+        Ok(self
+            .share
+            .add(&mut self.ledger, container, &plan.root, &plan.binds)?)
     }
 
     /// A stream that the guest may dial: its port, and our end.
@@ -349,11 +394,15 @@ impl Sandbox {
     /// Forgets an exited container in the guest and takes its files out of the share.
     pub async fn remove_container(&mut self, container: &str) -> Result<(), Error> {
         self.agent.delete(container).await?;
-        Ok(self.share.remove(&mut self.ledger, container, &self.fs).await?)
+        Ok(self
+            .share
+            .remove(&mut self.ledger, container, &self.fs)
+            .await?)
     }
 
-    /// Powers the guest off and gives everything back. What is left stays in the ledger.
-    pub async fn stop(self) -> Vec<Leftover> {
+    /// Lets the guest end by itself: it kills what runs, writes back and powers off. [`Sandbox::give_back`] comes next, whatever
+    /// the guest did.
+    pub async fn power_off(&self) {
         let farewell = async {
             if let Err(error) = self.agent.shutdown(FAREWELL).await {
                 tracing::warn!(sandbox = %self.id, %error, "the guest refused to power off");
@@ -364,11 +413,10 @@ impl Sandbox {
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
             tracing::warn!(sandbox = %self.id, "the guest did not power off in time and is stopped");
         }
-        self.abort().await
     }
 
-    /// Gives everything back without asking the guest.
-    pub async fn abort(self) -> Vec<Leftover> {
+    /// Gives everything back, a running guest included. What is left stays in the ledger.
+    pub fn give_back(self) -> Vec<Leftover> {
         let left = self.ledger.teardown();
         report(&left);
         left

@@ -72,11 +72,16 @@ impl Timeline {
     /// A table for people: ms since the first moment, ms since the one before, exits.
     pub fn table(&self) -> String {
         let moments = self.moments();
-        let mut text = format!("{:<26}{:>10}{:>10}{:>10}\n", "boot timeline", "at ms", "took ms", "vm exits");
+        let mut text = format!(
+            "{:<26}{:>10}{:>10}{:>10}\n",
+            "boot timeline", "at ms", "took ms", "vm exits"
+        );
         let first = moments.first().map_or(0, |moment| moment.at_ns);
         let mut before = first;
         for moment in &moments {
-            let exits = moment.exits.map_or("-".to_string(), |exits| exits.to_string());
+            let exits = moment
+                .exits
+                .map_or("-".to_string(), |exits| exits.to_string());
             text += &format!(
                 "{:<26}{:>10.1}{:>10.1}{:>10}\n",
                 moment.name,
@@ -111,7 +116,13 @@ mod tests {
         }]);
         let table = timeline.table();
         let lines: Vec<&str> = table.lines().collect();
-        assert!(lines[1].starts_with("vmm start") && lines[1].ends_with('5'), "{table}");
-        assert!(lines[2].starts_with("ready") && lines[2].contains("5.0"), "{table}");
+        assert!(
+            lines[1].starts_with("vmm start") && lines[1].ends_with('5'),
+            "{table}"
+        );
+        assert!(
+            lines[2].starts_with("ready") && lines[2].contains("5.0"),
+            "{table}"
+        );
     }
 }

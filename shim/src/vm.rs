@@ -48,6 +48,9 @@ pub enum Error {
     },
 }
 
+/// How many of a guest's last console lines an error carries.
+const SHOWN: usize = 20;
+
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -69,6 +72,8 @@ pub enum End {
     Died {
         /// How, when we could collect it.
         death: Option<Death>,
+        /// The last log line that tells of trouble.
+        trouble: Option<String>,
         /// Its last log lines.
         log: Vec<String>,
     },
@@ -78,7 +83,7 @@ impl End {
     /// The last lines of the guest's console, or of the VMM's log.
     pub fn last_lines(&self) -> &[String] {
         match self {
-            End::Guest { console, .. } => console,
+            End::Guest { console, .. } => &console[console.len().saturating_sub(SHOWN)..],
             End::Failed { .. } => &[],
             End::Died { log, .. } => log,
         }
@@ -97,19 +102,22 @@ impl std::fmt::Display for End {
                     GuestEnd::Stopped => "the virtual machine was stopped",
                     GuestEnd::KvmError => "KVM could not go on running the guest",
                 })?;
-                let telling = console.iter().rev().find(|line| line.contains("Kernel panic"));
+                let telling = console
+                    .iter()
+                    .rev()
+                    .find(|line| line.contains("Kernel panic"));
                 match telling.or(console.last()) {
                     Some(line) => write!(f, ": {line}"),
                     None => Ok(()),
                 }
             }
             End::Failed { reason } => write!(f, "{reason}"),
-            End::Died { death, log } => {
+            End::Died { death, trouble, .. } => {
                 f.write_str("the virtual machine's process died")?;
                 if let Some(death) = death {
                     write!(f, " by {death}")?;
                 }
-                match log.last() {
+                match trouble {
                     Some(line) => write!(f, ": {line}"),
                     None => Ok(()),
                 }
@@ -205,6 +213,7 @@ impl Vm {
             Ok(end) => end.clone().expect("waited for it"),
             Err(_) => End::Died {
                 death: None,
+                trouble: self.peer.tail.trouble(),
                 log: self.peer.tail.lines(),
             },
         }
@@ -213,7 +222,9 @@ impl Vm {
     /// Lets the guest dial `port` once; its bytes come out of the other end of `fd`'s socketpair.
     pub async fn offer_port(&self, port: u32, fd: OwnedFd) -> Result<(), Error> {
         let offer = Request::OfferPort(PortOffer { port, fd: Fd(0) });
-        self.request("a stream", &offer, &[fd.as_raw_fd()]).await.map(drop)
+        self.request("a stream", &offer, &[fd.as_raw_fd()])
+            .await
+            .map(drop)
     }
 
     /// Counters as of now.
@@ -278,7 +289,11 @@ fn config(sandbox: &str, hardware: &Hardware<'_>, peer: &Peer, fds: &mut Vec<i32
         kernel: index(hardware.kernel.as_raw_fd()),
         initrd: index(hardware.initrd.as_raw_fd()),
         extra_cmdline: hardware.kernel_arguments.clone(),
-        ports: hardware.ports.iter().map(|port| offer(port, &mut index)).collect(),
+        ports: hardware
+            .ports
+            .iter()
+            .map(|port| offer(port, &mut index))
+            .collect(),
         fs: vec![FsDevice {
             tag: hardware.share.0.clone(),
             socket: index(hardware.share.1.as_raw_fd()),
@@ -319,10 +334,15 @@ async fn watch_events(
     let death = peer.death().await;
     let end = last_words.unwrap_or_else(|| End::Died {
         death,
+        trouble: peer.tail.trouble(),
         log: peer.tail.lines(),
     });
     // Whoever waits for an answer learns that there will be none.
-    shared.lock().expect("no panic while it is held").waiting.clear();
+    shared
+        .lock()
+        .expect("no panic while it is held")
+        .waiting
+        .clear();
     let _ = ended.send(Some(end));
 }
 

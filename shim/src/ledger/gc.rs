@@ -130,7 +130,8 @@ fn adopt(state: &Path, directory: &Path) -> Result<Adopted, Error> {
         return Ok(Adopted::Alive);
     }
     let mut text = Vec::new();
-    file.read_to_end(&mut text).map_err(io_error("read", &path))?;
+    file.read_to_end(&mut text)
+        .map_err(io_error("read", &path))?;
     let (owner, mut held, next) = record::replay(&String::from_utf8_lossy(&text));
     held.retain(|entry| entry.resource.belongs_to(directory, state));
     Ok(Adopted::Ledger(Ledger {

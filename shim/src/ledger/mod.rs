@@ -17,8 +17,6 @@ mod record;
 mod teardown;
 
 #[cfg(test)]
-mod kill_test;
-#[cfg(test)]
 mod tests;
 
 use std::{
@@ -46,7 +44,9 @@ pub const FILE_NAME: &str = "ledger";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The id is taken.
-    #[error("sandbox {id} exists already in namespace {namespace}; choose another id, or run `bulkhead gc` if its owner is dead")]
+    #[error(
+        "sandbox {id} exists already in namespace {namespace}; choose another id, or run `bulkhead gc` if its owner is dead"
+    )]
     Exists {
         /// The sandbox.
         id: String,
@@ -265,7 +265,12 @@ impl Ledger {
         let file = self.directory.join(FILE_NAME);
         fs::remove_file(&file).map_err(leftover(&file))?;
         fs::remove_dir(&self.directory).map_err(leftover(&self.directory))?;
-        if let Some(namespace) = self.directory.strip_prefix(&self.state).ok().and_then(Path::parent) {
+        if let Some(namespace) = self
+            .directory
+            .strip_prefix(&self.state)
+            .ok()
+            .and_then(Path::parent)
+        {
             remove_if_empty(&self.state, &namespace.to_string_lossy());
         }
         Ok(())
@@ -276,7 +281,10 @@ impl Ledger {
         let path = self.directory.join(FILE_NAME);
         let mut text = serde_json::to_vec(line).expect("a line is made of strings and numbers");
         text.push(b'\n');
-        let written = self.file.write(&text).map_err(io_error("write to", &path))?;
+        let written = self
+            .file
+            .write(&text)
+            .map_err(io_error("write to", &path))?;
         if written < text.len() {
             // End the cut line, so that it cannot swallow the next one.
             let _ = self.file.write(b"\n");

@@ -18,7 +18,10 @@ fn an_id_is_taken_once() {
     let (_dir, state) = state();
     let first = Ledger::create(&state, "default", "a").unwrap();
     let error = Ledger::create(&state, "default", "a").unwrap_err();
-    assert!(error.to_string().contains("sandbox a exists already"), "{error}");
+    assert!(
+        error.to_string().contains("sandbox a exists already"),
+        "{error}"
+    );
     let other = Ledger::create(&state, "k8s.io", "a").unwrap();
     assert!(first.teardown().is_empty());
     Ledger::create(&state, "default", "a").unwrap().teardown();
@@ -35,7 +38,10 @@ fn a_living_owner_is_left_alone() {
     let collected = collect(&state, true).unwrap();
     assert_eq!(collected.len(), 1);
     assert_eq!(collected[0].owner, Some(std::process::id() as i32));
-    assert!(state.join("default/a").exists(), "a dry run removes nothing");
+    assert!(
+        state.join("default/a").exists(),
+        "a dry run removes nothing"
+    );
     assert_eq!(collect(&state, false).unwrap().len(), 1);
     assert!(!state.exists());
 }
@@ -46,18 +52,50 @@ fn replay_gives_back_what_exists_and_forgives_what_does_not() {
     let mut ledger = Ledger::create(&state, "default", "a").unwrap();
     let top = ledger.directory().to_path_buf();
     let path = |name: &str| top.join(name);
-    ledger.take(Resource::Directory { path: path("made") }).unwrap();
+    ledger
+        .take(Resource::Directory { path: path("made") })
+        .unwrap();
     fs::create_dir(path("made")).unwrap();
-    ledger.take(Resource::File { path: path("made/socket") }).unwrap();
+    ledger
+        .take(Resource::File {
+            path: path("made/socket"),
+        })
+        .unwrap();
     std::os::unix::net::UnixListener::bind(path("made/socket")).unwrap();
-    ledger.take(Resource::Directory { path: path("never") }).unwrap();
-    ledger.take(Resource::Mount { path: path("never") }).unwrap();
-    ledger.take(Resource::Cgroup { path: "/sys/fs/cgroup/bulkhead-none/x".into(), shared: false }).unwrap();
+    ledger
+        .take(Resource::Directory {
+            path: path("never"),
+        })
+        .unwrap();
+    ledger
+        .take(Resource::Mount {
+            path: path("never"),
+        })
+        .unwrap();
+    ledger
+        .take(Resource::Cgroup {
+            path: "/sys/fs/cgroup/bulkhead-none/x".into(),
+            shared: false,
+        })
+        .unwrap();
     let mut child = Command::new("sleep").arg("100").spawn().unwrap();
     let id = ProcessId::of(child.id() as i32).unwrap();
-    ledger.take(Resource::Process { id, role: "sleeper".into() }).unwrap();
-    let recycled = ProcessId { start: 1, ..ProcessId::own() };
-    ledger.take(Resource::Process { id: recycled, role: "us".into() }).unwrap();
+    ledger
+        .take(Resource::Process {
+            id,
+            role: "sleeper".into(),
+        })
+        .unwrap();
+    let recycled = ProcessId {
+        start: 1,
+        ..ProcessId::own()
+    };
+    ledger
+        .take(Resource::Process {
+            id: recycled,
+            role: "us".into(),
+        })
+        .unwrap();
     assert!(ledger.claim("uid-7", "default/a").unwrap());
     die(ledger);
     let collected = collect(&state, false).unwrap();
@@ -74,7 +112,9 @@ fn a_directory_with_content_is_reported_and_kept() {
     let made = ledger.directory().join("made");
     let other = ledger.directory().join("other");
     for path in [&other, &made] {
-        ledger.take(Resource::Directory { path: path.clone() }).unwrap();
+        ledger
+            .take(Resource::Directory { path: path.clone() })
+            .unwrap();
         fs::create_dir(path).unwrap();
     }
     fs::write(made.join("precious"), "data").unwrap();
@@ -85,7 +125,11 @@ fn a_directory_with_content_is_reported_and_kept() {
     assert_eq!(fs::read(made.join("precious")).unwrap(), b"data");
     fs::remove_file(made.join("precious")).unwrap();
     let collected = collect(&state, false).unwrap();
-    assert_eq!(collected[0].held.len(), 1, "what was given back is not held any more");
+    assert_eq!(
+        collected[0].held.len(),
+        1,
+        "what was given back is not held any more"
+    );
     assert!(!state.exists());
 }
 
@@ -97,8 +141,16 @@ fn a_symbolic_link_does_not_redirect_a_removal() {
     fs::write(victim.join("file"), "data").unwrap();
     let mut ledger = Ledger::create(&state, "default", "a").unwrap();
     let link = ledger.directory().join("link");
-    ledger.take(Resource::Directory { path: link.join("empty") }).unwrap();
-    ledger.take(Resource::File { path: link.join("file") }).unwrap();
+    ledger
+        .take(Resource::Directory {
+            path: link.join("empty"),
+        })
+        .unwrap();
+    ledger
+        .take(Resource::File {
+            path: link.join("file"),
+        })
+        .unwrap();
     symlink(&victim, &link).unwrap();
     assert_eq!(ledger.teardown().len(), 2);
     assert!(victim.join("empty").exists() && victim.join("file").exists());
@@ -110,18 +162,40 @@ fn only_places_of_a_sandbox_are_recorded_and_replayed() {
     let mut ledger = Ledger::create(&state, "default", "a").unwrap();
     let own = ledger.directory().to_path_buf();
     for resource in [
-        Resource::Directory { path: "/etc".into() },
-        Resource::Directory { path: own.join("../b") },
+        Resource::Directory {
+            path: "/etc".into(),
+        },
+        Resource::Directory {
+            path: own.join("../b"),
+        },
         Resource::Directory { path: own.clone() },
         Resource::Mount { path: "/".into() },
-        Resource::Cgroup { path: "/sys/fs/cgroup".into(), shared: false },
-        Resource::Cgroup { path: "/sys/fs/cgroup/../kernel".into(), shared: false },
-        Resource::Process { id: ProcessId { pid: 1, start: 0 }, role: String::new() },
-        Resource::Claim { path: own.join("x"), holder: String::new() },
+        Resource::Cgroup {
+            path: "/sys/fs/cgroup".into(),
+            shared: false,
+        },
+        Resource::Cgroup {
+            path: "/sys/fs/cgroup/../kernel".into(),
+            shared: false,
+        },
+        Resource::Process {
+            id: ProcessId { pid: 1, start: 0 },
+            role: String::new(),
+        },
+        Resource::Claim {
+            path: own.join("x"),
+            holder: String::new(),
+        },
     ] {
-        assert!(matches!(ledger.take(resource.clone()), Err(Error::Foreign(_))), "{resource}");
+        assert!(
+            matches!(ledger.take(resource.clone()), Err(Error::Foreign(_))),
+            "{resource}"
+        );
         // Even written by somebody else it is not obeyed.
-        let line = Line::Take(Entry { id: Ticket(99), resource });
+        let line = Line::Take(Entry {
+            id: Ticket(99),
+            resource,
+        });
         let mut text = serde_json::to_string(&line).unwrap();
         text.push('\n');
         ledger.file.write_all(text.as_bytes()).unwrap();
@@ -136,9 +210,14 @@ fn a_cut_off_line_is_skipped() {
     let (_dir, state) = state();
     let mut ledger = Ledger::create(&state, "default", "a").unwrap();
     let made = ledger.directory().join("made");
-    ledger.take(Resource::Directory { path: made.clone() }).unwrap();
+    ledger
+        .take(Resource::Directory { path: made.clone() })
+        .unwrap();
     fs::create_dir(&made).unwrap();
-    ledger.file.write_all(b"{\"take\":{\"id\":2,\"kind\":\"direc").unwrap();
+    ledger
+        .file
+        .write_all(b"{\"take\":{\"id\":2,\"kind\":\"direc")
+        .unwrap();
     die(ledger);
     assert!(collect(&state, false).unwrap()[0].left.is_empty());
     assert!(!state.exists());
@@ -154,26 +233,14 @@ fn a_claim_is_exclusive_and_given_up_by_its_holder_only() {
     assert!(second.claim("uid-2", "default/b").unwrap());
     // As after a crash between the record and the act.
     let path = state.join(".claims/uid-1");
-    second.take(Resource::Claim { path: path.clone(), holder: "default/b".into() }).unwrap();
+    second
+        .take(Resource::Claim {
+            path: path.clone(),
+            holder: "default/b".into(),
+        })
+        .unwrap();
     assert!(second.teardown().is_empty());
     assert_eq!(fs::read_link(&path).unwrap(), Path::new("default/a"));
     assert!(first.teardown().is_empty());
     assert!(!state.exists());
-}
-
-#[test]
-fn a_full_disk_leaves_the_id_free() {
-    use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
-    crate::ledger::kill_test::forked(|| {
-        let (_dir, state) = state();
-        // SAFETY: this process is a fork with one thread.
-        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let (_, hard) = getrlimit(Limit::RLIMIT_FSIZE).unwrap();
-        setrlimit(Limit::RLIMIT_FSIZE, 10, hard).unwrap();
-        let error = Ledger::create(&state, "default", "a").unwrap_err();
-        assert!(error.to_string().contains("write to"), "{error}");
-        assert!(!state.exists());
-        setrlimit(Limit::RLIMIT_FSIZE, hard, hard).unwrap();
-        assert!(Ledger::create(&state, "default", "a").unwrap().teardown().is_empty());
-    });
 }

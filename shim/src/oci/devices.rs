@@ -5,8 +5,7 @@ use oci_spec::runtime::{self as spec, LinuxDeviceType as Type};
 
 use super::{Error, invalid, unsupported};
 
-pub(super) const HOST_DEVICE: &str =
-    "it is a device of the host, and device numbers mean nothing in a guest; devices cannot be given to pods yet";
+pub(super) const HOST_DEVICE: &str = "it is a device of the host, and device numbers mean nothing in a guest; devices cannot be given to pods yet";
 
 /// Devices without hardware, which every Linux kernel has: (major, minor, name in /dev).
 const VIRTUAL: &[(u32, u32, &str)] = &[
@@ -23,9 +22,15 @@ const VIRTUAL: &[(u32, u32, &str)] = &[
 ];
 
 /// The name of a device that the guest has too.
-pub(super) fn guest_device(character: bool, major: impl TryInto<u32>, minor: impl TryInto<u32>) -> Option<&'static str> {
+pub(super) fn guest_device(
+    character: bool,
+    major: impl TryInto<u32>,
+    minor: impl TryInto<u32>,
+) -> Option<&'static str> {
     let (major, minor) = (major.try_into().ok()?, minor.try_into().ok()?);
-    let found = VIRTUAL.iter().find(|device| (device.0, device.1) == (major, minor));
+    let found = VIRTUAL
+        .iter()
+        .find(|device| (device.0, device.1) == (major, minor));
     found.filter(|_| character).map(|device| device.2)
 }
 
@@ -43,9 +48,16 @@ fn convert_one(device: &spec::LinuxDevice) -> Result<agent::Device, Error> {
         Type::C | Type::U => Kind::CHAR,
         Type::B => Kind::BLOCK,
         Type::P => Kind::FIFO,
-        Type::A => return Err(invalid(field, "has the type \"a\", which is for rules only")),
+        Type::A => {
+            return Err(invalid(
+                field,
+                "has the type \"a\", which is for rules only",
+            ));
+        }
     };
-    if kind != Kind::FIFO && guest_device(kind == Kind::CHAR, device.major(), device.minor()).is_none() {
+    if kind != Kind::FIFO
+        && guest_device(kind == Kind::CHAR, device.major(), device.minor()).is_none()
+    {
         let numbers = format!("{field} ({}:{})", device.major(), device.minor());
         return Err(unsupported(numbers, HOST_DEVICE));
     }
@@ -73,11 +85,22 @@ fn rule(rule: &spec::LinuxDeviceCgroup) -> Result<agent::DeviceRule, Error> {
         Type::A => b'a',
         Type::B => b'b',
         Type::C | Type::U => b'c',
-        Type::P => return Err(invalid("linux.resources.devices", "has a rule of type \"p\"")),
+        Type::P => {
+            return Err(invalid(
+                "linux.resources.devices",
+                "has a rule of type \"p\"",
+            ));
+        }
     };
     let mut access = 0;
     // Absent or empty means every access, as runc and the kernel's v1 list have it.
-    for letter in rule.access().as_deref().filter(|a| !a.is_empty()).unwrap_or("rwm").chars() {
+    for letter in rule
+        .access()
+        .as_deref()
+        .filter(|a| !a.is_empty())
+        .unwrap_or("rwm")
+        .chars()
+    {
         access |= match letter {
             'm' => 1,
             'r' => 2,

@@ -66,7 +66,10 @@ fn list(field: &str, hooks: &Option<Vec<spec::Hook>>) -> Result<Vec<HostHook>, E
     let convert = |hook: &spec::Hook| {
         let path = hook.path().to_string_lossy().into_owned();
         if !path.starts_with('/') {
-            return Err(invalid(field, format!("has the path {path:?}, which is not absolute")));
+            return Err(invalid(
+                field,
+                format!("has the path {path:?}, which is not absolute"),
+            ));
         }
         let timeout_secs = match hook.timeout() {
             None => None,
@@ -74,16 +77,30 @@ fn list(field: &str, hooks: &Option<Vec<spec::Hook>>) -> Result<Vec<HostHook>, E
                 u32::try_from(secs)
                     .ok()
                     .filter(|secs| *secs > 0)
-                    .ok_or_else(|| invalid(field, format!("has the timeout {secs}, which is not positive")))?,
+                    .ok_or_else(|| {
+                        invalid(
+                            field,
+                            format!("has the timeout {secs}, which is not positive"),
+                        )
+                    })?,
             ),
         };
         let args = hook.args().clone().unwrap_or_default();
         Ok(HostHook {
-            args: if args.is_empty() { vec![path.clone()] } else { args },
+            args: if args.is_empty() {
+                vec![path.clone()]
+            } else {
+                args
+            },
             path,
             env: hook.env().clone().unwrap_or_default(),
             timeout_secs,
         })
     };
-    hooks.as_deref().unwrap_or_default().iter().map(convert).collect()
+    hooks
+        .as_deref()
+        .unwrap_or_default()
+        .iter()
+        .map(convert)
+        .collect()
 }

@@ -132,7 +132,11 @@ fn parse(bytes: &[u8]) -> Result<spec::Spec, serde_json::Error> {
     serde_json::from_slice(bytes).or_else(|error| {
         let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
         let flags = value.pointer_mut("/process/scheduler/flags");
-        for flag in flags.and_then(|flags| flags.as_array_mut()).into_iter().flatten() {
+        for flag in flags
+            .and_then(|flags| flags.as_array_mut())
+            .into_iter()
+            .flatten()
+        {
             if let Some((_, word)) = MISSPELT.iter().find(|(oci, _)| flag == oci) {
                 *flag = (*word).into();
             }
@@ -318,11 +322,17 @@ fn host_root(bundle: &Bundle) -> Result<HostRoot, Error> {
 }
 
 fn root_propagation(linux: &spec::Linux) -> Result<u64, Error> {
-    let Some(word) = linux.rootfs_propagation().as_deref().filter(|w| !w.is_empty()) else {
+    let Some(word) = linux
+        .rootfs_propagation()
+        .as_deref()
+        .filter(|w| !w.is_empty())
+    else {
         return Ok(0);
     };
     options::propagation(word).ok_or_else(|| {
-        let reason = format!("{word:?} is none of shared, slave, private, unbindable, or r and one of these");
+        let reason = format!(
+            "{word:?} is none of shared, slave, private, unbindable, or r and one of these"
+        );
         invalid("linux.rootfsPropagation", reason)
     })
 }
@@ -330,7 +340,10 @@ fn root_propagation(linux: &spec::Linux) -> Result<u64, Error> {
 fn paths(field: &str, list: &Option<Vec<String>>) -> Result<Vec<String>, Error> {
     let list = list.clone().unwrap_or_default();
     match list.iter().find(|path| !path.starts_with('/')) {
-        Some(path) => Err(invalid(field, format!("has {path:?}, which is not absolute"))),
+        Some(path) => Err(invalid(
+            field,
+            format!("has {path:?}, which is not absolute"),
+        )),
         None => Ok(list),
     }
 }

@@ -46,8 +46,18 @@ pub enum HostPropagation {
 
 /// File systems that the guest's kernel makes by itself.
 const GUEST_FILE_SYSTEMS: &[&str] = &[
-    "proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2", "hugetlbfs", "bpf",
-    "binfmt_misc", "fusectl",
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "hugetlbfs",
+    "bpf",
+    "binfmt_misc",
+    "fusectl",
 ];
 
 /// Kernel interfaces of the host: a view of the host itself, which the fs process must never serve.
@@ -110,11 +120,21 @@ fn convert_one(
             let reason = format!("{:?} mean nothing for a bind mount", options.data);
             return Err(invalid(field, reason));
         }
-        let bind = bind_source(bundle, share, field, mount, &options, number, &mut converted)?;
+        let bind = bind_source(
+            bundle,
+            share,
+            field,
+            mount,
+            &options,
+            number,
+            &mut converted,
+        )?;
         return Ok((converted, bind));
     }
     if options.flags & libc::MS_REMOUNT == 0 && !GUEST_FILE_SYSTEMS.contains(&kind) {
-        let reason = format!("the guest has no file system {kind:?} to mount, or it would need a device of the host; mount it on the host and bind it");
+        let reason = format!(
+            "the guest has no file system {kind:?} to mount, or it would need a device of the host; mount it on the host and bind it"
+        );
         return Err(unsupported(format!("{field}: type"), reason));
     }
     if options.copy_up && kind != "tmpfs" {
@@ -166,7 +186,10 @@ fn bind_source(
     let found = fs::metadata(&source).map_err(read_error)?;
     if found.file_type().is_char_device() || found.file_type().is_block_device() {
         // /dev/null over a file is the usual way of masking it: the guest's own will do.
-        let device = (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
+        let device = (
+            nix::sys::stat::major(found.rdev()),
+            nix::sys::stat::minor(found.rdev()),
+        );
         let known = devices::guest_device(found.file_type().is_char_device(), device.0, device.1);
         converted.source = known
             .ok_or_else(|| unsupported(format!("{field}: source"), devices::HOST_DEVICE))?
@@ -174,9 +197,17 @@ fn bind_source(
         return Ok(None);
     }
     let kind = statfs::statfs(&source).map_err(|errno| read_error(errno.into()))?;
-    if let Some((_, name)) = HOST_INTERFACES.iter().find(|(magic, _)| *magic == kind.filesystem_type()) {
-        let reason = format!("it is in the host's {name}, which would show the host; mount a {name} of the guest instead");
-        return Err(unsupported(format!("{field}: source {}", named.display()), reason));
+    if let Some((_, name)) = HOST_INTERFACES
+        .iter()
+        .find(|(magic, _)| *magic == kind.filesystem_type())
+    {
+        let reason = format!(
+            "it is in the host's {name}, which would show the host; mount a {name} of the guest instead"
+        );
+        return Err(unsupported(
+            format!("{field}: source {}", named.display()),
+            reason,
+        ));
     }
     converted.source = format!("{share}/mounts/{number}");
     Ok(Some(HostBind {
@@ -217,7 +248,10 @@ fn idmap(
         return Ok(());
     }
     if uids.is_empty() != gids.is_empty() {
-        return Err(invalid(field, "has only one of uidMappings and gidMappings"));
+        return Err(invalid(
+            field,
+            "has only one of uidMappings and gidMappings",
+        ));
     }
     (converted.uid_mappings, converted.gid_mappings) = match uids.is_empty() {
         true => (
@@ -227,7 +261,10 @@ fn idmap(
         false => (uids, gids),
     };
     if converted.uid_mappings.is_empty() {
-        return Err(invalid(field, "has idmap, but neither mappings nor a user namespace"));
+        return Err(invalid(
+            field,
+            "has idmap, but neither mappings nor a user namespace",
+        ));
     }
     converted.idmap_recursive = options.idmap == Some(Idmap::Whole);
     Ok(())

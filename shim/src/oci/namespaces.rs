@@ -13,10 +13,17 @@ pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::N
     for namespace in linux.namespaces().as_deref().unwrap_or_default() {
         let kind = namespace.typ();
         let word = name(kind);
-        if let Some(path) = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty()) {
+        if let Some(path) = namespace
+            .path()
+            .as_ref()
+            .filter(|p| !p.as_os_str().is_empty())
+        {
             return Err(unsupported(
                 format!("linux.namespaces: {word} with a path"),
-                format!("{} is a namespace of the host, which a guest cannot enter; leave the path out", path.display()),
+                format!(
+                    "{} is a namespace of the host, which a guest cannot enter; leave the path out",
+                    path.display()
+                ),
             ));
         }
         if listed.contains(&kind) {
@@ -30,19 +37,42 @@ pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::N
     };
     let has = |kind: Type| listed.contains(&kind);
     required(&listed)?;
-    if spec.hostname().as_ref().is_some_and(|name| !name.is_empty()) && !has(Type::Uts) {
-        return Err(invalid("hostname", "needs a uts namespace in linux.namespaces"));
+    if spec
+        .hostname()
+        .as_ref()
+        .is_some_and(|name| !name.is_empty())
+        && !has(Type::Uts)
+    {
+        return Err(invalid(
+            "hostname",
+            "needs a uts namespace in linux.namespaces",
+        ));
     }
-    if spec.domainname().as_ref().is_some_and(|name| !name.is_empty()) && !has(Type::Uts) {
-        return Err(invalid("domainname", "needs a uts namespace in linux.namespaces"));
+    if spec
+        .domainname()
+        .as_ref()
+        .is_some_and(|name| !name.is_empty())
+        && !has(Type::Uts)
+    {
+        return Err(invalid(
+            "domainname",
+            "needs a uts namespace in linux.namespaces",
+        ));
     }
     let uid_mappings = mappings(linux.uid_mappings().as_deref().unwrap_or_default());
     let gid_mappings = mappings(linux.gid_mappings().as_deref().unwrap_or_default());
     if has(Type::User) && (uid_mappings.is_empty() || gid_mappings.is_empty()) {
-        return Err(invalid("linux.uidMappings", "and gidMappings are needed for a user namespace"));
+        return Err(invalid(
+            "linux.uidMappings",
+            "and gidMappings are needed for a user namespace",
+        ));
     }
-    if !has(Type::User) && !(uid_mappings.is_empty() && gid_mappings.is_empty()) {
-        return Err(invalid("linux.uidMappings", "and gidMappings need a user namespace in linux.namespaces"));
+    let is_mapped = !uid_mappings.is_empty() || !gid_mappings.is_empty();
+    if is_mapped && !has(Type::User) {
+        return Err(invalid(
+            "linux.uidMappings",
+            "and gidMappings need a user namespace in linux.namespaces",
+        ));
     }
     let (monotonic, boottime) = time_offsets(linux, has(Type::Time))?;
     Ok(agent::Namespaces {
@@ -64,9 +94,15 @@ pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::N
 
 fn required(listed: &[Type]) -> Result<(), Error> {
     let reasons = [
-        (Type::Mount, "a container without one would be the guest itself"),
+        (
+            Type::Mount,
+            "a container without one would be the guest itself",
+        ),
         (Type::Pid, "the host's processes cannot be shown to a guest"),
-        (Type::Network, "the host's network cannot be given to a guest"),
+        (
+            Type::Network,
+            "the host's network cannot be given to a guest",
+        ),
     ];
     match reasons.iter().find(|(kind, _)| !listed.contains(kind)) {
         Some((kind, reason)) => Err(unsupported(
@@ -108,7 +144,10 @@ fn time_offsets(linux: &spec::Linux, has_time: bool) -> Result<Offsets, Error> {
         return Ok((None, None));
     };
     if !has_time {
-        return Err(invalid("linux.timeOffsets", "need a time namespace in linux.namespaces"));
+        return Err(invalid(
+            "linux.timeOffsets",
+            "need a time namespace in linux.namespaces",
+        ));
     }
     let mut found = (None, None);
     for (clock, offset) in offsets {
@@ -120,7 +159,12 @@ fn time_offsets(linux: &spec::Linux, has_time: bool) -> Result<Offsets, Error> {
         match clock.as_str() {
             "monotonic" => found.0 = offset,
             "boottime" => found.1 = offset,
-            other => return Err(invalid("linux.timeOffsets", format!("has the clock {other:?}"))),
+            other => {
+                return Err(invalid(
+                    "linux.timeOffsets",
+                    format!("has the clock {other:?}"),
+                ));
+            }
         }
     }
     Ok(found)

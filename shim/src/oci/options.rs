@@ -119,7 +119,9 @@ const TABLE: &[(&str, Effect)] = &[
 ];
 
 /// Words of user space tools that mean nothing to the kernel (mount(8)).
-const IGNORED: &[&str] = &["_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"];
+const IGNORED: &[&str] = &[
+    "_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group",
+];
 
 /// All the words.
 #[cfg(test)]
@@ -213,7 +215,11 @@ mod tests {
     fn every_word_of_the_specification_is_known_once() {
         let words: Vec<&str> = known().collect();
         for word in SPECIFICATION.split_ascii_whitespace() {
-            assert_eq!(words.iter().filter(|known| **known == word).count(), 1, "{word}");
+            assert_eq!(
+                words.iter().filter(|known| **known == word).count(),
+                1,
+                "{word}"
+            );
             assert!(parse(word).data.is_empty(), "{word}");
         }
     }

@@ -15,7 +15,10 @@ pub(super) fn convert(process: &spec::Process) -> Result<agent::Process, Error> 
     }
     let cwd = process.cwd().to_string_lossy().into_owned();
     if !cwd.starts_with('/') {
-        return Err(invalid("process.cwd", format!("is {cwd:?}, which is not absolute")));
+        return Err(invalid(
+            "process.cwd",
+            format!("is {cwd:?}, which is not absolute"),
+        ));
     }
     let env = process.env().clone().unwrap_or_default();
     for word in args.iter().chain(&env).chain([&cwd]) {
@@ -51,13 +54,19 @@ pub(super) fn convert(process: &spec::Process) -> Result<agent::Process, Error> 
     })
 }
 
-fn capabilities(sets: Option<&spec::LinuxCapabilities>) -> Result<Option<agent::Capabilities>, Error> {
+fn capabilities(
+    sets: Option<&spec::LinuxCapabilities>,
+) -> Result<Option<agent::Capabilities>, Error> {
     let Some(sets) = sets else {
         return Ok(None);
     };
     let mask = |set| {
-        numbers::capability_mask(set)
-            .map_err(|name| invalid("process.capabilities", format!("has {name}, which Linux does not know")))
+        numbers::capability_mask(set).map_err(|name| {
+            invalid(
+                "process.capabilities",
+                format!("has {name}, which Linux does not know"),
+            )
+        })
     };
     Ok(Some(agent::Capabilities {
         bounding: mask(sets.bounding())?,
@@ -79,7 +88,11 @@ fn rlimits(list: &[spec::PosixRlimit]) -> Result<Vec<agent::Rlimit>, Error> {
             return Err(invalid("process.rlimits", format!("lists {name} twice")));
         }
         if limit.soft() > limit.hard() {
-            let reason = format!("has {name} with a soft limit of {} above the hard limit of {}", limit.soft(), limit.hard());
+            let reason = format!(
+                "has {name} with a soft limit of {} above the hard limit of {}",
+                limit.soft(),
+                limit.hard()
+            );
             return Err(invalid("process.rlimits", reason));
         }
         limits.push(agent::Rlimit {
@@ -116,11 +129,16 @@ fn io_priority(asked: Option<&spec::LinuxIOPriority>) -> Result<Option<agent::Io
     let Some(asked) = asked else {
         return Ok(None);
     };
-    let priority = u32::try_from(asked.priority()).ok().filter(|level| *level <= 7);
+    let priority = u32::try_from(asked.priority())
+        .ok()
+        .filter(|level| *level <= 7);
     Ok(Some(agent::IoPriority {
         class: numbers::io_class(asked.class()),
         priority: priority.ok_or_else(|| {
-            invalid("process.ioPriority.priority", format!("is {}; 0 to 7 are allowed", asked.priority()))
+            invalid(
+                "process.ioPriority.priority",
+                format!("is {}; 0 to 7 are allowed", asked.priority()),
+            )
         })?,
         ..agent::IoPriority::default()
     }))
@@ -128,7 +146,12 @@ fn io_priority(asked: Option<&spec::LinuxIOPriority>) -> Result<Option<agent::Io
 
 /// OCI asks for one list before and one after the process enters its cgroup; the agent applies one, at the end.
 fn affinity(affinity: Option<&spec::ExecCPUAffinity>) -> String {
-    let list = affinity.and_then(|lists| lists.cpu_affinity_final().clone().or(lists.initial().clone()));
+    let list = affinity.and_then(|lists| {
+        lists
+            .cpu_affinity_final()
+            .clone()
+            .or(lists.initial().clone())
+    });
     list.unwrap_or_default()
 }
 
@@ -137,8 +160,15 @@ pub(super) fn personality(linux: &spec::Linux) -> Result<Option<u64>, Error> {
     let Some(personality) = linux.personality() else {
         return Ok(None);
     };
-    if personality.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
-        return Err(unsupported("linux.personality.flags", "only the domain can be chosen"));
+    if personality
+        .flags()
+        .as_ref()
+        .is_some_and(|flags| !flags.is_empty())
+    {
+        return Err(unsupported(
+            "linux.personality.flags",
+            "only the domain can be chosen",
+        ));
     }
     Ok(Some(match personality.domain() {
         LinuxPersonalityDomain::PerLinux => 0,

@@ -55,9 +55,15 @@ pub(super) fn convert(
     rdma_files(resources, &mut files);
     if let Some(network) = resources.network()
         && (network.class_id().is_some_and(|id| id != 0)
-            || network.priorities().as_ref().is_some_and(|list| !list.is_empty()))
+            || network
+                .priorities()
+                .as_ref()
+                .is_some_and(|list| !list.is_empty()))
     {
-        return Err(unsupported("linux.resources.network", "cgroup v2 has no classes and priorities of packets"));
+        return Err(unsupported(
+            "linux.resources.network",
+            "cgroup v2 has no classes and priorities of packets",
+        ));
     }
     unified_files(resources, &mut files)?;
     let rules = devices::rules(resources.devices().as_deref().unwrap_or_default())?;
@@ -90,10 +96,26 @@ fn limit_or_max(limit: i64) -> String {
 fn memory_files(memory: &spec::LinuxMemory, files: &mut Files) -> Result<(), Error> {
     let field = "linux.resources.memory";
     let refused = [
-        ("kernel", memory.kernel().is_some_and(|limit| limit > 0), "cgroup v2 counts kernel memory in memory.limit"),
-        ("kernelTCP", memory.kernel_tcp().is_some_and(|limit| limit > 0), "cgroup v2 counts it in memory.limit"),
-        ("swappiness", memory.swappiness().is_some(), "cgroup v2 has no swappiness of a group"),
-        ("disableOOMKiller", memory.disable_oom_killer() == Some(true), "cgroup v2 cannot disable it"),
+        (
+            "kernel",
+            memory.kernel().is_some_and(|limit| limit > 0),
+            "cgroup v2 counts kernel memory in memory.limit",
+        ),
+        (
+            "kernelTCP",
+            memory.kernel_tcp().is_some_and(|limit| limit > 0),
+            "cgroup v2 counts it in memory.limit",
+        ),
+        (
+            "swappiness",
+            memory.swappiness().is_some(),
+            "cgroup v2 has no swappiness of a group",
+        ),
+        (
+            "disableOOMKiller",
+            memory.disable_oom_killer() == Some(true),
+            "cgroup v2 cannot disable it",
+        ),
     ];
     if let Some((name, _, reason)) = refused.iter().find(|(_, present, _)| *present) {
         return Err(unsupported(format!("{field}.{name}"), *reason));
@@ -113,7 +135,9 @@ fn memory_files(memory: &spec::LinuxMemory, files: &mut Files) -> Result<(), Err
             files.push(("memory.swap.max".into(), (swap - limit).to_string()));
         }
         (Some(swap), _) => {
-            let reason = format!("is {swap}: it is the sum of memory and swap, and needs a memory.limit that is not larger");
+            let reason = format!(
+                "is {swap}: it is the sum of memory and swap, and needs a memory.limit that is not larger"
+            );
             return Err(invalid(format!("{field}.swap"), reason));
         }
     }
@@ -124,7 +148,10 @@ fn cpu_files(cpu: &spec::LinuxCpu, files: &mut Files) -> Result<(), Error> {
     let real_time = cpu.realtime_runtime().is_some_and(|value| value != 0)
         || cpu.realtime_period().is_some_and(|value| value != 0);
     if real_time {
-        return Err(unsupported("linux.resources.cpu.realtimeRuntime", "cgroup v2 does not divide real-time"));
+        return Err(unsupported(
+            "linux.resources.cpu.realtimeRuntime",
+            "cgroup v2 does not divide real-time",
+        ));
     }
     let mut push = |name: &str, value: String| files.push((name.into(), value));
     if let Some(idle) = cpu.idle() {
@@ -184,7 +211,10 @@ fn unified_files(resources: &spec::LinuxResources, files: &mut Files) -> Result<
         // OCI config-linux.md#unified: a file in the container's cgroup, which cgroup.* files of the runtime are not.
         let plain = name.contains('.') && !name.contains(['/', '\0']) && !name.starts_with('.');
         if !plain || name.starts_with("cgroup.") {
-            return Err(invalid("linux.resources.unified", format!("has the name {name:?}")));
+            return Err(invalid(
+                "linux.resources.unified",
+                format!("has the name {name:?}"),
+            ));
         }
         files.push((name.clone(), value.clone()));
     }
@@ -195,15 +225,30 @@ fn block_files(block: &spec::LinuxBlockIo, files: &mut Files) -> Result<(), Erro
     let field = "linux.resources.blockIO";
     let leaf = block.leaf_weight().is_some_and(|weight| weight != 0);
     let devices = block.weight_device().as_deref().unwrap_or_default();
-    if leaf || devices.iter().any(|device| device.leaf_weight().is_some_and(|w| w != 0)) {
-        return Err(unsupported(format!("{field}.leafWeight"), "cgroup v2 has no weight of leaves"));
+    if leaf
+        || devices
+            .iter()
+            .any(|device| device.leaf_weight().is_some_and(|w| w != 0))
+    {
+        return Err(unsupported(
+            format!("{field}.leafWeight"),
+            "cgroup v2 has no weight of leaves",
+        ));
     }
     if let Some(weight) = block.weight().filter(|weight| *weight != 0) {
-        files.push(("io.weight".into(), format!("default {}", io_weight(weight)?)));
+        files.push((
+            "io.weight".into(),
+            format!("default {}", io_weight(weight)?),
+        ));
     }
     for device in devices {
         if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
-            let line = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight)?);
+            let line = format!(
+                "{}:{} {}",
+                device.major(),
+                device.minor(),
+                io_weight(weight)?
+            );
             files.push(("io.weight".into(), line));
         }
     }
@@ -241,7 +286,14 @@ mod tests {
 
     #[test]
     fn shares_become_weights_on_the_documented_curve() {
-        for (shares, expected) in [(0, 1), (1, 1), (2, 1), (1024, 100), (262_144, 10_000), (u64::MAX, 10_000)] {
+        for (shares, expected) in [
+            (0, 1),
+            (1, 1),
+            (2, 1),
+            (1024, 100),
+            (262_144, 10_000),
+            (u64::MAX, 10_000),
+        ] {
             assert_eq!(weight(shares), expected, "{shares}");
         }
         assert!((1..4096).all(|shares| weight(shares) <= weight(shares + 1)));
@@ -250,7 +302,10 @@ mod tests {
     fn from_json(text: &str) -> Result<(Vec<String>, Vec<String>), String> {
         let resources: spec::LinuxResources = serde_json::from_str(text).unwrap();
         let (guest, host) = convert(Some(&resources)).map_err(|error| error.to_string())?;
-        let guest = guest.files.iter().map(|file| format!("{}={}", file.name, file.value));
+        let guest = guest
+            .files
+            .iter()
+            .map(|file| format!("{}={}", file.name, file.value));
         let host = host.iter().map(|(name, value)| format!("{name}={value}"));
         Ok((guest.collect(), host.collect()))
     }
@@ -293,8 +348,17 @@ mod tests {
             r#"{"memory": {"limit": -1, "swap": -1}, "cpu": {"quota": -1, "period": 100000, "shares": 0}, "pids": {"limit": -1}}"#,
         )
         .unwrap();
-        assert_eq!(guest, ["memory.max=max", "memory.swap.max=max", "cpu.max=max 100000", "pids.max=max"]);
-        let (guest, _) = from_json(r#"{"memory": {"limit": 0, "swap": 0}, "pids": {"limit": 0}}"#).unwrap();
+        assert_eq!(
+            guest,
+            [
+                "memory.max=max",
+                "memory.swap.max=max",
+                "cpu.max=max 100000",
+                "pids.max=max"
+            ]
+        );
+        let (guest, _) =
+            from_json(r#"{"memory": {"limit": 0, "swap": 0}, "pids": {"limit": 0}}"#).unwrap();
         assert!(guest.is_empty());
     }
 
@@ -303,7 +367,10 @@ mod tests {
         for (text, name) in [
             (r#"{"memory": {"kernel": 1}}"#, "memory.kernel "),
             (r#"{"memory": {"swappiness": 60}}"#, "memory.swappiness"),
-            (r#"{"memory": {"disableOOMKiller": true}}"#, "memory.disableOOMKiller"),
+            (
+                r#"{"memory": {"disableOOMKiller": true}}"#,
+                "memory.disableOOMKiller",
+            ),
             (r#"{"memory": {"swap": 10}}"#, "memory.swap"),
             (r#"{"memory": {"limit": 20, "swap": 10}}"#, "memory.swap"),
             (r#"{"cpu": {"realtimeRuntime": 1}}"#, "cpu.realtimeRuntime"),

@@ -79,15 +79,28 @@ fn runc_spec_is_converted_whole() {
     assert_eq!(container.root, "/run/bulkhead/share/c1/rootfs");
     assert!(container.root_readonly && plan.root.read_only);
     assert_eq!(container.root_propagation, 0);
-    assert_eq!((container.hostname.as_str(), container.cgroup.as_str()), ("runc", "pod/c1"));
+    assert_eq!(
+        (container.hostname.as_str(), container.cgroup.as_str()),
+        ("runc", "pod/c1")
+    );
     let namespaces = &container.namespaces;
-    for kind in [&namespaces.pid, &namespaces.mount, &namespaces.uts, &namespaces.ipc, &namespaces.network, &namespaces.cgroup] {
+    for kind in [
+        &namespaces.pid,
+        &namespaces.mount,
+        &namespaces.uts,
+        &namespaces.ipc,
+        &namespaces.network,
+        &namespaces.cgroup,
+    ] {
         assert_eq!(*kind, Kind::NEW.into());
     }
     assert_eq!(namespaces.user, Kind::AGENT.into());
     assert_eq!(container.mounts.len(), 7);
     let dev = &container.mounts[1];
-    assert_eq!((dev.fstype.as_str(), dev.data.as_str()), ("tmpfs", "mode=755,size=65536k"));
+    assert_eq!(
+        (dev.fstype.as_str(), dev.data.as_str()),
+        ("tmpfs", "mode=755,size=65536k")
+    );
     assert_eq!(dev.flags, libc::MS_NOSUID | libc::MS_STRICTATIME);
     assert_eq!(container.mounts[3].source, "shm");
     assert_eq!(container.mounts[6].flags & libc::MS_RDONLY, libc::MS_RDONLY);
@@ -102,7 +115,10 @@ fn runc_spec_is_converted_whole() {
     assert_eq!(process.rlimits[0].resource, libc::RLIMIT_NOFILE);
     assert_eq!(container.masked_paths.len(), 2);
     let rule = &container.resources.devices[0];
-    assert_eq!((rule.allow, rule.kind, rule.major, rule.minor, rule.access), (false, 'a' as u32, -1, -1, 7));
+    assert_eq!(
+        (rule.allow, rule.kind, rule.major, rule.minor, rule.access),
+        (false, 'a' as u32, -1, -1, 7)
+    );
     assert!(plan.host_limits.is_empty() && plan.hooks == HostHooks::default());
 }
 
@@ -111,51 +127,133 @@ fn bind_mounts_go_through_the_share() {
     let mut config = runc_spec();
     let mounts = config["mounts"].as_array_mut().unwrap();
     mounts.push(json!({"destination": "/data", "type": "bind", "source": "volume", "options": ["rbind", "ro", "rslave"]}));
-    mounts.push(json!({"destination": "etc/file", "source": "file", "options": ["bind", "rro", "noexec"]}));
+    mounts.push(
+        json!({"destination": "etc/file", "source": "file", "options": ["bind", "rro", "noexec"]}),
+    );
     mounts.push(json!({"destination": "/masked", "type": "bind", "source": "/dev/null", "options": ["bind"]}));
     let plan = planned(&config).unwrap();
     let mounts = &plan.container.mounts[7..];
     assert_eq!(mounts[0].source, "/run/bulkhead/share/c1/mounts/0");
     assert_eq!(mounts[0].fstype, "");
-    assert_eq!(mounts[0].flags, libc::MS_BIND | libc::MS_REC | libc::MS_RDONLY);
+    assert_eq!(
+        mounts[0].flags,
+        libc::MS_BIND | libc::MS_REC | libc::MS_RDONLY
+    );
     assert_eq!(mounts[0].propagation, [libc::MS_SLAVE | libc::MS_REC]);
-    assert_eq!((mounts[1].source.as_str(), mounts[1].destination.as_str()), ("/run/bulkhead/share/c1/mounts/1", "/etc/file"));
+    assert_eq!(
+        (mounts[1].source.as_str(), mounts[1].destination.as_str()),
+        ("/run/bulkhead/share/c1/mounts/1", "/etc/file")
+    );
     assert_eq!(mounts[2].source, "/dev/null", "the guest's own");
     assert_eq!(plan.binds.len(), 2);
     let (volume, file) = (&plan.binds[0], &plan.binds[1]);
     assert!(volume.directory && volume.recursive && volume.read_only && !volume.read_only_whole);
     assert_eq!(volume.propagation, HostPropagation::Slave);
     assert!(!file.directory && !file.recursive && file.read_only_whole);
-    assert_eq!((file.number, file.propagation), (1, HostPropagation::Private));
+    assert_eq!(
+        (file.number, file.propagation),
+        (1, HostPropagation::Private)
+    );
 }
 
 #[test]
 fn every_unsupported_feature_is_refused_by_its_name() {
     for (pointer, value, name) in [
-        ("/process/apparmorProfile", json!("p"), "process.apparmorProfile"),
+        (
+            "/process/apparmorProfile",
+            json!("p"),
+            "process.apparmorProfile",
+        ),
         ("/process/selinuxLabel", json!("l"), "process.selinuxLabel"),
         ("/linux/mountLabel", json!("l"), "linux.mountLabel"),
         ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
-        ("/linux/netDevices", json!({"eth0": {"name": "e"}}), "linux.netDevices"),
-        ("/linux/memoryPolicy", json!({"mode": "MPOL_INTERLEAVE"}), "linux.memoryPolicy"),
-        ("/linux/personality", json!({"domain": "LINUX", "flags": ["ADDR_NO_RANDOMIZE"]}), "linux.personality.flags"),
-        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "SCMP_ACT_NOTIFY"),
-        ("/linux/resources/network", json!({"classID": 3}), "linux.resources.network"),
-        ("/hooks", json!({"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
+        (
+            "/linux/netDevices",
+            json!({"eth0": {"name": "e"}}),
+            "linux.netDevices",
+        ),
+        (
+            "/linux/memoryPolicy",
+            json!({"mode": "MPOL_INTERLEAVE"}),
+            "linux.memoryPolicy",
+        ),
+        (
+            "/linux/personality",
+            json!({"domain": "LINUX", "flags": ["ADDR_NO_RANDOMIZE"]}),
+            "linux.personality.flags",
+        ),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+            "SCMP_ACT_NOTIFY",
+        ),
+        (
+            "/linux/resources/network",
+            json!({"classID": 3}),
+            "linux.resources.network",
+        ),
+        (
+            "/hooks",
+            json!({"createContainer": [{"path": "/x"}]}),
+            "hooks.createContainer",
+        ),
         ("/vm", json!({"kernel": {"path": "/k"}}), "vm"),
-        ("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]), "/dev/sda (8:0)"),
-        ("/linux/devices", json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]), "/dev/kvm"),
-        ("/linux/namespaces/-", json!({"type": "user", "path": "/proc/1/ns/user"}), "user with a path"),
-        ("/linux/namespaces", json!([{"type": "mount"}, {"type": "pid"}]), "without network"),
-        ("/linux/namespaces", json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"}]), "network with a path"),
-        ("/linux/namespaces", json!([{"type": "pid"}, {"type": "network"}]), "without mount"),
-        ("/mounts/-", json!({"destination": "/x", "type": "ext4", "source": "/dev/sda1"}), "(/x): type"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["rbind", "rshared"]}), "shared propagation"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "/proc/sys", "options": ["rbind"]}), "host's proc"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "/sys", "options": ["rbind"]}), "host's sysfs"),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]),
+            "/dev/sda (8:0)",
+        ),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]),
+            "/dev/kvm",
+        ),
+        (
+            "/linux/namespaces/-",
+            json!({"type": "user", "path": "/proc/1/ns/user"}),
+            "user with a path",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "pid"}]),
+            "without network",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"}]),
+            "network with a path",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{"type": "pid"}, {"type": "network"}]),
+            "without mount",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "ext4", "source": "/dev/sda1"}),
+            "(/x): type",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["rbind", "rshared"]}),
+            "shared propagation",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "/proc/sys", "options": ["rbind"]}),
+            "host's proc",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "/sys", "options": ["rbind"]}),
+            "host's sysfs",
+        ),
     ] {
         let error = refusal(pointer, value);
-        assert!(error.contains(name) && error.contains("is not supported"), "{pointer}: {error}");
+        assert!(
+            error.contains(name) && error.contains("is not supported"),
+            "{pointer}: {error}"
+        );
     }
 }
 
@@ -165,27 +263,91 @@ fn contradictions_are_refused_with_the_field() {
         ("/ociVersion", json!("2.0.0"), "ociVersion"),
         ("/process/args", json!([]), "process.args"),
         ("/process/cwd", json!("relative"), "process.cwd"),
-        ("/process/rlimits/-", json!({"type": "RLIMIT_NOFILE", "hard": 1, "soft": 1}), "RLIMIT_NOFILE twice"),
-        ("/process/rlimits/-", json!({"type": "RLIMIT_CORE", "hard": 1, "soft": 2}), "RLIMIT_CORE"),
-        ("/process/rlimits/-", json!({"type": "RLIMIT_NONE", "hard": 1, "soft": 2}), "RLIMIT_NONE"),
-        ("/process/ioPriority", json!({"class": "IOPRIO_CLASS_BE", "priority": 8}), "process.ioPriority"),
+        (
+            "/process/rlimits/-",
+            json!({"type": "RLIMIT_NOFILE", "hard": 1, "soft": 1}),
+            "RLIMIT_NOFILE twice",
+        ),
+        (
+            "/process/rlimits/-",
+            json!({"type": "RLIMIT_CORE", "hard": 1, "soft": 2}),
+            "RLIMIT_CORE",
+        ),
+        (
+            "/process/rlimits/-",
+            json!({"type": "RLIMIT_NONE", "hard": 1, "soft": 2}),
+            "RLIMIT_NONE",
+        ),
+        (
+            "/process/ioPriority",
+            json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),
+            "process.ioPriority",
+        ),
         ("/root/path", json!("absent"), "absent"),
         ("/root/path", json!("file"), "is not a directory"),
         ("/linux/namespaces/-", json!({"type": "pid"}), "pid twice"),
-        ("/linux/namespaces/-", json!({"type": "user"}), "linux.uidMappings"),
-        ("/linux/namespaces/-", json!({"type": "wormhole"}), "wormhole"),
-        ("/linux/uidMappings", json!([{"containerID": 0, "hostID": 1000, "size": 1}]), "linux.uidMappings"),
-        ("/linux/timeOffsets", json!({"monotonic": {"secs": 1}}), "linux.timeOffsets"),
-        ("/linux/rootfsPropagation", json!("rsideways"), "linux.rootfsPropagation"),
+        (
+            "/linux/namespaces/-",
+            json!({"type": "user"}),
+            "linux.uidMappings",
+        ),
+        (
+            "/linux/namespaces/-",
+            json!({"type": "wormhole"}),
+            "wormhole",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"containerID": 0, "hostID": 1000, "size": 1}]),
+            "linux.uidMappings",
+        ),
+        (
+            "/linux/timeOffsets",
+            json!({"monotonic": {"secs": 1}}),
+            "linux.timeOffsets",
+        ),
+        (
+            "/linux/rootfsPropagation",
+            json!("rsideways"),
+            "linux.rootfsPropagation",
+        ),
         ("/linux/maskedPaths", json!(["proc"]), "linux.maskedPaths"),
         ("/linux/sysctl", json!({"net..x": "1"}), "linux.sysctl"),
-        ("/hooks", json!({"poststop": [{"path": "relative"}]}), "hooks.poststop"),
-        ("/hooks", json!({"poststop": [{"path": "/x", "timeout": 0}]}), "hooks.poststop"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "absent", "options": ["bind"]}), "absent"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["bind", "size=1"]}), "size=1"),
-        ("/mounts/-", json!({"destination": "/x", "type": "proc", "source": "proc", "options": ["tmpcopyup"]}), "tmpcopyup"),
-        ("/mounts/-", json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["bind", "idmap"]}), "idmap"),
-        ("/linux/resources/devices/-", json!({"allow": true, "access": "x"}), "access 'x'"),
+        (
+            "/hooks",
+            json!({"poststop": [{"path": "relative"}]}),
+            "hooks.poststop",
+        ),
+        (
+            "/hooks",
+            json!({"poststop": [{"path": "/x", "timeout": 0}]}),
+            "hooks.poststop",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "absent", "options": ["bind"]}),
+            "absent",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["bind", "size=1"]}),
+            "size=1",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "proc", "source": "proc", "options": ["tmpcopyup"]}),
+            "tmpcopyup",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["bind", "idmap"]}),
+            "idmap",
+        ),
+        (
+            "/linux/resources/devices/-",
+            json!({"allow": true, "access": "x"}),
+            "access 'x'",
+        ),
     ] {
         let error = refusal(pointer, value);
         assert!(error.contains(name), "{pointer}: {error}");
@@ -216,7 +378,11 @@ fn broken_files_are_named() {
     fs::write(dir.path().join("config.json"), "{\"ociVersion\": ").unwrap();
     let broken = Bundle::load(dir.path()).unwrap_err().to_string();
     assert!(broken.contains("line 1"), "{broken}");
-    fs::write(dir.path().join("config.json"), vec![b' '; (MAX_CONFIG + 1) as usize]).unwrap();
+    fs::write(
+        dir.path().join("config.json"),
+        vec![b' '; (MAX_CONFIG + 1) as usize],
+    )
+    .unwrap();
     let large = Bundle::load(dir.path()).unwrap_err();
     assert!(matches!(large, Error::Read { .. }));
 }
@@ -224,24 +390,39 @@ fn broken_files_are_named() {
 #[test]
 fn the_rest_of_a_process_is_converted() {
     let mut config = with("/linux/personality", json!({"domain": "LINUX32"}));
-    config["process"]["user"] = json!({"uid": 1000, "gid": 100, "umask": 18, "additionalGids": [5, 6]});
+    config["process"]["user"] =
+        json!({"uid": 1000, "gid": 100, "umask": 18, "additionalGids": [5, 6]});
     config["process"]["oomScoreAdj"] = json!(-5);
     config["process"]["consoleSize"] = json!({"height": 24, "width": 80});
-    config["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5, "flags": ["SCHED_FLAG_RESET_ON_FORK"]});
+    config["process"]["scheduler"] =
+        json!({"policy": "SCHED_BATCH", "nice": 5, "flags": ["SCHED_FLAG_RESET_ON_FORK"]});
     config["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 0});
     config["linux"]["sysctl"] = json!({"net.core.somaxconn": "256"});
     config["linux"]["rootfsPropagation"] = json!("rslave");
     config["linux"]["devices"] = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438, "uid": 0, "gid": 0}]);
     let plan = planned(&config).unwrap();
     let process = &plan.container.process;
-    assert_eq!((process.uid, process.gid, process.umask), (1000, 100, 0o022));
+    assert_eq!(
+        (process.uid, process.gid, process.umask),
+        (1000, 100, 0o022)
+    );
     assert_eq!(process.additional_gids, [5, 6]);
     assert_eq!(process.oom_score_adj, Some(-5));
     assert_eq!((process.rows, process.columns), (24, 80));
-    assert_eq!((process.scheduler.policy, process.scheduler.nice, process.scheduler.flags), (3, 5, 1));
+    assert_eq!(
+        (
+            process.scheduler.policy,
+            process.scheduler.nice,
+            process.scheduler.flags
+        ),
+        (3, 5, 1)
+    );
     assert_eq!(process.io_priority.class, 3);
     assert_eq!(process.personality, Some(8));
-    assert_eq!(plan.container.root_propagation, libc::MS_SLAVE | libc::MS_REC);
+    assert_eq!(
+        plan.container.root_propagation,
+        libc::MS_SLAVE | libc::MS_REC
+    );
     assert_eq!(plan.container.sysctls["net.core.somaxconn"], "256");
     let device = &plan.container.devices[0];
     assert_eq!((device.major, device.minor, device.mode), (10, 229, 0o666));
@@ -252,14 +433,20 @@ fn user_namespaces_bring_their_mappings() {
     let mut config = with("/linux/namespaces/-", json!({"type": "user"}));
     config["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100000, "size": 65536}]);
     config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 200000, "size": 65536}]);
-    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
+    config["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "time"}));
     config["linux"]["timeOffsets"] = json!({"boottime": {"secs": -3, "nanosecs": 7}});
     let idmapped = json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["rbind", "ridmap"]});
     config["mounts"].as_array_mut().unwrap().push(idmapped);
     let plan = planned(&config).unwrap();
     let namespaces = &plan.container.namespaces;
     assert_eq!(namespaces.uid_mappings[0].host_id, 100000);
-    assert_eq!((namespaces.boottime.secs, namespaces.boottime.nanosecs), (-3, 7));
+    assert_eq!(
+        (namespaces.boottime.secs, namespaces.boottime.nanosecs),
+        (-3, 7)
+    );
     assert!(namespaces.monotonic.is_none());
     let mount = &plan.container.mounts[7];
     assert!(mount.idmap_recursive);
@@ -268,13 +455,22 @@ fn user_namespaces_bring_their_mappings() {
 
 #[test]
 fn hooks_go_where_they_can_run() {
-    let hook = |path: &str| json!([{"path": path, "args": ["name", "arg"], "env": ["A=b"], "timeout": 5}]);
-    let config = with("/hooks", json!({
-        "prestart": hook("/1"), "createRuntime": hook("/2"), "startContainer": hook("/3"),
-        "poststart": hook("/4"), "poststop": [{"path": "/5"}],
-    }));
+    let hook =
+        |path: &str| json!([{"path": path, "args": ["name", "arg"], "env": ["A=b"], "timeout": 5}]);
+    let config = with(
+        "/hooks",
+        json!({
+            "prestart": hook("/1"), "createRuntime": hook("/2"), "startContainer": hook("/3"),
+            "poststart": hook("/4"), "poststop": [{"path": "/5"}],
+        }),
+    );
     let plan = planned(&config).unwrap();
-    let paths = |hooks: &[HostHook]| hooks.iter().map(|hook| hook.path.clone()).collect::<Vec<_>>();
+    let paths = |hooks: &[HostHook]| {
+        hooks
+            .iter()
+            .map(|hook| hook.path.clone())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(paths(&plan.hooks.create), ["/1", "/2"]);
     assert_eq!(paths(&plan.hooks.started), ["/4"]);
     assert_eq!(plan.hooks.stopped[0].args, ["/5"]);

@@ -82,7 +82,8 @@ impl Entry {
 
     fn unlink(&self, flags: i32) -> io::Result<()> {
         // SAFETY: the descriptor is open and the name is NUL-terminated.
-        let status = unsafe { libc::unlinkat(self.directory.as_raw_fd(), self.name.as_ptr(), flags) };
+        let status =
+            unsafe { libc::unlinkat(self.directory.as_raw_fd(), self.name.as_ptr(), flags) };
         if status < 0 {
             return Err(io::Error::last_os_error());
         }

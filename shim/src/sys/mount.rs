@@ -188,7 +188,9 @@ fn unescape(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
         if byte == b'\\' && tail.len() >= 3 && tail[..3].iter().all(|d| (b'0'..=b'7').contains(d)) {
-            let digits = tail[..3].iter().fold(0u32, |n, d| n * 8 + u32::from(d - b'0'));
+            let digits = tail[..3]
+                .iter()
+                .fold(0u32, |n, d| n * 8 + u32::from(d - b'0'));
             bytes.push(digits as u8);
             rest = &tail[3..];
         } else {

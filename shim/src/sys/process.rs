@@ -141,7 +141,10 @@ mod tests {
 
     #[test]
     fn the_end_of_a_process_is_seen() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
         let id = ProcessId::of(child.id() as i32).unwrap();
         let pidfd = id.open().unwrap().unwrap();
         assert!(!wait_gone(pidfd.as_fd(), Duration::from_millis(1)).unwrap());

@@ -68,9 +68,8 @@ pub struct Child {
 
 /// Starts it in new namespaces of every kind but user, in its cgroup, and returns when its execve has succeeded.
 pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
-    let c_string = |bytes: &[u8]| {
-        CString::new(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
-    };
+    let c_string =
+        |bytes: &[u8]| CString::new(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
     let path = c_string(program.path.as_os_str().as_bytes())?;
     let mut words = vec![path.clone()];
     for word in program.arguments {
@@ -167,7 +166,13 @@ impl Plan {
         // SAFETY: system calls on integers, and on pointers that the caller of `spawn` keeps alive; the signal set is
         // initialised by sigemptyset before use.
         unsafe {
-            if libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) < 0 {
+            if libc::syscall(
+                libc::SYS_close_range,
+                first,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            ) < 0
+            {
                 return Err(errno());
             }
             // A terminal's Ctrl-C goes to its foreground process group: not to the machine, which ends by its socket.

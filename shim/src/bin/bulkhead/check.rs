@@ -101,7 +101,9 @@ fn kernel() -> Found {
     let release = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
     let version = match (numbers.next(), numbers.next()) {
         (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
         _ => (0, 0),
@@ -123,7 +125,11 @@ fn cgroups() -> Found {
     let controllers = std::fs::read_to_string(path).unwrap_or_default();
     let missing: Vec<&str> = ["cpu", "memory", "io", "pids"]
         .into_iter()
-        .filter(|name| !controllers.split_ascii_whitespace().any(|word| word == *name))
+        .filter(|name| {
+            !controllers
+                .split_ascii_whitespace()
+                .any(|word| word == *name)
+        })
         .collect();
     match missing.is_empty() {
         true => Ok(format!("version 2 with {}", controllers.trim())),
@@ -148,7 +154,9 @@ fn namespaces() -> Found {
 
 fn parts(config: &Config) -> Found {
     const REMEDY: &str = "install all parts of bulkhead, or name them in the configuration";
-    let installed = config.installed().map_err(|error| (failure::line(&error), REMEDY))?;
+    let installed = config
+        .installed()
+        .map_err(|error| (failure::line(&error), REMEDY))?;
     for path in [&installed.vmm, &installed.kernel, &installed.initramfs] {
         if !path.is_file() {
             return Err((format!("no file {}", path.display()), REMEDY));
@@ -189,7 +197,12 @@ fn guest(config: &Config) -> Found {
             .map_err(|error| error.to_string())?;
         runtime.block_on(boot(config))
     };
-    boot().map_err(|error| (error, "see `bulkhead run --debug --serial FILE` for what the guest did"))
+    boot().map_err(|error| {
+        (
+            error,
+            "see `bulkhead run --debug --serial FILE` for what the guest did",
+        )
+    })
 }
 
 async fn boot(config: &Config) -> Result<String, String> {
@@ -206,17 +219,22 @@ async fn boot(config: &Config) -> Result<String, String> {
         serial: None,
     };
     let start = std::time::Instant::now();
-    let sandbox = Sandbox::launch(config, &parts, request).await.map_err(line)?;
+    let sandbox = Sandbox::launch(config, &parts, request)
+        .await
+        .map_err(line)?;
     let ready = sandbox.ready("check").await;
     let took = start.elapsed();
-    let left = match &ready {
-        Ok(_) => sandbox.stop().await,
-        Err(_) => sandbox.abort().await,
-    };
+    if ready.is_ok() {
+        sandbox.power_off().await;
+    }
+    let left = sandbox.give_back();
     let ready = ready.map_err(line)?;
     if let Some(leftover) = left.first() {
         return Err(format!("it ran, but left {leftover}"));
     }
     let release = bulkhead_shim::logs::printable(&ready.kernel_release);
-    Ok(format!("Linux {release} was ready in {} ms", took.as_millis()))
+    Ok(format!(
+        "Linux {release} was ready in {} ms",
+        took.as_millis()
+    ))
 }

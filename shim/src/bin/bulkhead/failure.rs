@@ -83,6 +83,9 @@ mod tests {
     #[test]
     fn causes_follow_on_the_same_line() {
         let error = Outer(std::io::Error::from_raw_os_error(2));
-        assert_eq!(line(&error), "cannot read /x: No such file or directory (os error 2)");
+        assert_eq!(
+            line(&error),
+            "cannot read /x: No such file or directory (os error 2)"
+        );
     }
 }

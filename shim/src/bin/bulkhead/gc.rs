@@ -30,7 +30,10 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         for sandbox in &collected {
             let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
             match arguments.dry_run {
-                true => println!("{name}: its owner is dead; it holds {} resources", sandbox.held.len()),
+                true => println!(
+                    "{name}: its owner is dead; it holds {} resources",
+                    sandbox.held.len()
+                ),
                 false => println!(
                     "{name}: gave back {} of {} resources",
                     sandbox.held.len().saturating_sub(sandbox.left.len()),
@@ -38,10 +41,18 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
                 ),
             }
             if arguments.dry_run {
-                sandbox.held.iter().for_each(|resource| println!("  {resource}"));
+                sandbox
+                    .held
+                    .iter()
+                    .for_each(|resource| println!("  {resource}"));
             }
-            sandbox.left.iter().for_each(|leftover| println!("  left: {leftover}"));
+            sandbox
+                .left
+                .iter()
+                .for_each(|leftover| println!("  left: {leftover}"));
         }
     }
-    Ok(u8::from(collected.iter().any(|sandbox| !sandbox.left.is_empty())))
+    Ok(u8::from(
+        collected.iter().any(|sandbox| !sandbox.left.is_empty()),
+    ))
 }

@@ -16,7 +16,8 @@ use clap::{Parser, Subcommand};
 
 use failure::Failure;
 
-const ABOUT: &str = "Runs OCI containers, each in a small virtual machine with a kernel of its own.";
+const ABOUT: &str =
+    "Runs OCI containers, each in a small virtual machine with a kernel of its own.";
 
 const EXIT_CODES: &str = "\
 Exit codes:

@@ -61,7 +61,10 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     ids::check("id", &arguments.id)?;
     let vcpus = arguments.vcpus.unwrap_or(config.vcpus);
     if !(1..=config::MAX_VCPUS).contains(&vcpus) {
-        let text = format!("--vcpus {vcpus} cannot work: 1 to {} are possible", config::MAX_VCPUS);
+        let text = format!(
+            "--vcpus {vcpus} cannot work: 1 to {} are possible",
+            config::MAX_VCPUS
+        );
         return Err(Failure::new(text));
     }
     let memory_mib = arguments.memory.unwrap_or(config.memory_mib);
@@ -93,13 +96,12 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run.to_the_end(vcpus, memory_mib, serial.map(OwnedFd::from)))
+    runtime.block_on(run.finish(vcpus, memory_mib, serial.map(OwnedFd::from)))
 }
 
 fn open_output(path: &PathBuf) -> Result<File, Failure> {
-    File::create(path).map_err(|error| {
-        Failure::new(format!("cannot write {}: {error}", path.display()))
-    })
+    File::create(path)
+        .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))
 }
 
 fn process_mut(plan: &mut Plan) -> &mut wire::Process {
@@ -136,7 +138,7 @@ fn told(error: sandbox::Error) -> Failure {
 }
 
 impl Run<'_> {
-    async fn to_the_end(
+    async fn finish(
         mut self,
         vcpus: u32,
         memory_mib: u64,
@@ -158,10 +160,11 @@ impl Run<'_> {
         let outcome = self.in_sandbox(&mut sandbox, &mut signals).await;
         terminal::restore();
         self.timeline.add(&sandbox.stamps());
-        let left = match outcome {
-            Ok(_) => sandbox.stop().await,
-            Err(_) => sandbox.abort().await,
-        };
+        if outcome.is_ok() {
+            sandbox.power_off().await;
+            self.timeline.mark("guest powered off");
+        }
+        let left = sandbox.give_back();
         self.timeline.mark("everything given back");
         let stopped = self.hooks("poststop", None).await;
         if !left.is_empty() {
@@ -187,7 +190,10 @@ impl Run<'_> {
     ) -> Result<u8, Stop> {
         let id = &self.arguments.id;
         // While the guest boots.
-        sandbox.place_container(id, &self.plan).map_err(told)?;
+        sandbox
+            .place_container(id, &self.plan)
+            .await
+            .map_err(told)?;
         self.hooks("createRuntime", Some(sandbox.pid())).await?;
         let hostname = match self.plan.container.hostname.as_str() {
             "" => id,
@@ -337,13 +343,14 @@ fn exit_code(exit: &WaitProcessResponse) -> u8 {
 /// Docker's and the shells' codes for a program that is not there or cannot be executed.
 async fn exec_failure(sandbox: &Sandbox, error: agent::Error) -> Failure {
     match error {
-        agent::Error::Refused { code, message } => {
-            let code = match code {
-                ttrpc::Code::NOT_FOUND => failure::NOT_FOUND,
-                ttrpc::Code::PERMISSION_DENIED | ttrpc::Code::FAILED_PRECONDITION => {
-                    failure::NOT_EXECUTABLE
-                }
-                _ => failure::OWN,
+        agent::Error::Refused { message, .. } => {
+            // As Docker does with runc: the agent's two messages, whose status code is that of any bad request.
+            let code = match () {
+                () if message.ends_with("executable file not found in $PATH") => failure::NOT_FOUND,
+                () if message.ends_with("no such file or directory") => failure::NOT_FOUND,
+                () if message.ends_with("permission denied") => failure::NOT_EXECUTABLE,
+                () if message.ends_with("exec format error") => failure::NOT_EXECUTABLE,
+                () => failure::OWN,
             };
             Failure::new(message).with_code(code)
         }
@@ -396,9 +403,17 @@ impl Streams {
         }
         let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
         relays::feed(own(std::io::stdin().as_fd())?, self.stdin)?;
-        let mut output = vec![relays::drain("stdout", self.stdout, own(std::io::stdout().as_fd())?)?];
+        let mut output = vec![relays::drain(
+            "stdout",
+            self.stdout,
+            own(std::io::stdout().as_fd())?,
+        )?];
         if let Some(stderr) = self.stderr {
-            output.push(relays::drain("stderr", stderr, own(std::io::stderr().as_fd())?)?);
+            output.push(relays::drain(
+                "stderr",
+                stderr,
+                own(std::io::stderr().as_fd())?,
+            )?);
         }
         Ok(output)
     }

@@ -84,7 +84,8 @@ impl Signals {
     pub async fn asks_to_end(&mut self) -> i32 {
         loop {
             match self.next().await {
-                Arrival::Signal(libc::SIGUSR1 | libc::SIGUSR2 | libc::SIGALRM) | Arrival::Resized => {}
+                Arrival::Signal(libc::SIGUSR1 | libc::SIGUSR2 | libc::SIGALRM)
+                | Arrival::Resized => {}
                 Arrival::Signal(number) => return number,
                 Arrival::Impatient => return libc::SIGINT,
             }

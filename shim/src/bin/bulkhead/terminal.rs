@@ -48,9 +48,8 @@ pub fn size() -> Option<(u16, u16)> {
             };
             use std::os::fd::AsRawFd;
             // SAFETY: the descriptor is open and size is a whole winsize that outlives the call.
-            let status = unsafe {
-                nix::libc::ioctl(fd.as_raw_fd(), nix::libc::TIOCGWINSZ, &raw mut size)
-            };
+            let status =
+                unsafe { nix::libc::ioctl(fd.as_raw_fd(), nix::libc::TIOCGWINSZ, &raw mut size) };
             (status == 0 && size.ws_row > 0).then_some((size.ws_row, size.ws_col))
         })
 }

@@ -70,7 +70,11 @@ fn digest(path: &Path) -> io::Result<String> {
             count => hash.update(&buffer[..count]),
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 /// The second word of `bulkhead-vmm --version`.
@@ -96,7 +100,10 @@ fn kernel_version(kernel: &Path) -> Option<String> {
         }
         // The format string of the same banner has a % here.
         let rest = &image[index + BANNER.len()..];
-        let word = rest.iter().take(64).take_while(|byte| byte.is_ascii_graphic());
+        let word = rest
+            .iter()
+            .take(64)
+            .take_while(|byte| byte.is_ascii_graphic());
         let word: Vec<u8> = word.copied().collect();
         let version = word.first().is_some_and(u8::is_ascii_digit);
         version.then(|| String::from_utf8_lossy(&word).into_owned())

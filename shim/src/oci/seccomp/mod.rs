@@ -79,7 +79,11 @@ fn flags(profile: &spec::LinuxSeccomp) -> Result<u64, Error> {
 fn build(profile: &spec::LinuxSeccomp) -> Result<Vec<u8>, Error> {
     let failed = |error: SeccompError| Error::Seccomp(error.to_string());
     libseccomp::set_api(API_LEVEL).map_err(failed)?;
-    let default = action("linux.seccomp.defaultAction", profile.default_action(), profile.default_errno_ret())?;
+    let default = action(
+        "linux.seccomp.defaultAction",
+        profile.default_action(),
+        profile.default_errno_ret(),
+    )?;
     let mut filter = ScmpFilterContext::new(default).map_err(failed)?;
     let architectures = architectures(profile);
     for architecture in &architectures {
@@ -101,12 +105,19 @@ fn build(profile: &spec::LinuxSeccomp) -> Result<Vec<u8>, Error> {
             for conditions in &alternatives {
                 filter
                     .add_rule_conditional(action, call, conditions)
-                    .map_err(|error| Error::Seccomp(format!("{name} of syscalls[{index}]: {error}")))?;
+                    .map_err(|error| {
+                        Error::Seccomp(format!("{name} of syscalls[{index}]: {error}"))
+                    })?;
             }
         }
     }
     let program = export(&filter)?;
-    Ok(unknown_calls::prepend(profile, default, &architectures, program))
+    Ok(unknown_calls::prepend(
+        profile,
+        default,
+        &architectures,
+        program,
+    ))
 }
 
 /// By way of a memfd: libseccomp 2.5 cannot export to memory.
@@ -141,11 +152,19 @@ fn architectures(profile: &spec::LinuxSeccomp) -> Vec<ScmpArch> {
 
 fn action(field: &str, action: Action, errno: Option<u32>) -> Result<ScmpAction, Error> {
     if errno.is_some() && !matches!(action, Action::ScmpActErrno | Action::ScmpActTrace) {
-        return Err(invalid(field, format!("has an errnoRet, which {action} has no use for")));
+        return Err(invalid(
+            field,
+            format!("has an errnoRet, which {action} has no use for"),
+        ));
     }
     // Absent: EPERM (OCI config-linux.md#seccomp). The kernel caps it at MAX_ERRNO.
     let errno = errno.unwrap_or(EPERM);
-    let too_large = || invalid(field, format!("has the errnoRet {errno}; at most 65535 is allowed"));
+    let too_large = || {
+        invalid(
+            field,
+            format!("has the errnoRet {errno}; at most 65535 is allowed"),
+        )
+    };
     let small = u16::try_from(errno).map_err(|_| too_large())?;
     Ok(match action {
         Action::ScmpActKill | Action::ScmpActKillThread => ScmpAction::KillThread,
@@ -165,12 +184,18 @@ fn action(field: &str, action: Action, errno: Option<u32>) -> Result<ScmpAction,
 }
 
 /// The rule's conditions as a list of alternatives, each a conjunction.
-fn conditions(field: &str, args: &[spec::LinuxSeccompArg]) -> Result<Vec<Vec<ScmpArgCompare>>, Error> {
+fn conditions(
+    field: &str,
+    args: &[spec::LinuxSeccompArg],
+) -> Result<Vec<Vec<ScmpArgCompare>>, Error> {
     let mut list = Vec::new();
     let mut seen = [0u32; 6];
     for arg in args {
         let count = seen.get_mut(arg.index()).ok_or_else(|| {
-            invalid(field, format!("compares argument {}; 0 to 5 exist", arg.index()))
+            invalid(
+                field,
+                format!("compares argument {}; 0 to 5 exist", arg.index()),
+            )
         })?;
         *count += 1;
         list.push(compare(arg));

@@ -113,7 +113,8 @@ fn every_action_in_one_program() {
 #[test]
 fn every_operator_compares_all_64_bits() {
     const LARGE: u64 = 0x1_0000_0005;
-    let truth: [(&str, fn(u64) -> bool); 6] = [
+    type Holds = fn(u64) -> bool;
+    let truth: [(&str, Holds); 6] = [
         ("SCMP_CMP_NE", |v| v != LARGE),
         ("SCMP_CMP_LT", |v| v < LARGE),
         ("SCMP_CMP_LE", |v| v <= LARGE),
@@ -132,7 +133,11 @@ fn every_operator_compares_all_64_bits() {
                 let mut args = [0; 6];
                 args[index] = value;
                 let expected = if holds(value) { ALLOW } else { ERRNO | 1 };
-                assert_eq!(call(&filter, "read", &args), expected, "{operator} {index} {value:#x}");
+                assert_eq!(
+                    call(&filter, "read", &args),
+                    expected,
+                    "{operator} {index} {value:#x}"
+                );
             }
         }
     }
@@ -174,28 +179,48 @@ fn newer_calls_do_not_exist_and_older_ones_are_forbidden() {
     let last = number("openat2");
     assert_eq!(run(&filter.program, X86_64, last, [0; 6]), ALLOW);
     assert_eq!(run(&filter.program, X86_64, last + 1, [0; 6]), enosys);
-    assert_eq!(run(&filter.program, X86_64, number("write"), [0; 6]), ERRNO | 1);
+    assert_eq!(
+        run(&filter.program, X86_64, number("write"), [0; 6]),
+        ERRNO | 1
+    );
     assert_eq!(run(&filter.program, I386, 3, [0; 6]), ALLOW, "read of i386");
-    assert_eq!(run(&filter.program, I386, 4, [0; 6]), ERRNO | 1, "write of i386");
+    assert_eq!(
+        run(&filter.program, I386, 4, [0; 6]),
+        ERRNO | 1,
+        "write of i386"
+    );
     assert_eq!(run(&filter.program, I386, 5000, [0; 6]), enosys);
-    assert_eq!(run(&filter.program, X86_64, 0x4000_0000, [0; 6]), ALLOW, "read of x32");
+    assert_eq!(
+        run(&filter.program, X86_64, 0x4000_0000, [0; 6]),
+        ALLOW,
+        "read of x32"
+    );
     assert_eq!(run(&filter.program, X86_64, 0x4000_1000, [0; 6]), enosys);
     for lenient in ["SCMP_ACT_ALLOW", "SCMP_ACT_LOG"] {
         let filter = compiled(profile(lenient));
         assert_ne!(run(&filter.program, X86_64, last + 1, [0; 6]), enosys);
     }
     let killer = compiled(profile("SCMP_ACT_KILL"));
-    assert_eq!(run(&killer.program, X86_64, number("write"), [0; 6]), KILL_THREAD);
+    assert_eq!(
+        run(&killer.program, X86_64, number("write"), [0; 6]),
+        KILL_THREAD
+    );
     assert_eq!(run(&killer.program, X86_64, last + 1, [0; 6]), enosys);
 }
 
 #[test]
 fn an_architecture_that_is_not_listed_is_killed() {
-    let filter = compiled(json!({"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_AARCH64"],
-        "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}));
+    let filter = compiled(
+        json!({"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_AARCH64"],
+        "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}),
+    );
     assert_eq!(run(&filter.program, X86_64, number("read"), [0; 6]), ALLOW);
     assert_eq!(run(&filter.program, I386, 3, [0; 6]), KILL_THREAD);
-    assert_eq!(run(&filter.program, X86_64, 0x4000_0000, [0; 6]), KILL_THREAD, "x32");
+    assert_eq!(
+        run(&filter.program, X86_64, 0x4000_0000, [0; 6]),
+        KILL_THREAD,
+        "x32"
+    );
 }
 
 #[test]
@@ -205,7 +230,12 @@ fn a_profile_of_three_hundred_calls_keeps_each_of_them() {
         .filter_map(|number| ScmpSyscall::from_raw_syscall(number).get_name().ok())
         .collect();
     assert!(names.len() > 330, "libseccomp knows {} calls", names.len());
-    let allowed: Vec<&String> = names.iter().enumerate().filter(|(i, _)| i % 4 != 0).map(|(_, n)| n).collect();
+    let allowed: Vec<&String> = names
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| i % 4 != 0)
+        .map(|(_, n)| n)
+        .collect();
     let filter = compiled(json!({
         "defaultAction": "SCMP_ACT_ERRNO",
         "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],

@@ -34,7 +34,10 @@ pub(super) fn prepend(
     // A default that lets calls through (a tracer answers for itself), or that is ENOSYS already, needs none.
     let lenient = matches!(
         default,
-        ScmpAction::Allow | ScmpAction::Log | ScmpAction::Trace(_) | ScmpAction::Errno(libc::ENOSYS)
+        ScmpAction::Allow
+            | ScmpAction::Log
+            | ScmpAction::Trace(_)
+            | ScmpAction::Errno(libc::ENOSYS)
     );
     if lenient {
         return program;
@@ -43,7 +46,11 @@ pub(super) fn prepend(
         true => last_number(profile, architecture),
         false => None,
     };
-    let prologue = prologue(last(ScmpArch::X8664), last(ScmpArch::X32), last(ScmpArch::X86));
+    let prologue = prologue(
+        last(ScmpArch::X8664),
+        last(ScmpArch::X32),
+        last(ScmpArch::X86),
+    );
     let mut bytes = Vec::with_capacity(prologue.len() * 8 + program.len());
     for (code, if_true, if_false, value) in prologue {
         bytes.extend(code.to_ne_bytes());
@@ -56,7 +63,11 @@ pub(super) fn prepend(
 
 /// The highest number of a named call on an architecture.
 fn last_number(profile: &spec::LinuxSeccomp, architecture: ScmpArch) -> Option<u32> {
-    let names = profile.syscalls().iter().flatten().flat_map(|rule| rule.names());
+    let names = profile
+        .syscalls()
+        .iter()
+        .flatten()
+        .flat_map(|rule| rule.names());
     names
         .filter_map(|name| ScmpSyscall::from_name_by_arch(name, architecture).ok())
         // Negative: a call that this architecture does not have.

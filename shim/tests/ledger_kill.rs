@@ -3,8 +3,19 @@
 //! The victim is a fork of the test, traced; the tracer counts its system calls from a marker on and kills it at the n-th,
 //! for every n. Each round then replays the ledger and looks at what is left. It needs root, for mounts; without, it says so.
 
-use std::{collections::HashSet, fs, panic, path::Path, process::Command};
+use std::{
+    collections::HashSet,
+    fs, panic,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
+use bulkhead_shim::{
+    ledger::{Ledger, Resource, collect},
+    oci::{HostBind, HostPropagation, HostRoot},
+    rootfs::Share,
+    sys::{mount::mounts_beneath, process::ProcessId},
+};
 use nix::{
     sched::{CloneFlags, unshare},
     sys::{
@@ -14,18 +25,11 @@ use nix::{
     unistd::{ForkResult, Pid, fork},
 };
 
-use super::*;
-use crate::{
-    oci::{HostBind, HostPropagation, HostRoot},
-    rootfs::Share,
-    sys::mount::mounts_beneath,
-};
-
 /// The marker: a system call that nothing else here makes.
 const MARKER: i64 = libc::SYS_getpgid;
 
 /// Runs a test in a process of its own, so that it may change what a process has.
-pub(super) fn forked(test: impl FnOnce()) {
+fn forked(test: impl FnOnce()) {
     // SAFETY: the child runs the test and leaves by _exit; glibc keeps its allocator usable in a fork.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
@@ -146,10 +150,16 @@ impl Host {
             let found = fs::read_to_string(&canary).unwrap_or_default();
             assert_eq!(found, "alive", "{moment}: {}", canary.display());
         }
-        let now: HashSet<PathBuf> = mounts_beneath(Path::new("/")).unwrap().into_iter().collect();
+        let now: HashSet<PathBuf> = mounts_beneath(Path::new("/"))
+            .unwrap()
+            .into_iter()
+            .collect();
         let more: Vec<_> = now.symmetric_difference(mounts).collect();
         assert!(more.is_empty(), "{moment}: mounts {more:?}");
-        assert!(!self.state.exists(), "{moment}: the state directory is left");
+        assert!(
+            !self.state.exists(),
+            "{moment}: the state directory is left"
+        );
     }
 }
 
@@ -162,15 +172,33 @@ fn whatever_is_taken_is_given_back_in_order() {
     forked(|| {
         private_mounts();
         let host = Host::new();
-        let mounts = mounts_beneath(Path::new("/")).unwrap().into_iter().collect();
+        let mounts = mounts_beneath(Path::new("/"))
+            .unwrap()
+            .into_iter()
+            .collect();
         let (ledger, share) = host.take_all().unwrap();
         let rootfs = share.path().join("c/rootfs");
-        assert_eq!(fs::read_to_string(rootfs.join("etc/canary")).unwrap(), "alive");
+        assert_eq!(
+            fs::read_to_string(rootfs.join("etc/canary")).unwrap(),
+            "alive"
+        );
         let volume = share.path().join("c/mounts/0");
-        assert_eq!(fs::read_to_string(volume.join("inner/canary")).unwrap(), "alive");
-        for read_only in [rootfs.join("etc/x"), volume.join("x"), share.path().join("x")] {
+        assert_eq!(
+            fs::read_to_string(volume.join("inner/canary")).unwrap(),
+            "alive"
+        );
+        for read_only in [
+            rootfs.join("etc/x"),
+            volume.join("x"),
+            share.path().join("x"),
+        ] {
             let error = fs::write(&read_only, "").unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{}", read_only.display());
+            assert_eq!(
+                error.raw_os_error(),
+                Some(libc::EROFS),
+                "{}",
+                read_only.display()
+            );
         }
         // "ro" without "rro" leaves the mount beneath writable.
         fs::write(volume.join("inner/x"), "").unwrap();
@@ -189,7 +217,10 @@ fn a_later_mount_of_the_host_appears_and_is_given_back() {
     forked(|| {
         private_mounts();
         let host = Host::new();
-        let mounts = mounts_beneath(Path::new("/")).unwrap().into_iter().collect();
+        let mounts = mounts_beneath(Path::new("/"))
+            .unwrap()
+            .into_iter()
+            .collect();
         let (ledger, share) = host.take_all().unwrap();
         let later = host.volume.join("inner/later");
         fs::create_dir(&later).unwrap();
@@ -199,7 +230,10 @@ fn a_later_mount_of_the_host_appears_and_is_given_back() {
         let seen = share.path().join("c/mounts/0/inner/later/file");
         assert!(seen.exists(), "rslave shows what the host mounts later");
         assert!(ledger.teardown().is_empty());
-        assert!(later.join("file").exists(), "and unmounting the copy leaves the original");
+        assert!(
+            later.join("file").exists(),
+            "and unmounting the copy leaves the original"
+        );
         nix::mount::umount(&later).unwrap();
         host.assert_clean(&mounts, "with a later mount");
     });
@@ -214,7 +248,10 @@ fn killed_at_every_system_call_gc_leaves_nothing_and_loses_nothing() {
     forked(|| {
         private_mounts();
         let host = Host::new();
-        let mounts: HashSet<PathBuf> = mounts_beneath(Path::new("/")).unwrap().into_iter().collect();
+        let mounts: HashSet<PathBuf> = mounts_beneath(Path::new("/"))
+            .unwrap()
+            .into_iter()
+            .collect();
         let mut calls = 0;
         loop {
             let finished = kill_at(&host, calls);
@@ -253,7 +290,10 @@ fn kill_at(host: &Host, nth: usize) -> bool {
 }
 
 fn trace(child: Pid, nth: usize) -> bool {
-    assert!(matches!(waitpid(child, None).unwrap(), WaitStatus::Stopped(..)));
+    assert!(matches!(
+        waitpid(child, None).unwrap(),
+        WaitStatus::Stopped(..)
+    ));
     // SAFETY: the child is stopped and traced by us; PTRACE_O_TRACESYSGOOD and _EXITKILL take no pointers.
     unsafe {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
@@ -279,7 +319,10 @@ fn trace(child: Pid, nth: usize) -> bool {
                     None => {}
                     Some(count) if count == nth => {
                         nix::sys::signal::kill(child, Signal::SIGKILL).unwrap();
-                        assert!(matches!(waitpid(child, None).unwrap(), WaitStatus::Signaled(..)));
+                        assert!(matches!(
+                            waitpid(child, None).unwrap(),
+                            WaitStatus::Signaled(..)
+                        ));
                         kill_sleepers(child);
                         return false;
                     }
@@ -318,4 +361,27 @@ fn kill_sleepers(_victim: Pid) {
             let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
     }
+}
+
+#[test]
+fn a_full_disk_leaves_the_id_free() {
+    use nix::sys::resource::{Resource as Limit, getrlimit, setrlimit};
+    forked(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().canonicalize().unwrap().join("state");
+        // SAFETY: this process is a fork with one thread.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        let (_, hard) = getrlimit(Limit::RLIMIT_FSIZE).unwrap();
+        setrlimit(Limit::RLIMIT_FSIZE, 10, hard).unwrap();
+        let error = Ledger::create(&state, "default", "a").unwrap_err();
+        assert!(error.to_string().contains("write to"), "{error}");
+        assert!(!state.exists());
+        setrlimit(Limit::RLIMIT_FSIZE, hard, hard).unwrap();
+        assert!(
+            Ledger::create(&state, "default", "a")
+                .unwrap()
+                .teardown()
+                .is_empty()
+        );
+    });
 }
