@@ -62,12 +62,15 @@ fn step<E: Into<io::Error>>(step: &str) -> impl FnOnce(E) -> JailError {
     }
 }
 
-/// Raises the limit of open files towards `inodes + handles` and says how many of each fit.
+/// Raises the limit of open files towards `inodes + 2 * handles` and says how many of each fit.
 ///
 /// # Errors
 /// The limits cannot be read.
 pub fn raise_file_limit(inodes: u64, handles: u64) -> Result<(usize, usize), JailError> {
-    let wanted = inodes.saturating_add(handles).saturating_add(OTHER_FILES);
+    let wanted = handles
+        .saturating_mul(2)
+        .saturating_add(inodes)
+        .saturating_add(OTHER_FILES);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read RLIMIT_NOFILE"))?;
     let ceiling = std::fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()
@@ -84,9 +87,9 @@ pub fn raise_file_limit(inodes: u64, handles: u64) -> Result<(usize, usize), Jai
         }
     };
     let usable = limit.saturating_sub(OTHER_FILES);
-    // A handle keeps its own descriptor and its inode's.
-    let handles = handles.min(usable / 2);
-    let inodes = inodes.min(usable - handles);
+    // A handle keeps its own descriptor, and its inode's when the guest forgets that first.
+    let handles = handles.min(usable / 4);
+    let inodes = inodes.min(usable - 2 * handles);
     Ok((inodes as usize, handles as usize))
 }
 

@@ -106,7 +106,7 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
         return Err(FsError::TooFewFiles(inodes.min(handles)));
     }
     if (inodes as u64) < config.max_inodes || (handles as u64) < config.max_handles {
-        log.warn(&format!(
+        log.info(&format!(
             "RLIMIT_NOFILE allows {inodes} inodes and {handles} open files"
         ));
     }
