@@ -59,6 +59,16 @@ async fn two_hundred_children_are_all_reaped() {
 }
 
 #[tokio::test]
+async fn a_shell_pipeline_runs() {
+    let guest = Guest::start().await;
+    let script = "seq 1 1000 | grep 7 | busybox sort -rn | head -n 3 | tr '\\n' ' '";
+    assert_eq!(
+        guest.run("one", guest.spec("one", script)).await.text(),
+        "997 987 979"
+    );
+}
+
+#[tokio::test]
 async fn any_number_of_callers_can_wait() {
     let guest = Guest::start().await;
     let _streams = guest.sleeper("one", guest.spec("one", "")).await;
