@@ -23,6 +23,9 @@ pub fn run() -> Result<std::convert::Infallible, Failure> {
     sys::set_ids(NOBODY, NOBODY).step(|| "cannot become nobody")?;
     sys::capset(CapabilitySets::default()).step(|| "cannot drop the capabilities")?;
     sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).step(|| "cannot set no_new_privs")?;
+    // After the change of user, which clears it: the namespace ends with the agent that made it.
+    sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64, 0)
+        .step(|| "cannot end with the agent")?;
     // Blocked, the signal of an orphan that ends between wait(2) and sigwait(3) stays pending.
     let mut child = SigSet::empty();
     child.add(Signal::SIGCHLD);
