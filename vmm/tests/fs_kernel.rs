@@ -572,3 +572,55 @@ fn large_files_arrive_intact() {
     let size = nix::sys::statvfs::statvfs(m.point.path()).unwrap();
     assert!(size.blocks() > 0 && size.name_max() == 255);
 }
+
+#[test]
+fn a_tree_is_let_go_while_it_is_used() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    let m = Mounted::new(NO_CACHE);
+    fs::create_dir_all(m.host("c/rootfs")).unwrap();
+    let source = tempfile::tempdir().unwrap();
+    fs::write(source.path().join("hostname"), "guest").unwrap();
+    let (stop, seen) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicUsize::new(0)),
+    );
+    let readers: Vec<_> = (0..3)
+        .map(|_| {
+            let (stop, seen) = (stop.clone(), seen.clone());
+            let (dir, file) = (m.at("c/rootfs"), m.at("c/rootfs/hostname"));
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    // Detached or not mounted: any error, never another content.
+                    if let Ok(text) = fs::read(&file) {
+                        assert_eq!(text, b"guest");
+                        seen.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let _ = fs::read_dir(&dir).map(Iterator::count);
+                }
+            })
+        })
+        .collect();
+    let detacher = std::thread::spawn(move || {
+        let worker = bulkhead_vmm::fs::tree::identity::Worker::new().unwrap();
+        let point = m.host("c/rootfs");
+        for cycle in 0..100 {
+            let none = None::<&str>;
+            mount(Some(source.path()), &point, none, MsFlags::MS_BIND, none).unwrap();
+            let before = seen.load(Ordering::Relaxed);
+            while seen.load(Ordering::Relaxed) < before + 3 {
+                std::thread::yield_now();
+            }
+            m.engine.detach(&worker, "c/rootfs").unwrap();
+            umount2(&point, MntFlags::empty()).unwrap_or_else(|error| panic!("{cycle}: {error}"));
+        }
+        m
+    });
+    let _m = detacher.join().unwrap();
+    stop.store(true, Ordering::Relaxed);
+    for reader in readers {
+        reader.join().unwrap();
+    }
+}

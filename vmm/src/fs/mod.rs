@@ -19,11 +19,14 @@ pub mod tree;
 pub mod wire;
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 
 use bulkhead_vmm_config::{ExitCode, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
 use crate::control::{ControlError, ControlSocket, DescriptorError, Descriptors};
@@ -72,6 +75,12 @@ pub enum FsError {
     /// The share's root.
     #[error("cannot look at the share's root")]
     Root(#[source] nix::errno::Errno),
+    /// The list of mounts.
+    #[error("cannot open /proc/self/mountinfo")]
+    Mounts(#[source] std::io::Error),
+    /// Waiting for the shim.
+    #[error("cannot wait for requests of the shim")]
+    Poll(#[source] Errno),
     /// A thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -117,7 +126,7 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
     serve_queues(socket, &config, engine.clone(), log.clone())?;
     let worker = Worker::new().map_err(FsError::Thread)?;
     control.send(&FsEvent::Serving)?;
-    let end = answer(control, &engine, &worker);
+    let end = answer(control, &engine, &worker, &log);
     log.info(&format!("served {}", summary(&engine.stats())));
     end
 }
@@ -181,8 +190,33 @@ fn serve_queues(
 }
 
 /// Answers the shim until it goes.
-fn answer(control: &ControlSocket, engine: &Engine, worker: &Worker) -> Result<(), FsError> {
+fn answer(
+    control: &ControlSocket,
+    engine: &Engine,
+    worker: &Worker,
+    log: &Log,
+) -> Result<(), FsError> {
+    // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open file.
+    let mounts = File::open("/proc/self/mountinfo").map_err(FsError::Mounts)?;
     loop {
+        let mut fds = [
+            PollFd::new(mounts.as_fd(), PollFlags::POLLPRI),
+            PollFd::new(control.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(error) => return Err(FsError::Poll(error)),
+        }
+        let happened = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        if happened(&fds[0])
+            && let Err(error) = engine.mounts_changed()
+        {
+            log.warn(&log::chain(&error));
+        }
+        if !happened(&fds[1]) {
+            continue;
+        }
         let (request, fds) = control.receive::<FsRequest>()?;
         Descriptors::new(fds).finish()?;
         let event = match request {

@@ -115,6 +115,16 @@ impl Engine {
         Ok(count)
     }
 
+    /// Mounts have come or gone: what was detached and is unmounted no longer bars its id.
+    ///
+    /// # Errors
+    /// The mounts cannot be listed.
+    pub fn mounts_changed(&self) -> Result<(), DetachError> {
+        let ids: Vec<u64> = mount_lines()?.iter().map(|mount| mount.id).collect();
+        self.mounts.open_gone(&ids);
+        Ok(())
+    }
+
     fn mounts_are_unique(&self) -> bool {
         sys::status(self.root.as_fd()).is_ok_and(|status| status.mount_is_unique)
     }

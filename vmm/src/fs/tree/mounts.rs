@@ -9,8 +9,8 @@ use nix::errno::Errno;
 
 use super::sys::{self, Result, Status};
 
-/// How long a detached mount stays closed where the kernel may give its id to another (before Linux 6.8): the host unmounts at
-/// once after a detach.
+/// How long a detached mount stays closed at most where the kernel may give its id to another (before Linux 6.8), should its
+/// unmount go unnoticed.
 const CLOSED_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy)]
@@ -90,5 +90,51 @@ impl Mounts {
         state
             .closed
             .insert(id, (!is_unique).then(|| now + CLOSED_FOR));
+    }
+
+    /// Opens the ids of closed mounts that are gone, given those that `/proc/self/mountinfo` lists: whatever gets such an id now
+    /// is another mount. Unique ids need no opening, nothing gets them again.
+    pub fn open_gone(&self, mountinfo_ids: &[u64]) {
+        self.lock()
+            .closed
+            .retain(|id, until| until.is_none() || mountinfo_ids.contains(id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    fn reached(mounts: &Mounts, mount: u64, mount_is_unique: bool) -> Result<u64> {
+        let file = std::fs::File::open("/").unwrap();
+        let status = Status {
+            mount,
+            mount_is_unique,
+            ..sys::status(file.as_fd()).unwrap()
+        };
+        mounts.enter(file.as_fd(), &status)
+    }
+
+    #[test]
+    fn an_id_that_is_used_again_is_another_mount_once_the_first_is_gone() {
+        let mounts = Mounts::default();
+        let first = reached(&mounts, 7, false).unwrap();
+        assert_eq!(reached(&mounts, 7, false), Ok(first));
+        mounts.close(7, false);
+        assert_eq!(reached(&mounts, 7, false), Err(Errno::ESTALE));
+        mounts.open_gone(&[5, 7]);
+        assert_eq!(reached(&mounts, 7, false), Err(Errno::ESTALE));
+        mounts.open_gone(&[5]);
+        assert!(reached(&mounts, 7, false).unwrap() > first);
+    }
+
+    #[test]
+    fn a_unique_id_stays_closed() {
+        let mounts = Mounts::default();
+        reached(&mounts, 1 << 40, true).unwrap();
+        mounts.close(1 << 40, true);
+        mounts.open_gone(&[]);
+        assert_eq!(reached(&mounts, 1 << 40, true), Err(Errno::ESTALE));
     }
 }
