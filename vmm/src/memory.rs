@@ -6,19 +6,23 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
 use crate::arch::x86_64::layout;
+
+/// What the processor maps by one entry of the second-lowest page table.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Guest RAM as devices see it; clones share the mapping.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;
@@ -48,7 +52,7 @@ pub enum MemoryError {
         size: u64,
         /// Why.
         #[source]
-        source: MmapRegionError,
+        source: io::Error,
     },
     /// The ranges overlap: the layout is wrong.
     #[error("guest memory ranges do not fit together: {0}")]
@@ -138,6 +142,26 @@ impl Memory {
         Ok(())
     }
 
+    /// Makes RAM at `start..end`, multiples of [`HUGE_PAGE`], resident as huge pages, so that the guest's first accesses are no
+    /// exits. A hint: a host that cannot gives small pages at the first access.
+    pub fn populate_huge(&self, start: u64, end: u64) {
+        /// Linux 6.1; missing from the C library. Unlike MADV_HUGEPAGE it does not ask the host's settings for shared memory.
+        const MADV_COLLAPSE: libc::c_int = 25;
+        for address in (start..end).step_by(HUGE_PAGE as usize) {
+            // Nothing is collapsed where nothing is: make one page.
+            if self.ram.write_obj(0_u8, GuestAddress(address)).is_err() {
+                return;
+            }
+        }
+        let length = end.saturating_sub(start) as usize;
+        let Ok(slice) = self.ram.get_slice(GuestAddress(start), length) else {
+            return;
+        };
+        let guard = slice.ptr_guard_mut();
+        // SAFETY: the range is a part of the mapping; the call changes how it is backed, not what it holds.
+        unsafe { libc::madvise(guard.as_ptr().cast(), length, MADV_COLLAPSE) };
+    }
+
     /// A copy of the ramoops region: bytes that the guest chose.
     pub fn ramoops(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.ramoops.size()];
@@ -162,27 +186,62 @@ fn sealed_memfd(what: &'static str, size: u64) -> Result<File, MemoryError> {
     Ok(file)
 }
 
+/// Maps `file` for good: guest memory lives as long as the process, so that no pointer to it can ever dangle.
 fn map(file: FileOffset, start: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
     let length = usize::try_from(size).expect("x86-64 has 64-bit addresses");
-    let mapping = MmapRegionBuilder::new(length)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        // NORESERVE: a pod's limit is its cgroup's, not the host's overcommit heuristic over the sum of all pods' sizes.
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .with_file_offset(file)
+    let fail = |source: io::Error| MemoryError::Map {
+        start,
+        size,
+        source,
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // NORESERVE: a pod's limit is its cgroup's, not the host's overcommit heuristic over the sum of all pods' sizes.
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let place = reserve_aligned(length).map_err(fail)?;
+    let (fd, offset) = (file.file().as_raw_fd(), file.start() as libc::off_t);
+    // SAFETY: it replaces a part of the reservation that was just made and that nobody else knows.
+    let address = unsafe { libc::mmap(place, length, protection, flags, fd, offset) };
+    if address == libc::MAP_FAILED {
+        return Err(fail(io::Error::last_os_error()));
+    }
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(flags)
+        .with_file_offset(file);
+    // SAFETY: the mapping has this length and is never undone.
+    let builder = unsafe { builder.with_raw_mmap_pointer(address.cast()) };
+    let mapping = builder
         .build()
-        .map_err(|source| MemoryError::Map {
-            start,
-            size,
-            source,
-        })?;
+        .map_err(|error| MemoryError::Ranges(error.to_string()))?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
         .ok_or_else(|| MemoryError::Ranges(format!("{start:#x}+{size:#x} wraps")))
+}
+
+/// Address space for `length` bytes at a multiple of [`HUGE_PAGE`], as guest memory begins at one, too.
+fn reserve_aligned(length: usize) -> io::Result<*mut libc::c_void> {
+    let huge = HUGE_PAGE as usize;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at a place of the kernel's choice.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length + huge,
+            libc::PROT_NONE,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // What lies before and behind stays reserved and costs nothing.
+    Ok(base.map_addr(|address| address.next_multiple_of(huge)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
 
     #[test]
     fn ram_is_sealed_and_split_around_the_hole() {

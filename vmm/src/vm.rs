@@ -131,13 +131,13 @@ impl Vm {
         }
         log.info(&format!("kernel command line: {}", spec.cmdline.as_str()));
         let image = Image {
-            kernel: &mut spec.kernel,
+            kernel: &spec.kernel,
             initrd: &mut spec.initrd,
             cmdline: &spec.cmdline,
             vcpus: spec.vcpus,
             pins: &board.pins,
         };
-        let entry = boot::load(memory.ram(), image)?;
+        let entry = boot::load(&memory, image)?;
         cpu::write_tables(memory.ram())?;
         cpu::set_boot_registers(&vcpus[0], entry)?;
         Ok(Vm {

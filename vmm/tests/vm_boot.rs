@@ -77,10 +77,12 @@ fn processors_and_memory_are_as_configured() {
         (1, 64),
         (2, 128),
         (4, 256),
-        (32, 512),
+        (1, 512),
+        (1, 1024),
         (1, 3072),
         (2, 4096),
         (1, 6144),
+        (32, 512),
     ] {
         let Some(kernel) = kernel() else { return };
         let mut setup = Setup::new(&kernel, &initramfs(Act::Tell)).with_serial();

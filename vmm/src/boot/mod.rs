@@ -10,15 +10,16 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use crate::arch::x86_64::layout;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Memory};
 
 mod cmdline;
+mod footprint;
 mod kernel;
 mod mp_table;
 mod zero_page;
 
 pub use cmdline::{Cmdline, CmdlineError};
-pub use kernel::{KernelError, Loaded};
+pub use kernel::{Kernel, KernelError};
 
 /// Why a guest cannot be prepared.
 #[derive(Debug, Error)]
@@ -61,7 +62,7 @@ pub enum BootError {
 /// What a guest is booted from.
 pub struct Image<'a> {
     /// Uncompressed ELF kernel.
-    pub kernel: &'a mut File,
+    pub kernel: &'a File,
     /// Initial RAM file system.
     pub initrd: &'a mut File,
     /// The whole command line.
@@ -76,9 +77,14 @@ pub struct Image<'a> {
 ///
 /// # Errors
 /// The images are wrong or do not fit.
-pub fn load(memory: &GuestMemory, image: Image<'_>) -> Result<u64, BootError> {
-    let loaded = kernel::load(memory, image.kernel)?;
-    let initrd = load_initrd(memory, image.initrd, loaded.end)?;
+pub fn load(memory: &Memory, image: Image<'_>) -> Result<u64, BootError> {
+    let kernel = Kernel::open(image.kernel)?;
+    for (start, end) in footprint::ranges(memory.ram(), &kernel.occupied()) {
+        memory.populate_huge(start, end);
+    }
+    let memory = memory.ram();
+    kernel.load(memory)?;
+    let initrd = load_initrd(memory, image.initrd, kernel.end())?;
     write(
         memory,
         layout::CMDLINE,
@@ -96,7 +102,7 @@ pub fn load(memory: &GuestMemory, image: Image<'_>) -> Result<u64, BootError> {
             what: "zero page",
             source,
         })?;
-    Ok(loaded.entry)
+    Ok(kernel.entry)
 }
 
 fn write(
