@@ -178,7 +178,7 @@ fn speed(device: &Path) -> Found {
     const REMEDY: &str = "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation";
     let speed = probe::measure(device).map_err(|error| (error, REMEDY))?;
     let text = format!(
-        "kernel mode runs at {:.0} M loops/s in a guest, {:.0} M here",
+        "kernel mode runs at {:.3} M loops/s in a guest, {:.3} M here",
         speed.guest / 1e6,
         speed.host / 1e6
     );

@@ -13,7 +13,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 /// Loop rounds of the first, short measurement, and of the second when the first shows that it will not take long.
-const ROUNDS: [u32; 2] = [100_000, 10_000_000];
+const ROUNDS: [u32; 2] = [5_000, 5_000_000];
 /// A guest slower than this, relative to the host, is interpreted. Real ones are within a few percent, one in an emulated
 /// processor within a factor of three, interpreted ones hundreds of times slower.
 const SLOWEST: f64 = 20.0;
@@ -44,7 +44,7 @@ pub fn measure(device: &Path) -> Result<Speed, String> {
     let mut guest = Guest::new(device).map_err(|error| error.to_string())?;
     let mut took = guest.run(ROUNDS[0])?;
     let mut rounds = ROUNDS[0];
-    if took < Duration::from_millis(20) {
+    if took < Duration::from_millis(5) {
         rounds = ROUNDS[1];
         took = guest.run(rounds)?;
     }
