@@ -36,6 +36,7 @@ impl Relay {
 
 /// Copies from `source` into a container's stdin, then ends the stream's direction so that the container reads an end.
 pub fn feed(source: OwnedFd, stream: UnixStream) -> io::Result<Relay> {
+    stream.set_nonblocking(true)?;
     start("stdin", move || {
         let moved = copy(source.as_fd(), stream.as_fd());
         // The container may have closed its side first: not connected any more is fine.
@@ -47,6 +48,7 @@ pub fn feed(source: OwnedFd, stream: UnixStream) -> io::Result<Relay> {
 /// Copies a container's output to `target`. When nobody reads there any more, the stream is closed, so that the container
 /// learns what a local process would learn from SIGPIPE.
 pub fn drain(name: &'static str, stream: UnixStream, target: OwnedFd) -> io::Result<Relay> {
+    stream.set_nonblocking(true)?;
     start(name, move || {
         let moved = copy(stream.as_fd(), target.as_fd());
         if moved.is_err() {
@@ -112,6 +114,8 @@ fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// The stream never blocks: splice(2) keeps the pipe locked while it waits for a socket, and whoever is at the pipe's other end
+/// could not even read what is in it.
 fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<usize> {
     let flags = nix::fcntl::SpliceFFlags::SPLICE_F_MOVE;
     let moved = retry(|| nix::fcntl::splice(from, None, to, None, CHUNK, flags));
@@ -130,7 +134,7 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
     }
 }
 
-/// Somebody has made one of the two non-blocking; which of them was not ready is not told.
+/// The stream is non-blocking, and so may be what the caller gave us; which of them was not ready is not told.
 fn wait(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     wait_for(from, PollFlags::POLLIN)?;
     wait_for(to, PollFlags::POLLOUT)
@@ -207,6 +211,32 @@ mod tests {
         drop(theirs);
         relay.finished().await.unwrap();
         assert!(std::fs::read(path.path()).unwrap() == expected);
+    }
+
+    #[tokio::test]
+    async fn what_has_come_can_be_read_while_more_is_awaited() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let (ours, theirs) = stream().unwrap();
+        let relay = drain("stdout", ours, write).unwrap();
+        let mut theirs = UnixStream::from(theirs);
+        let (told, heard) = std::sync::mpsc::channel();
+        let reader = thread::spawn(move || {
+            let mut read = File::from(read);
+            for _ in 0..100 {
+                let mut byte = [0];
+                read.read_exact(&mut byte).unwrap();
+                told.send(byte[0]).unwrap();
+            }
+            read
+        });
+        for expected in 0..100 {
+            theirs.write_all(&[expected]).unwrap();
+            let got = heard.recv_timeout(std::time::Duration::from_secs(60));
+            assert_eq!(got, Ok(expected));
+        }
+        let _read = reader.join().unwrap();
+        drop(theirs);
+        assert_eq!(relay.finished().await.unwrap(), 100);
     }
 
     #[tokio::test]

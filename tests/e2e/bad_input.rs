@@ -191,7 +191,10 @@ fn an_agent_that_never_answers_is_reported_with_how_far_the_boot_came() {
     );
     fs::write(
         path("config.toml"),
-        format!("initramfs = \"{}\"\nboot_timeout_secs = 8\n", path("initramfs")),
+        format!(
+            "initramfs = \"{}\"\nboot_timeout_secs = 8\n",
+            path("initramfs")
+        ),
     )
     .expect("writable");
     let bundle = Bundle::busybox().args(&["/bin/true"]);

@@ -89,9 +89,11 @@ impl Started {
     /// When the output ends without it.
     #[track_caller]
     pub fn wait_for_output(&self, text: &str) {
+        let found = self.stdout.wait_for(text);
         assert!(
-            self.stdout.wait_for(text),
-            "the output ended without {text:?}"
+            found,
+            "the output ended without {text:?}: {}",
+            String::from_utf8_lossy(&self.stderr.so_far())
         );
     }
 
@@ -234,6 +236,10 @@ impl Output {
                 .0;
         }
         has(&bytes)
+    }
+
+    fn so_far(&self) -> Vec<u8> {
+        self.read.0.lock().expect("not poisoned").clone()
     }
 
     fn finish(self) -> Vec<u8> {
