@@ -13,7 +13,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -166,11 +166,32 @@ impl Parts {
                 remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
                 source,
             })?,
-            kernel: regular("guest kernel", &installed.kernel, REINSTALL)?,
+            kernel: executable("guest kernel", &installed.kernel)?,
             initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
             executable: installed.vmm,
         })
     }
+}
+
+/// The VMM checks the rest; it has a descriptor and cannot name the file.
+fn executable(what: &'static str, path: &Path) -> Result<File, Error> {
+    const REMEDY: &str = "give the uncompressed vmlinux";
+    let file = regular(what, path, REMEDY)?;
+    let mut magic = [0; 4];
+    let read = file.read_exact_at(&mut magic, 0);
+    let checked = read.and_then(|()| match &magic == b"\x7fELF" {
+        true => Ok(file),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "not an ELF executable",
+        )),
+    });
+    checked.map_err(|source| Error::File {
+        what,
+        path: path.into(),
+        remedy: REMEDY,
+        source,
+    })
 }
 
 fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {

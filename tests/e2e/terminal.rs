@@ -48,11 +48,14 @@ fn a_terminal_under_script_has_a_size_and_job_control() {
 }
 
 #[test]
-fn a_terminal_without_one_outside_is_refused() {
-    terminal_bundle("true")
-        .start(Runtime::Bulkhead, &["--tty"])
-        .finish()
-        .refused(&["terminal"]);
+fn a_terminal_inside_needs_none_outside() {
+    let bundle = terminal_bundle("tty; exit 6");
+    let ran = bundle.start(Runtime::Bulkhead, &[]).finish();
+    assert_eq!(
+        (ran.status, ran.text().as_str()),
+        (6, "/dev/pts/0\r"),
+        "{ran}"
+    );
 }
 
 struct Tmux(String);

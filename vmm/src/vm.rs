@@ -179,7 +179,8 @@ impl Vm {
         let lock = || supervisor.lock().expect("the supervisor does not panic");
 
         self.reports.reached(Phase::VmmStart, started_ns);
-        self.reports.reached(Phase::FirstInstruction, monotonic_ns());
+        self.reports
+            .reached(Phase::FirstInstruction, monotonic_ns());
         lock().start()?;
         self.events.run(|| lock().outcome().is_some())?;
         lock().stop();
@@ -244,12 +245,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     Ok(vm)
 }
 
-fn create_vcpus(
-    kvm: &Kvm,
-    vm: &VmFd,
-    memory: &Memory,
-    count: u8,
-) -> Result<Vec<VcpuFd>, VmError> {
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, memory: &Memory, count: u8) -> Result<Vec<VcpuFd>, VmError> {
     let supported = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell its CPUID"))?;

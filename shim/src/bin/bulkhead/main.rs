@@ -103,7 +103,8 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
 fn log_to_stderr(debug: bool) {
     let filter = match debug {
         true => "warn,bulkhead_shim=debug,bulkhead=debug",
-        false => "error,bulkhead_shim=warn,bulkhead=warn",
+        // ttrpc logs what it also returns: the error is told once, by us.
+        false => "error,ttrpc=off,bulkhead_shim=warn,bulkhead=warn",
     };
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))

@@ -210,7 +210,11 @@ impl Run<'_> {
             (process.rows, process.columns) = (rows.into(), columns.into());
         }
         let streams = Streams::open(sandbox, terminal).await.map_err(told)?;
-        let spec = self.plan.container.clone();
+        let mut spec = self.plan.container.clone();
+        // In the guest the process is the first of its own pid namespace.
+        let state = self.state("created", Some(1));
+        spec.hook_state =
+            serde_json::to_vec(&state).expect("a state is made of strings and numbers");
         let id = &self.arguments.id;
         tokio::select! {
             created = sandbox.create_container(id, spec, streams.stdio.clone()) => created.map_err(told)?,
@@ -294,15 +298,19 @@ impl Run<'_> {
             "poststart" => ("running", &self.plan.hooks.started),
             _ => ("stopped", &self.plan.hooks.stopped),
         };
-        let state = State {
+        hooks::run(kind, list, &self.state(status, pid)).await
+    }
+
+    /// What a hook reads of the container (OCI runtime.md#state).
+    fn state<'s>(&'s self, status: &'s str, pid: Option<i32>) -> State<'s> {
+        State {
             oci_version: &self.plan.oci_version,
             id: &self.arguments.id,
             status,
             pid,
             bundle: &self.bundle.directory,
             annotations: &self.plan.annotations,
-        };
-        hooks::run(kind, list, &state).await
+        }
     }
 
     fn print_timeline(&self) -> Result<(), Failure> {
