@@ -57,7 +57,7 @@ deps:
 check: deps ## fmt, clippy with warnings denied, docs, cargo-deny, unit tests
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items --quiet
 	tests/cargo-deny check --hide-inclusion-graph licenses bans sources
 	cargo test --release --workspace --exclude bulkhead-tests
 

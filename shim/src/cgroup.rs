@@ -254,7 +254,7 @@ pub(crate) fn remove(path: &Path, shared: bool) -> io::Result<()> {
     }
 }
 
-/// Waits for `populated 0` by the file's own notification (cgroup-v2.rst, "[Un]populated Notification").
+/// Waits for `populated 0` by the file's own notification (cgroup-v2.rst, section "\[Un\]populated Notification").
 fn wait_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let events = path.join("cgroup.events");
     loop {

@@ -166,7 +166,7 @@ impl Parts {
                 remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
                 source,
             })?,
-            kernel: executable("guest kernel", &installed.kernel)?,
+            kernel: executable("guest kernel", &installed.kernel, REINSTALL)?,
             initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
             executable: installed.vmm,
         })
@@ -174,9 +174,8 @@ impl Parts {
 }
 
 /// The VMM checks the rest; it has a descriptor and cannot name the file.
-fn executable(what: &'static str, path: &Path) -> Result<File, Error> {
-    const REMEDY: &str = "give the uncompressed vmlinux";
-    let file = regular(what, path, REMEDY)?;
+fn executable(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
+    let file = regular(what, path, remedy)?;
     let mut magic = [0; 4];
     let read = file.read_exact_at(&mut magic, 0);
     let checked = read.and_then(|()| match &magic == b"\x7fELF" {
@@ -189,7 +188,7 @@ fn executable(what: &'static str, path: &Path) -> Result<File, Error> {
     checked.map_err(|source| Error::File {
         what,
         path: path.into(),
-        remedy: REMEDY,
+        remedy: "give the uncompressed vmlinux",
         source,
     })
 }

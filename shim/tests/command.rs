@@ -14,7 +14,7 @@ impl Place {
         let place = Place(tempfile::tempdir().unwrap());
         fs::create_dir_all(place.path("bundle/rootfs")).unwrap();
         for part in ["bulkhead-vmm", "vmlinux", "initramfs"] {
-            fs::write(place.path(part), "not a program").unwrap();
+            fs::write(place.path(part), "\x7fELF").unwrap();
         }
         let config = format!(
             "libexec_dir = {:?}\nstate_dir = {:?}\nkvm_device = \"/dev/null\"\n",
