@@ -15,7 +15,7 @@ PROFILE ?= release
 TARGET := x86_64-unknown-linux-gnu
 BIN := $(CARGO_TARGET_DIR)/$(TARGET)/$(PROFILE)
 STAGE := $(CURDIR)/stage
-IMAGE := $(BULKHEAD_CACHE)/image
+IMAGE := $(CARGO_TARGET_DIR)/image
 
 # Debian packages that building needs; the lab installs its own (tests/lab/lab deps).
 PACKAGES := gcc libc6-dev libseccomp-dev python3 python3-pip git
