@@ -27,6 +27,7 @@ use std::{
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 pub use gc::{Collected, collect};
@@ -207,12 +208,17 @@ impl Ledger {
         Ok(())
     }
 
-    /// Gives one resource back now and writes that down.
+    /// Gives one resource of a live pod back and writes that down. A mount that is busy is an error at once: the fs process has
+    /// let go of it before, and whoever else is there is not waited for.
     pub fn undo(&mut self, ticket: Ticket) -> Result<(), Leftover> {
+        self.give_back(ticket, Duration::ZERO)
+    }
+
+    fn give_back(&mut self, ticket: Ticket, patience: Duration) -> Result<(), Leftover> {
         let Some(entry) = self.held.iter().find(|entry| entry.id == ticket).cloned() else {
             return Ok(());
         };
-        teardown::undo(&entry.resource).map_err(|error| Leftover {
+        teardown::undo(&entry.resource, patience).map_err(|error| Leftover {
             resource: entry.resource.clone(),
             error: error.to_string(),
         })?;
@@ -241,7 +247,7 @@ impl Ledger {
         entries.sort_by_key(|entry| order(entry));
         let tickets: Vec<Ticket> = entries.iter().map(|entry| entry.id).collect();
         for ticket in tickets {
-            if let Err(leftover) = self.undo(ticket) {
+            if let Err(leftover) = self.give_back(ticket, teardown::PATIENCE) {
                 left.push(leftover);
             }
         }
