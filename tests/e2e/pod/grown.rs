@@ -17,7 +17,7 @@ const KEPT: usize = 8;
 
 /// Keeps a file, a directory and a mapping of each container, by way of its init's root.
 const HOLD: &str = r"
-import mmap, os
+import errno, mmap, os
 held = []
 def own(pid, container):
     try:
@@ -34,16 +34,22 @@ def hold(container, keep):
     os.write(log, b'held')
     written = mmap.mmap(log, 4)
     written[:2] = b'HE'
+    written.flush()
     held.append((file, map, os.open(root, os.O_PATH), own_volume, log, written))
     while len(held) > keep:
         let_go(held.pop(0))
     return [map[:4].decode(), written[:].decode()]
 def let_go(entry):
     for what in entry:
-        if isinstance(what, int):
-            os.close(what)
-        else:
+        if not isinstance(what, int):
             what.close()
+            continue
+        try:
+            os.close(what)
+        except OSError as error:
+            # The file is gone; what had been written is on the host.
+            if error.errno != errno.ESTALE:
+                raise
 def after():
     # What the container before left: its pages are there still, its files are not.
     file, map, root, own_volume, log, written = held[-1]

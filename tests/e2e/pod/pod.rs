@@ -34,7 +34,10 @@ for line in sys.stdin:
     try:
         exec(json.loads(line), scope)
     except Exception as error:
-        scope['answer'] = f'{type(error).__name__}: {error}'
+        at = error.__traceback__
+        while at.tb_next:
+            at = at.tb_next
+        scope['answer'] = f'{type(error).__name__} in line {at.tb_lineno}: {error}'
     print(json.dumps(scope['answer']), flush=True)
 ";
 
