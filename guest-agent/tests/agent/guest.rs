@@ -286,7 +286,7 @@ fn program(directory: &Path) -> PathBuf {
     }
     let image = std::fs::File::open(INSTALLED_IMAGE).expect("the agent is built or installed");
     let extracted = Command::new("/bin/busybox")
-        .args(["cpio", "-i", "init"])
+        .args(["cpio", "--quiet", "-i", "init"])
         .current_dir(directory)
         .stdin(image)
         .status()
