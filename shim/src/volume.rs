@@ -48,8 +48,17 @@ impl Identity {
     ) -> io::Result<Identity> {
         let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
         let mounts = mount::mounts()?;
-        let own = mounts.iter().find(|line| line.id == found.mount);
-        let own = own.ok_or_else(|| io::Error::other("its mount is in no list of mounts"))?;
+        let object = (found.device, found.inode);
+        let Some(own) = mounts.iter().find(|line| line.id == found.mount) else {
+            // A chroot(2) hides what is above it: then only its own mount is known to be the same.
+            return Ok(Identity {
+                device: String::new(),
+                path,
+                object,
+                options: String::new(),
+                beneath: Beneath::Follows(found.mount, depth),
+            });
+        };
         // An idmapped view of a directory differs from another one in what no list tells.
         let follows = propagation == HostPropagation::Slave || is_idmapped(own);
         let beneath = match (follows, depth) {
@@ -61,7 +70,7 @@ impl Identity {
         Ok(Identity {
             device: own.device.clone(),
             path: own.root.join(inside),
-            object: (found.device, found.inode),
+            object,
             options: own.options.clone(),
             beneath,
         })
