@@ -80,11 +80,19 @@ pub struct Image<'a> {
 pub fn load(memory: &Memory, image: Image<'_>) -> Result<u64, BootError> {
     let kernel = Kernel::open(image.kernel)?;
     let initrd = place_initrd(memory.ram(), image.initrd, kernel.end())?;
-    for (start, end) in footprint::ranges(memory.ram(), &kernel.occupied(), initrd.1) {
-        memory.populate_huge(start, end);
-    }
+    let occupied = kernel.occupied();
+    let holds_kernel =
+        |&(start, end): &(u64, u64)| occupied.iter().any(|part| part.0 < end && start < part.1);
+    let (own, rest): (Vec<_>, Vec<_>) = footprint::ranges(memory.ram(), &occupied, initrd.1)
+        .into_iter()
+        .partition(holds_kernel);
+    // Clearing what the guest will use takes as long as loading the kernel: a second processor, where there is one, does it.
+    std::thread::scope(|scope| {
+        scope.spawn(|| populate(memory, &rest));
+        populate(memory, &own);
+        kernel.load(memory.ram())
+    })?;
     let memory = memory.ram();
-    kernel.load(memory)?;
     load_initrd(memory, image.initrd, initrd)?;
     write(
         memory,
@@ -104,6 +112,12 @@ pub fn load(memory: &Memory, image: Image<'_>) -> Result<u64, BootError> {
             source,
         })?;
     Ok(kernel.entry)
+}
+
+fn populate(memory: &Memory, ranges: &[(u64, u64)]) {
+    for &(start, end) in ranges {
+        memory.populate_huge(start, end);
+    }
 }
 
 fn write(
