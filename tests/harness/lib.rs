@@ -8,7 +8,7 @@ mod bundle;
 mod host;
 mod process;
 
-pub use bundle::{Bundle, debian_root};
+pub use bundle::{Bundle, debian_root, fresh_id};
 pub use host::Host;
 pub use process::{Ran, Runtime, Started, sha256};
 

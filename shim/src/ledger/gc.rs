@@ -141,5 +141,6 @@ fn adopt(state: &Path, directory: &Path) -> Result<Adopted, Error> {
         owner,
         next,
         held,
+        dead: 0,
     }))
 }

@@ -149,11 +149,11 @@ fn parse(bytes: &[u8]) -> Result<spec::Spec, serde_json::Error> {
 /// Everything that running a container takes, on both sides.
 #[derive(Debug)]
 pub struct Plan {
-    /// For the agent.
+    /// For the agent; the root and the sources of bind mounts are set when they have their places in the share.
     pub container: agent::Container,
     /// The root file system on the host.
     pub root: HostRoot,
-    /// Bind sources on the host, in the order of their numbers in the share.
+    /// Bind sources on the host, in the order of the mounts.
     pub binds: Vec<HostBind>,
     /// Hooks that run on the host.
     pub hooks: HostHooks,
@@ -186,8 +186,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
         .as_ref()
         .ok_or_else(|| invalid("linux", "is missing"))?;
     let namespaces = namespaces::convert(spec, linux)?;
-    let share = format!("{GUEST_SHARE}/{container_id}");
-    let (mounts, binds) = mounts::convert(bundle, &namespaces, &share)?;
+    let (mounts, binds) = mounts::convert(bundle, &namespaces)?;
     let (resources, host_limits) = resources::convert(linux.resources().as_ref())?;
     let process = spec
         .process()
@@ -202,7 +201,6 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
     let hooks = spec.hooks().clone().unwrap_or_default();
     let (hooks, start_container_hooks) = hooks::convert(&hooks)?;
     let container = agent::Container {
-        root: format!("{share}/rootfs"),
         root_readonly: root.read_only,
         root_propagation: root_propagation(linux)?,
         hostname: spec.hostname().clone().unwrap_or_default(),
