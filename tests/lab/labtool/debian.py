@@ -129,6 +129,9 @@ def _sources():
             (security if label == "Debian-Security" else main).append(site)
     if not main:
         return []
+    if not security and "//deb.debian.org/" in main[0]:
+        # A minimal host may do without; the kernel's source comes from there within days of a fix.
+        security = ["http://deb.debian.org/debian-security"]
     suites = [(main[0], SUITE), (main[0], f"{SUITE}-updates")]
     suites += [(security[0], f"{SUITE}-security")] if security else []
     return [f"deb [signed-by={KEYRING}] {site} {suite} main" for site, suite in suites]
