@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One measurement inside a fresh lab; prints one JSON object. Called by tests/bench/run, once for each sample.
 
-usage: inlab.py NAME
+usage: inlab.py NAME [SMALL_FILES]
 """
 
 import glob
@@ -20,6 +20,7 @@ CGROUPS = "/sys/fs/cgroup"
 ANNOUNCE_PORT = 0x8900  # vmm/config
 AGENT_PORT = 1024  # where the agent dials its host
 MEMORY = 128
+SMALL_FILES = int(sys.argv[2]) if len(sys.argv) > 2 else 5000
 
 
 def bundle(args, volume=None, extra=None):
@@ -217,7 +218,7 @@ def stdio_bulkhead():
 
 
 def file_tree():
-    """A root with the lab's programs and a data directory with 5,000 small files in a tar; the same for both sides."""
+    """A root with the lab's programs and a data directory with small files in a tar; the same for both sides."""
     root = "/tmp/files-root"
     for name in ("usr", "data", "proc", "sys", "dev", "tmp", "etc"):
         os.makedirs(f"{root}/{name}")
@@ -227,15 +228,36 @@ def file_tree():
     # On an ext4 disk: tmpfs knows no O_DIRECT.
     script = "truncate -s 400M /tmp/data.img && mkfs.ext4 -q -N 20000 /tmp/data.img && mount -o loop /tmp/data.img $0/data"
     subprocess.run(["sh", "-c", script, root], check=True)
-    small = "mkdir /tmp/s; i=0; while [ $i -lt 5000 ]; do echo content of file $i > /tmp/s/file-$i; i=$((i+1)); done; tar -cf $0/data/small.tar -C /tmp/s ."
-    subprocess.run(["sh", "-c", small, root], check=True)
+    small = "mkdir /tmp/s; i=0; while [ $i -lt $1 ]; do echo content of file $i > /tmp/s/file-$i; i=$((i+1)); done; tar -cf $0/data/small.tar -C /tmp/s ."
+    subprocess.run(["sh", "-c", small, root, str(SMALL_FILES)], check=True)
     shutil.copy("/src/tests/bench/files.sh", f"{root}/data/files.sh")
     subprocess.run(["fio", "--version"], stdout=subprocess.DEVNULL, check=True)
     return root
 
 
-def parse_files(text):
-    return {name: float(value) for name, value, _ in (line.split() for line in text.splitlines() if len(line.split()) == 3)}
+REQUESTS = (2 << 20) // 4096  # of rand-read-direct1: io_size by block size in files.sh
+
+
+class FileFigures:
+    """The workload's lines as they come, with the exits of the guest between "begin" and "end"."""
+
+    def __init__(self):
+        self.figures, self.exits, self.last = {}, {}, ""
+
+    def take(self, line, pid):
+        words = line.split()
+        self.last = line
+        if words[:1] == ["begin"]:
+            self.exits[words[1]] = kvm_exits(pid)
+        elif words[:1] == ["end"] and len(words) == 2:
+            self.exits[words[1]] = kvm_exits(pid) - self.exits[words[1]]
+        elif len(words) == 3:
+            self.figures[words[0]] = float(words[1])
+
+    def finish(self):
+        if len(self.figures) < 7:
+            raise SystemExit(f"only {self.figures}; the last line was {self.last!r}")
+        return {**self.figures, "exits/4k-direct-read": self.exits["rand-read-direct1"] / REQUESTS}
 
 
 def files_bulkhead():
@@ -248,10 +270,13 @@ def files_bulkhead():
             config["process"]["capabilities"][capabilities] += ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_CHOWN", "CAP_FOWNER"]
 
     directory = bundle(["/bin/sh", "/data/files.sh", "/data"], extra=change)
-    done = subprocess.run(
-        ["bulkhead", "run", "--memory", "512", "--bundle", directory, "bench"], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-    )
-    return parse_files(done.stdout)
+    command = ["bulkhead", "run", "--memory", "512", "--bundle", directory, "bench"]
+    figures, vmm = FileFigures(), None
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            vmm = vmm or int(subprocess.run(["pgrep", "-f", "bulkhead-vmm run"], check=True, stdout=subprocess.PIPE, text=True).stdout)
+            figures.take(line, vmm)
+    return figures.finish()
 
 
 def files_qemu():
@@ -263,7 +288,7 @@ def files_qemu():
     with open(f"{init}/init", "w") as file:
         file.write(
             "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
-            "/busybox chroot /mnt /bin/sh /data/files.sh /data > /mnt/data/result 2>&1\necho end >> /mnt/data/result; /busybox sync; /busybox reboot -f\n"
+            "/busybox chroot /mnt /bin/sh /data/files.sh /data > /mnt/data/result 2>&1\n/busybox sync; /busybox reboot -f\n"
         )
     os.chmod(f"{init}/init", 0o755)
     subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/files-initramfs 2>/dev/null"], check=True)
@@ -279,13 +304,20 @@ def files_qemu():
         "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
     ]  # fmt: skip
     command = qemu_command(line, "/tmp/marker", share, initramfs="/tmp/files-initramfs", memory=512)
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=900)
+    figures, result = FileFigures(), f"{root}/data/result"
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        while not os.path.exists(result) and process.poll() is None:
+            time.sleep(0.05)
+        with open(result) as file:
+            rest, alive = "", True
+            while alive:
+                alive = process.poll() is None
+                *lines, rest = (rest + file.read()).split("\n")
+                for line in lines:
+                    figures.take(line, process.pid)
+                time.sleep(0.05)
     daemon.wait(timeout=30)
-    with open(f"{root}/data/result") as file:
-        text = file.read()
-    if not text.rstrip().endswith("end") or len(parse_files(text)) < 7:
-        raise SystemExit(f"qemu: {text}")
-    return parse_files(text)
+    return figures.finish()
 
 
 MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu)}
