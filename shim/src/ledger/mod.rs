@@ -29,7 +29,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use gc::{Collected, collect};
+pub use gc::{Collected, Reclaimed, collect, reclaim};
 pub use record::{Owner, Resource, Ticket};
 pub use teardown::Leftover;
 
