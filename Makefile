@@ -70,7 +70,7 @@ build: deps ## the programs
 kernel: ## the guest kernel (built inside the lab's Debian 13 root, cached)
 	@tests/lab/lab deps
 	@mkdir -p $(IMAGE)
-	@guest-kernel-config/build | tee /dev/stderr | tail -n 1 > $(IMAGE)/vmlinux.path
+	@guest-kernel-config/build > $(IMAGE)/vmlinux.path
 	@guest-kernel-config/check "$$(dirname "$$(cat $(IMAGE)/vmlinux.path)")/.config"
 
 .PHONY: initramfs

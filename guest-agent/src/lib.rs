@@ -18,6 +18,7 @@ mod reaper;
 mod rpc;
 mod sandbox;
 mod service;
+mod share;
 mod stdio;
 mod stream;
 mod sys;

@@ -9,6 +9,7 @@ use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
 use crate::container::{self, Container, Launcher, Process, ProcessError, blocking};
 use crate::error::Error;
 use crate::reaper::Exit;
+use crate::share::Share;
 use crate::{log, machine};
 
 /// Longest id of a container or process.
@@ -20,6 +21,7 @@ pub(crate) struct Sandbox {
     launcher: Launcher,
     /// `None` while a container is being made, which is without the lock.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    share: Arc<Share>,
     started: AtomicBool,
     init_monotonic_ns: u64,
     /// The agent is PID 1 of a guest and owns clock, name and mounts.
@@ -32,6 +34,7 @@ impl Sandbox {
         Self {
             launcher,
             containers: Mutex::default(),
+            share: Arc::default(),
             started: AtomicBool::new(false),
             init_monotonic_ns,
             owns_machine,
@@ -98,6 +101,10 @@ impl Sandbox {
         }
         // The id is taken from here on; the lock is not held while the container is made.
         self.containers().insert(id.clone(), None);
+        let (share, request) = (Arc::clone(&self.share), Arc::new(request));
+        let entering = (id.clone(), Arc::clone(&request));
+        // On another thread: a share that does not answer must stop nobody else.
+        blocking(move || share.enter(&entering.0, &entering.1.spec)).await;
         match container::create(&self.launcher, request).await {
             Ok(made) => {
                 let pid = made.init.pid() as u32;
@@ -105,6 +112,7 @@ impl Sandbox {
                 Ok(pid)
             }
             Err(error) => {
+                self.leave_share(&id).await;
                 self.containers().remove(&id);
                 Err(error.into())
             }
@@ -223,8 +231,14 @@ impl Sandbox {
             cgroup.delete()
         })
         .await?;
+        self.leave_share(&request.container_id).await;
         self.containers().remove(&request.container_id);
         Ok(())
+    }
+
+    async fn leave_share(&self, container: &str) {
+        let (share, container) = (Arc::clone(&self.share), container.to_owned());
+        blocking(move || share.leave(&container)).await;
     }
 
     /// The processes of a container.

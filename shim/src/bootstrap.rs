@@ -12,7 +12,8 @@ use containerd_shim_protos::{
     api::DeleteResponse,
     bootstrap_api::{BootstrapParams, BootstrapResult},
     protobuf::{
-        Message, MessageField,
+        CodedInputStream, Message, MessageField,
+        rt::skip_field_for_tag,
         well_known_types::{any::Any, timestamp::Timestamp},
     },
     types::introspection::{RuntimeInfo, RuntimeVersion},
@@ -109,6 +110,41 @@ pub fn info(options: Option<Any>, features: Vec<u8>) -> Vec<u8> {
         ..RuntimeInfo::default()
     })
 }
+
+/// The configuration file that an engine's runtime options name (`ConfigPath` of containerd's and CRI-O's configuration,
+/// `ctr run --runtime-config-path`), if they do.
+///
+/// # Errors
+/// Options of this type that are no protobuf.
+pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>, String> {
+    let Some(options) = options.filter(|options| !options.value.is_empty()) else {
+        return Ok(None);
+    };
+    if !options.type_url.ends_with("runtimeoptions.v1.Options") {
+        // runc's, which Docker, nerdctl and `ctr` send to everybody.
+        tracing::info!(kind = %options.type_url, "runtime options of another runtime are ignored");
+        return Ok(None);
+    }
+    let path = second_text(&options.value)
+        .map_err(|error| format!("the runtime options cannot be read: {error}"))?;
+    Ok(path.filter(|path| !path.is_empty()).map(PathBuf::from))
+}
+
+/// runtimeoptions/v1/api.proto: type_url = 1, config_path = 2, config_body = 3.
+fn second_text(bytes: &[u8]) -> containerd_shim_protos::protobuf::Result<Option<String>> {
+    let mut input = CodedInputStream::from_bytes(bytes);
+    let mut path = None;
+    while let Some(tag) = input.read_raw_tag_or_eof()? {
+        match tag {
+            CONFIG_PATH => path = Some(input.read_string()?),
+            tag => skip_field_for_tag(tag, &mut input)?,
+        }
+    }
+    Ok(path)
+}
+
+/// Field 2, length-delimited.
+const CONFIG_PATH: u32 = 2 << 3 | 2;
 
 fn encode(message: &impl Message) -> Vec<u8> {
     message
@@ -212,6 +248,24 @@ mod tests {
         assert_eq!(info[..name.len()], name);
         let features = [field(1, FEATURES.as_bytes()), field(2, b"{}")].concat();
         assert!(info.ends_with(&field(4, &features)));
+    }
+
+    #[test]
+    fn the_configuration_file_is_found_in_the_options() {
+        let options = |kind: &str, value: Vec<u8>| Any {
+            type_url: kind.into(),
+            value,
+            ..Any::default()
+        };
+        let named = [field(1, b"x"), field(2, b"/c.toml"), field(3, b"body")].concat();
+        let ours = options("runtimeoptions.v1.Options", named);
+        let path = config_path(Some(&ours)).unwrap();
+        assert_eq!(path.as_deref(), Some(Path::new("/c.toml")));
+        let other = options("containerd.runc.v1.Options", vec![0x08, 1]);
+        assert_eq!(config_path(Some(&other)).unwrap(), None);
+        assert_eq!(config_path(None).unwrap(), None);
+        let broken = options("runtimeoptions.v1.Options", vec![0x12, 0xff]);
+        config_path(Some(&broken)).unwrap_err();
     }
 
     #[test]

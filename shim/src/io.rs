@@ -246,7 +246,8 @@ mod tests {
         let (ours, theirs) = stream().unwrap();
         let relay = drain("stdout", ours, write).unwrap();
         let mut theirs = UnixStream::from(theirs);
-        theirs.write_all(b"x").unwrap();
+        // The relay may have seen that the reader is gone before this byte, and closed the stream.
+        let _ = theirs.write_all(b"x");
         assert_eq!(
             relay.finished().await.unwrap_err().kind(),
             io::ErrorKind::BrokenPipe

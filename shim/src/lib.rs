@@ -3,7 +3,7 @@
 //! ```text
 //! sandbox ─► ledger   every host resource, written down before it is taken
 //!         ─► cgroup   the pod's processes start in it
-//!         ─► rootfs   the share: what the guest may see of the host's files
+//!         ─► rootfs   the share: what the guest may see of the host's files, each volume once
 //!         ─► fs, vm   the two processes (peer, control), their requests and events
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
@@ -35,3 +35,4 @@ pub mod sys;
 pub mod task;
 pub mod timeline;
 pub mod vm;
+pub mod volume;

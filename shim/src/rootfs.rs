@@ -13,17 +13,22 @@
 
 use std::{
     fs, io,
-    os::unix::fs::DirBuilderExt,
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
+use bulkhead_agent_protocol::agent as wire;
 use nix::mount::{MsFlags, mount};
 
 use crate::{
     fs as fs_process,
     ledger::{self, Ledger, Leftover, Resource, Ticket},
-    oci::{HostBind, HostPropagation, HostRoot},
-    sys::mount::{Depth, DetachedTree},
+    oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot},
+    sys::mount::{self as mounts, Depth, DetachedTree, Object},
+    volume::Identity,
 };
 
 /// Enough for mount points: about 100 containers with 100 volumes each.
@@ -43,6 +48,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The id is taken.
+    #[error("container {0} has its files in the pod already")]
+    Exists(String),
+    /// It was not added, or is removed.
+    #[error("container {0} has no files in the pod")]
+    Absent(String),
     /// It could not be recorded.
     #[error(transparent)]
     Ledger(#[from] ledger::Error),
@@ -68,7 +79,87 @@ fn io_error<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnc
 pub struct Share {
     tree: PathBuf,
     share: PathBuf,
-    containers: Vec<(String, Vec<Ticket>)>,
+    last: u64,
+    mounted: Vec<Mounted>,
+    containers: Vec<Placed>,
+}
+
+/// A mount of the share.
+#[derive(Debug)]
+struct Mounted {
+    number: u64,
+    identity: Identity,
+    /// How much of it is read-only on the host.
+    read_only: Option<Depth>,
+    directory: bool,
+    ticket: Ticket,
+    /// It is in its place, and the fs process has not been told to let go of it.
+    serves: bool,
+}
+
+/// What a container uses of the share: who uses a mount is written nowhere else.
+#[derive(Debug)]
+struct Placed {
+    container: String,
+    root: u64,
+    /// Index in the container's list of mounts, and the source's number.
+    binds: Vec<(usize, u64)>,
+}
+
+impl Placed {
+    fn uses(&self, number: u64) -> bool {
+        self.root == number || self.binds.iter().any(|(_, used)| *used == number)
+    }
+}
+
+/// What is asked of a mount.
+struct Wish<'a> {
+    source: &'a Path,
+    directory: bool,
+    depth: Depth,
+    read_only: Option<Depth>,
+    propagation: HostPropagation,
+}
+
+impl Wish<'_> {
+    fn root(root: &HostRoot) -> Wish<'_> {
+        Wish {
+            source: &root.path,
+            directory: true,
+            depth: Depth::Whole,
+            read_only: root.read_only.then_some(Depth::Top),
+            propagation: HostPropagation::Private,
+        }
+    }
+
+    fn bind(bind: &HostBind) -> Wish<'_> {
+        Wish {
+            source: &bind.source,
+            directory: bind.directory,
+            depth: match bind.recursive {
+                true => Depth::Whole,
+                false => Depth::Top,
+            },
+            read_only: match (bind.read_only_whole, bind.read_only) {
+                (true, _) => Some(Depth::Whole),
+                (false, true) => Some(Depth::Top),
+                (false, false) => None,
+            },
+            propagation: bind.propagation,
+        }
+    }
+
+    /// Whether a mount that is read-only on the host to this extent lets its user do what is asked. One that lets it do more
+    /// gives the guest nothing: it got that for another container of the pod, and the user's own mount in the guest is
+    /// read-only.
+    fn fits(&self, read_only: Option<Depth>) -> bool {
+        let strictness = |read_only| match read_only {
+            None => 0,
+            Some(Depth::Top) => 1,
+            Some(Depth::Whole) => 2,
+        };
+        strictness(read_only) <= strictness(self.read_only)
+    }
 }
 
 impl Share {
@@ -98,6 +189,8 @@ impl Share {
         Ok(Share {
             tree,
             share,
+            last: 0,
+            mounted: Vec::new(),
             containers: Vec::new(),
         })
     }
@@ -107,7 +200,8 @@ impl Share {
         &self.share
     }
 
-    /// Puts a container's root and the sources of its bind mounts into the share.
+    /// Puts a container's root and the sources of its bind mounts into the share. After an error, [`Share::remove`] takes out
+    /// what got in.
     pub fn add(
         &mut self,
         ledger: &mut Ledger,
@@ -115,115 +209,158 @@ impl Share {
         root: &HostRoot,
         binds: &[HostBind],
     ) -> Result<(), Error> {
-        self.containers.push((container.into(), Vec::new()));
-        let tree = self.tree.join(container);
-        make_directory(&tree)?;
-        make_directory(&tree.join("rootfs"))?;
-        make_directory(&tree.join("mounts"))?;
-        let whole = root.read_only.then_some(Depth::Top);
-        self.attach(
-            ledger,
-            &root.path,
-            &format!("{container}/rootfs"),
-            Depth::Whole,
-            whole,
-            HostPropagation::Private,
-        )?;
+        if self.placed(container).is_some() {
+            return Err(Error::Exists(container.into()));
+        }
+        let root = self.mount(ledger, &Wish::root(root))?;
+        let index = self.containers.len();
+        self.containers.push(Placed {
+            container: container.into(),
+            root,
+            binds: Vec::new(),
+        });
         for bind in binds {
-            let name = format!("{container}/mounts/{}", bind.number);
-            let point = self.tree.join(&name);
-            if bind.directory {
-                make_directory(&point)?;
-            } else {
-                fs::File::create_new(&point).map_err(io_error("make the mount point", &point))?;
-            }
-            let depth = if bind.recursive {
-                Depth::Whole
-            } else {
-                Depth::Top
-            };
-            let read_only = match (bind.read_only_whole, bind.read_only) {
-                (true, _) => Some(Depth::Whole),
-                (false, true) => Some(Depth::Top),
-                (false, false) => None,
-            };
-            self.attach(
-                ledger,
-                &bind.source,
-                &name,
-                depth,
-                read_only,
-                bind.propagation,
-            )?;
+            let number = self.mount(ledger, &Wish::bind(bind))?;
+            self.containers[index].binds.push((bind.mount, number));
         }
         Ok(())
     }
 
-    fn attach(
-        &mut self,
-        ledger: &mut Ledger,
-        source: &Path,
-        name: &str,
-        depth: Depth,
-        read_only: Option<Depth>,
-        propagation: HostPropagation,
-    ) -> Result<(), Error> {
-        let tree = DetachedTree::clone_of(source, depth)
+    /// Writes the places of a container's files into what the agent is told.
+    pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
+        let absent = || Error::Absent(container.into());
+        let placed = self.placed(container).ok_or_else(absent)?;
+        spec.root = format!("{GUEST_SHARE}/{}", placed.root);
+        for (index, number) in &placed.binds {
+            let mount = spec.mounts.get_mut(*index).ok_or_else(absent)?;
+            mount.source = format!("{GUEST_SHARE}/{number}");
+        }
+        Ok(())
+    }
+
+    fn placed(&self, container: &str) -> Option<&Placed> {
+        let mut all = self.containers.iter();
+        all.find(|placed| placed.container == container)
+    }
+
+    /// The number of a mount that shows the source: one that is there, or a new one.
+    fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<u64, Error> {
+        let source = wish.source;
+        let opened = open(source, wish.directory).map_err(io_error("open", source))?;
+        let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
+        let identity = Identity::of(opened.as_fd(), &found, wish.depth, wish.propagation)
+            .map_err(io_error("find the mount of", source))?;
+        let there = self
+            .mounted
+            .iter()
+            .find(|m| m.serves && m.identity == identity && wish.fits(m.read_only));
+        if let Some(mounted) = there {
+            return Ok(mounted.number);
+        }
+        let tree = DetachedTree::clone_of_open(opened.as_fd(), wish.depth)
             .map_err(io_error("clone the mount of", source))?;
-        let propagation = match propagation {
+        let propagation = match wish.propagation {
             HostPropagation::Private => libc::MS_PRIVATE,
             HostPropagation::Slave => libc::MS_SLAVE,
         };
         tree.set_propagation(propagation)
             .map_err(io_error("detach from its peers", source))?;
-        if let Some(depth) = read_only {
+        if let Some(depth) = wish.read_only {
             tree.set_read_only(depth)
                 .map_err(io_error("make read-only", source))?;
         }
-        let target = self.share.join(name);
+        self.last += 1;
+        let number = self.last;
+        self.make_mount_point(number, &found)?;
+        let target = self.share.join(number.to_string());
         let ticket = ledger.take(Resource::Mount {
             path: target.clone(),
         })?;
-        if let Some((_, tickets)) = self.containers.last_mut() {
-            tickets.push(ticket);
-        }
-        tree.attach(&target).map_err(io_error("mount", &target))
+        // On the list before it is there, as in the ledger.
+        self.mounted.push(Mounted {
+            number,
+            identity,
+            read_only: wish.read_only,
+            directory: found.directory,
+            ticket,
+            serves: false,
+        });
+        tree.attach(&target).map_err(io_error("mount", &target))?;
+        let mounted = self.mounted.last_mut().expect("just pushed");
+        mounted.serves = true;
+        Ok(number)
     }
 
-    /// Takes a container out of a live pod's share: the fs process lets go, then plain unmounts.
+    fn make_mount_point(&self, number: u64, found: &Object) -> Result<(), Error> {
+        let point = self.tree.join(number.to_string());
+        if found.directory {
+            return make_directory(&point);
+        }
+        match fs::File::create_new(&point) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io_error("make the mount point", &point)(error)),
+        }
+    }
+
+    /// Takes a container out of a live pod's share: what it was the last one to use is let go of by the fs process, then plainly
+    /// unmounted. After an error it can be tried again.
     pub async fn remove(
         &mut self,
         ledger: &mut Ledger,
         container: &str,
         fs: &fs_process::Fs,
     ) -> Result<(), Error> {
-        let Some(index) = self.containers.iter().position(|(id, _)| id == container) else {
-            return Ok(());
-        };
-        fs.detach(container).await?;
-        for ticket in self.containers[index].1.iter().rev() {
-            ledger.undo(*ticket).map_err(Error::Busy)?;
+        self.containers
+            .retain(|placed| placed.container != container);
+        // Everything that nobody uses, so that what an earlier removal could not give back is tried again with the next one.
+        let (used, unused): (Vec<Mounted>, Vec<Mounted>) = std::mem::take(&mut self.mounted)
+            .into_iter()
+            .partition(|mounted| self.containers.iter().any(|c| c.uses(mounted.number)));
+        self.mounted = used;
+        let mut outcome = Ok(());
+        for mut mounted in unused.into_iter().rev() {
+            mounted.serves = false;
+            if let Err(error) = self.give_back(ledger, &mounted, fs).await {
+                outcome = Err(error);
+                self.mounted.push(mounted);
+            }
         }
-        let tree = self.tree.join(container);
-        remove_mount_points(&tree).map_err(io_error("remove the mount points of", &tree))?;
-        self.containers.remove(index);
-        Ok(())
+        outcome
+    }
+
+    async fn give_back(
+        &self,
+        ledger: &mut Ledger,
+        mounted: &Mounted,
+        fs: &fs_process::Fs,
+    ) -> Result<(), Error> {
+        let name = mounted.number.to_string();
+        fs.detach(&name).await?;
+        ledger.undo(mounted.ticket).map_err(Error::Busy)?;
+        let point = self.tree.join(name);
+        let removed = match mounted.directory {
+            true => fs::remove_dir(&point),
+            false => fs::remove_file(&point),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove the mount point", &point)(error))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-/// The directories and empty files that [`Share::add`] made, one level each; nothing is descended into.
-fn remove_mount_points(tree: &Path) -> io::Result<()> {
-    let mounts = tree.join("mounts");
-    for entry in fs::read_dir(&mounts)? {
-        let entry = entry?;
-        match entry.file_type()?.is_dir() {
-            true => fs::remove_dir(entry.path())?,
-            false => fs::remove_file(entry.path())?,
-        }
-    }
-    fs::remove_dir(&mounts)?;
-    fs::remove_dir(tree.join("rootfs"))?;
-    fs::remove_dir(tree)
+/// Opens a source without opening what it may be (a pipe, a socket). Symbolic links are followed, as mount(2) with `MS_BIND` does.
+fn open(source: &Path, directory: bool) -> io::Result<fs::File> {
+    let kind = match directory {
+        true => libc::O_DIRECTORY,
+        false => 0,
+    };
+    fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | kind)
+        .open(source)
 }
 
 fn make_directory(path: &Path) -> Result<(), Error> {

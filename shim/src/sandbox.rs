@@ -441,11 +441,28 @@ impl Sandbox {
     }
 
     /// Puts a container's files into the share. The guest need not be ready.
+    ///
+    /// # Errors
+    /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
         self.fs.serving().await?;
-        Ok(self
+        let added = self
             .share
-            .add(&mut self.ledger, container, &plan.root, &plan.binds)?)
+            .add(&mut self.ledger, container, &plan.root, &plan.binds);
+        match added {
+            Ok(()) => Ok(()),
+            Err(error @ rootfs::Error::Exists(_)) => Err(error.into()),
+            Err(error) => {
+                if let Err(left) = self
+                    .share
+                    .remove(&mut self.ledger, container, &self.fs)
+                    .await
+                {
+                    tracing::warn!(sandbox = %self.id, container, error = %left, "not all of a container's files could be taken out of the pod");
+                }
+                Err(error.into())
+            }
+        }
     }
 
     /// A stream that the guest may dial: its port, and our end.
@@ -461,9 +478,10 @@ impl Sandbox {
     pub async fn create_container(
         &self,
         container: &str,
-        spec: wire::Container,
+        mut spec: wire::Container,
         stdio: wire::Stdio,
     ) -> Result<(), Error> {
+        self.share.name_sources(container, &mut spec)?;
         let request = wire::CreateContainerRequest {
             container_id: container.into(),
             spec: Some(spec).into(),
@@ -473,13 +491,28 @@ impl Sandbox {
         Ok(self.agent.create_container(&request).await?)
     }
 
-    /// Forgets an exited container in the guest and takes its files out of the share.
+    /// Forgets an exited container in the guest and takes its files out of the share. After an error it can be tried again.
+    ///
+    /// # Errors
+    /// The agent refuses it while the container runs; nothing has changed then.
     pub async fn remove_container(&mut self, container: &str) -> Result<(), Error> {
-        self.agent.delete(container).await?;
+        match self.agent.delete(container).await {
+            // It was placed and never made, or an earlier try came this far.
+            Err(agent::Error::Refused {
+                code: ttrpc::Code::NOT_FOUND,
+                ..
+            }) => {}
+            other => other?,
+        }
         Ok(self
             .share
             .remove(&mut self.ledger, container, &self.fs)
             .await?)
+    }
+
+    /// Writes the places of a placed container's files into what the agent will be told.
+    pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
+        Ok(self.share.name_sources(container, spec)?)
     }
 
     /// Takes a container's files out of the share, whatever the guest thinks of it.

@@ -108,13 +108,13 @@ impl Host {
         ]
     }
 
-    fn bind(&self, number: usize, source: PathBuf, recursive: bool) -> HostBind {
+    fn bind(&self, mount: usize, source: PathBuf, recursive: bool) -> HostBind {
         HostBind {
-            number,
+            mount,
             directory: source.is_dir(),
             source,
             recursive,
-            read_only: number == 0,
+            read_only: mount == 0,
             read_only_whole: false,
             propagation: match recursive {
                 true => HostPropagation::Slave,
@@ -177,12 +177,12 @@ fn whatever_is_taken_is_given_back_in_order() {
             .into_iter()
             .collect();
         let (ledger, share) = host.take_all().unwrap();
-        let rootfs = share.path().join("c/rootfs");
+        let rootfs = share.path().join("1");
         assert_eq!(
             fs::read_to_string(rootfs.join("etc/canary")).unwrap(),
             "alive"
         );
-        let volume = share.path().join("c/mounts/0");
+        let volume = share.path().join("2");
         assert_eq!(
             fs::read_to_string(volume.join("inner/canary")).unwrap(),
             "alive"
@@ -227,7 +227,7 @@ fn a_later_mount_of_the_host_appears_and_is_given_back() {
         let flags = nix::mount::MsFlags::empty();
         nix::mount::mount(Some("later"), &later, Some("tmpfs"), flags, None::<&str>).unwrap();
         fs::write(later.join("file"), "x").unwrap();
-        let seen = share.path().join("c/mounts/0/inner/later/file");
+        let seen = share.path().join("2/inner/later/file");
         assert!(seen.exists(), "rslave shows what the host mounts later");
         assert!(ledger.teardown().is_empty());
         assert!(

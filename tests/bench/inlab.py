@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ LIBEXEC = "/usr/local/libexec/bulkhead"
 KERNEL, INITRAMFS = f"{LIBEXEC}/vmlinux", f"{LIBEXEC}/initramfs"
 CGROUPS = "/sys/fs/cgroup"
 ANNOUNCE_PORT = 0x8900  # vmm/config
+AGENT_PORT = 1024  # where the agent dials its host
 MEMORY = 128
 
 
@@ -75,11 +77,11 @@ def command_line():
     return " ".join(word for word in text.split() if not word.startswith(("virtio_mmio.", "ramoops.")))
 
 
-def qemu_command(line, marker, extra=()):
+def qemu_command(line, marker, extra=(), initramfs=INITRAMFS, memory=MEMORY):
     return [
         "/usr/bin/qemu-system-x86_64", "-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm", "-cpu", "host",
-        "-m", str(MEMORY), "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
-        "-kernel", KERNEL, "-initrd", INITRAMFS, "-append", line,
+        "-m", str(memory), "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
+        "-kernel", KERNEL, "-initrd", initramfs, "-append", line,
         "-chardev", f"file,id=marker,path={marker}", "-device", f"isa-debugcon,iobase={ANNOUNCE_PORT:#x},chardev=marker",
         *extra,
     ]  # fmt: skip
@@ -160,35 +162,46 @@ def runc():
     return {"whole_ms": (time.monotonic() - since) * 1000}
 
 
+SETTLE = 3  # seconds of idleness after ready
+
+
 def memory_bulkhead():
-    directory = bundle(["/bin/sleep", "1000"])
+    """A pod with one sleeping container."""
+    directory = bundle(["/bin/sh", "-c", "echo up; exec sleep 1000"])
     warm()
     process = subprocess.Popen(
-        ["bulkhead", "run", "--memory", str(MEMORY), "--bundle", directory, "bench"], stdin=subprocess.DEVNULL
+        ["bulkhead", "run", "--memory", str(MEMORY), "--bundle", directory, "bench"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
-    cgroup = f"{CGROUPS}/bulkhead/default/bench"
-    while not os.path.exists(cgroup):
-        time.sleep(0.05)
-    time.sleep(6)
-    figures = memory(cgroup)
-    process.terminate()
+    if process.stdout.readline() != b"up\n":
+        raise SystemExit("bulkhead: the container did not come up")
+    time.sleep(SETTLE)
+    figures = memory(f"{CGROUPS}/bulkhead/default/bench")
+    process.kill()
     process.wait()
+    subprocess.run(["bulkhead", "gc"], check=True, stdout=subprocess.DEVNULL)
     return figures
 
 
 def memory_qemu():
+    """The same guest up to the agent that waits for its host: without a container."""
     line = command_line()
     warm()
+    subprocess.run(["modprobe", "vhost_vsock"], check=True)
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, AGENT_PORT))
+    listener.listen()
+    listener.settimeout(60)
     cgroup = f"{CGROUPS}/bench-qemu"
     os.mkdir(cgroup)
+    command = qemu_command(line, "/tmp/marker", ["-device", "vhost-vsock-device,guest-cid=3"])
     # The shell enters the cgroup before it becomes QEMU, so that every page of QEMU's is charged there.
-    process = subprocess.Popen(
-        ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', cgroup, *qemu_command(line, "/tmp/marker")], stdin=subprocess.DEVNULL
-    )
-    time.sleep(8)
+    process = subprocess.Popen(["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', cgroup, *command], stdin=subprocess.DEVNULL)
+    agent, _ = listener.accept()
+    time.sleep(SETTLE)
     figures = memory(cgroup)
     process.kill()
     process.wait()
+    agent.close()
     return figures
 
 
@@ -254,20 +267,18 @@ def files_qemu():
         )
     os.chmod(f"{init}/init", 0o755)
     subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/files-initramfs 2>/dev/null"], check=True)
-    socket = "/tmp/virtiofsd.sock"
+    socket_path = "/tmp/virtiofsd.sock"
     daemon = subprocess.Popen(
-        ["/usr/libexec/virtiofsd", f"--socket-path={socket}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
+        ["/usr/libexec/virtiofsd", f"--socket-path={socket_path}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
         stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not os.path.exists(socket):
+    while not os.path.exists(socket_path):
         time.sleep(0.05)
-    command = [
-        "/usr/bin/qemu-system-x86_64", "-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm", "-cpu", "host",
-        "-m", "512", "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
+    share = [
         "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
-        "-kernel", KERNEL, "-initrd", "/tmp/files-initramfs", "-append", line,
-        "-chardev", f"socket,id=fs,path={socket}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
+        "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
     ]  # fmt: skip
+    command = qemu_command(line, "/tmp/marker", share, initramfs="/tmp/files-initramfs", memory=512)
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=900)
     daemon.wait(timeout=30)
     with open(f"{root}/data/result") as file:

@@ -295,3 +295,22 @@ fn a_running_id_is_not_taken_twice() {
     drop(stdin);
     assert_eq!(first.finish().ok(), "up");
 }
+
+/// The container's own doing, by a file that most containers cannot write: the guest's end, told with its last words, and never an
+/// exit status of the container.
+#[test]
+fn a_guest_that_panics_or_resets_is_told_as_such() {
+    for (key, says) in [
+        (
+            "c",
+            ["the guest's kernel panicked", "sysrq triggered crash"],
+        ),
+        ("b", ["the guest", "triple fault"]),
+    ] {
+        let script = format!("echo {key} > /proc/sysrq-trigger; sleep 60");
+        let bundle = Bundle::busybox()
+            .script(&script)
+            .edit(|config| config["linux"]["readonlyPaths"] = json!([]));
+        refused_words(bundle, &[], &says);
+    }
+}

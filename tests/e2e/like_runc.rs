@@ -250,3 +250,49 @@ fn start_hooks_run_in_the_container() {
     };
     same(with(hook), "cat /tmp/hook");
 }
+
+/// Each hook adds its kind, the status that it was told and whether its pid lives; a failing one ends the start.
+#[test]
+fn host_hooks_run_in_order_with_the_state() {
+    let log = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = log.path().to_str().expect("a plain path").to_string();
+    let run = |runtime: Runtime, failing: bool| {
+        std::fs::write(&path, "").expect("writable");
+        let hook = |kind: &str| {
+            let script = format!(
+                "state=$(cat); status=$(echo \"$state\" | grep -o '\"status\": *\"[a-z]*\"' | grep -o '[a-z]*\"$' | tr -d '\"'); \
+                 pid=$(echo \"$state\" | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*$'); \
+                 alive=no; if [ -n \"$pid\" ] && [ -d /proc/$pid ]; then alive=yes; fi; echo \"{kind} $status $alive $W\" >> {path}"
+            );
+            json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin", format!("W={kind}")]}])
+        };
+        let mut hooks = json!({"createRuntime": hook("create"), "poststart": hook("started"), "poststop": hook("stopped")});
+        if failing {
+            hooks["createRuntime"] =
+                json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo because >&2; exit 3"]}]);
+        }
+        let bundle = Bundle::busybox()
+            .script("sleep 1; echo ran")
+            .edit(|config| config["hooks"] = hooks);
+        let ran = bundle.run_with(runtime, &[]);
+        (ran, std::fs::read_to_string(&path).expect("readable"))
+    };
+    let (control, expected) = run(Runtime::Runc, false);
+    assert_eq!(control.text(), "ran", "{control}");
+    let (ours, told) = run(Runtime::Bulkhead, false);
+    assert_eq!(ours.text(), "ran", "{ours}");
+    // runc 1.1 says "created" to poststart hooks, where runtime.md#lifecycle has the process running by then.
+    let expected = expected.replace("started created", "started running");
+    assert_eq!(told, expected);
+    assert_eq!(
+        told,
+        "create creating yes create\nstarted running yes started\nstopped stopped no stopped\n"
+    );
+
+    let (control, _) = run(Runtime::Runc, true);
+    assert_ne!(control.status, 0, "{control}");
+    let (ours, told) = run(Runtime::Bulkhead, true);
+    ours.refused(&["createRuntime", "/bin/sh", "because"]);
+    // OCI runtime.md#lifecycle: what was created is destroyed, poststop hooks included.
+    assert!(told.starts_with("stopped "), "{told:?}");
+}

@@ -70,14 +70,13 @@ pub(super) struct Newborn {
 /// Makes a container. On failure nothing of it is left.
 pub(crate) async fn create(
     launcher: &Launcher,
-    request: agent::CreateContainerRequest,
+    request: Arc<agent::CreateContainerRequest>,
 ) -> Result<Arc<Container>, CreateError> {
     if request.spec.is_none() || request.spec.process.is_none() {
         return Err(CreateError::Invalid(
             "the request has no container or no process".to_owned(),
         ));
     }
-    let request = Arc::new(request);
     let plan = Plan::new(&request.spec.namespaces).map_err(CreateError::Invalid)?;
     let resources = Arc::clone(&request);
     let cgroup =

@@ -38,6 +38,7 @@ pub(crate) use create::{CreateError, blocking, create};
 pub(crate) use exec::create as create_exec;
 pub(crate) use launcher::Launcher;
 pub(crate) use message::FailureKind;
+pub(crate) use mounts::{is_bind, open_guest_path};
 pub(crate) use process::{Process, ProcessError};
 
 use cgroup::Cgroup;

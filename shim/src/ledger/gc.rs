@@ -180,5 +180,6 @@ fn adopt(state: &Path, directory: &Path) -> Result<Adopted, Error> {
         owner,
         next,
         held,
+        dead: 0,
     }))
 }

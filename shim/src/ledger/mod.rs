@@ -27,6 +27,7 @@ use std::{
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 pub use gc::{Collected, Reclaimed, collect, reclaim};
@@ -39,6 +40,10 @@ use crate::sys::process::ProcessId;
 
 /// Name of the file in a sandbox' directory.
 pub const FILE_NAME: &str = "ledger";
+/// A shorter ledger that is about to take the place of the ledger.
+const SHORTER: &str = "ledger.new";
+/// How many lines about what is no longer held are worth a shorter ledger.
+const MOST_DEAD: usize = 512;
 
 /// Why a ledger could not be made, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +92,8 @@ pub struct Ledger {
     owner: Option<Owner>,
     next: u64,
     held: Vec<Entry>,
+    /// Lines of the file about what is no longer held.
+    dead: usize,
 }
 
 impl Ledger {
@@ -120,13 +127,7 @@ impl Ledger {
 
     fn begin(state: &Path, directory: &Path) -> Result<Ledger, Error> {
         let path = directory.join(FILE_NAME);
-        let file = OpenOptions::new()
-            .append(true)
-            .read(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io_error("make the ledger", &path))?;
+        let file = open_new(&path)?;
         if !try_lock(&file).map_err(io_error("lock", &path))? {
             return Err(io_error("lock", &path)(io::ErrorKind::WouldBlock.into()));
         }
@@ -138,6 +139,7 @@ impl Ledger {
             owner: Some(owner),
             next: 1,
             held: Vec::new(),
+            dead: 0,
         };
         ledger.write(&Line::Owner(owner))?;
         Ok(ledger)
@@ -204,15 +206,57 @@ impl Ledger {
     pub fn release(&mut self, ticket: Ticket) -> Result<(), Error> {
         self.write(&Line::Release { id: ticket })?;
         self.held.retain(|entry| entry.id != ticket);
+        self.dead += 2;
+        if self.dead >= MOST_DEAD.max(2 * self.held.len())
+            && let Err(error) = self.shorten()
+        {
+            // The long one is as good; the next lines try again.
+            tracing::debug!(%error, "the ledger stays long");
+            self.dead = 0;
+        }
         Ok(())
     }
 
-    /// Gives one resource back now and writes that down.
+    /// Writes what is held to a new file and puts it in the ledger's place, whole and locked, so that whoever looks at any moment
+    /// finds one of the two. A pod whose containers restart for months would else fill its host's /run.
+    fn shorten(&mut self) -> Result<(), Error> {
+        let path = self.directory.join(SHORTER);
+        let _ = fs::remove_file(&path);
+        let mut text = Vec::new();
+        let owner = self.owner.map(Line::Owner);
+        let held = self.held.iter().cloned().map(Line::Take);
+        for line in owner.into_iter().chain(held) {
+            text.extend(line.text());
+        }
+        let mut file = open_new(&path)?;
+        let written = file
+            .write_all(&text)
+            .and_then(|()| match try_lock(&file)? {
+                true => Ok(()),
+                false => Err(io::ErrorKind::WouldBlock.into()),
+            })
+            .and_then(|()| fs::rename(&path, self.directory.join(FILE_NAME)));
+        if written.is_err() {
+            let _ = fs::remove_file(&path);
+        }
+        written.map_err(io_error("write", &path))?;
+        // The old one's lock goes with it: it is no longer the ledger, which whoever waits for the lock sees.
+        self.file = file;
+        self.dead = 0;
+        Ok(())
+    }
+
+    /// Gives one resource of a live pod back and writes that down. A mount that is busy is an error at once: the fs process has
+    /// let go of it before, and whoever else is there is not waited for.
     pub fn undo(&mut self, ticket: Ticket) -> Result<(), Leftover> {
+        self.give_back(ticket, Duration::ZERO)
+    }
+
+    fn give_back(&mut self, ticket: Ticket, patience: Duration) -> Result<(), Leftover> {
         let Some(entry) = self.held.iter().find(|entry| entry.id == ticket).cloned() else {
             return Ok(());
         };
-        teardown::undo(&entry.resource).map_err(|error| Leftover {
+        teardown::undo(&entry.resource, patience).map_err(|error| Leftover {
             resource: entry.resource.clone(),
             error: error.to_string(),
         })?;
@@ -241,7 +285,7 @@ impl Ledger {
         entries.sort_by_key(|entry| order(entry));
         let tickets: Vec<Ticket> = entries.iter().map(|entry| entry.id).collect();
         for ticket in tickets {
-            if let Err(leftover) = self.undo(ticket) {
+            if let Err(leftover) = self.give_back(ticket, teardown::PATIENCE) {
                 left.push(leftover);
             }
         }
@@ -262,6 +306,8 @@ impl Ledger {
                 error: error.to_string(),
             }
         };
+        // What a kill in the middle of `shorten` has left.
+        let _ = fs::remove_file(self.directory.join(SHORTER));
         let file = self.directory.join(FILE_NAME);
         fs::remove_file(&file).map_err(leftover(&file))?;
         fs::remove_dir(&self.directory).map_err(leftover(&self.directory))?;
@@ -279,8 +325,7 @@ impl Ledger {
     /// One line is one write(2) on a descriptor in append mode: whole, or cut off at its end by a full disk or a kill.
     fn write(&mut self, line: &Line) -> Result<(), Error> {
         let path = self.directory.join(FILE_NAME);
-        let mut text = serde_json::to_vec(line).expect("a line is made of strings and numbers");
-        text.push(b'\n');
+        let text = line.text();
         let written = self
             .file
             .write(&text)
@@ -292,6 +337,16 @@ impl Ledger {
         }
         Ok(())
     }
+}
+
+fn open_new(path: &Path) -> Result<File, Error> {
+    OpenOptions::new()
+        .append(true)
+        .read(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io_error("make the ledger", path))
 }
 
 /// The state directory by a path without symbolic links (`/var/run` is one on most hosts); it is made when missing.

@@ -111,6 +111,15 @@ pub(super) enum Line {
     Release { id: Ticket },
 }
 
+impl Line {
+    /// As it stands in the file.
+    pub(super) fn text(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec(self).expect("a line is made of strings and numbers");
+        text.push(b'\n');
+        text
+    }
+}
+
 /// What a ledger's text says is still held, its owner, and the next free ticket. Lines that were cut off are skipped: a line
 /// is written before the act, so what such a line would have named was never taken.
 pub(super) fn replay(text: &str) -> (Option<Owner>, Vec<Entry>, u64) {

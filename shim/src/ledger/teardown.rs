@@ -17,8 +17,8 @@ use crate::sys::{
     process::{self, ProcessId},
 };
 
-/// How long a killed process may take to go, and a busy mount or cgroup to become free.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a killed process may take to go, and a busy mount to become free.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(5);
 
 /// Something that could not be given back.
@@ -37,11 +37,13 @@ impl std::fmt::Display for Leftover {
     }
 }
 
-pub(super) fn undo(resource: &Resource) -> io::Result<()> {
+/// Gives it back. `patience` is how long a mount may stay busy: files that a killed process held are let go a little after its
+/// end.
+pub(super) fn undo(resource: &Resource, patience: Duration) -> io::Result<()> {
     match resource {
         Resource::Directory { path } => gone(Entry::open(path).and_then(|e| e.remove_directory())),
         Resource::File { path } => gone(Entry::open(path).and_then(|e| e.remove_file())),
-        Resource::Mount { path } => unmount_tree(path),
+        Resource::Mount { path } => unmount_tree(path, patience),
         Resource::Cgroup { path, shared } => crate::cgroup::remove(path, *shared),
         Resource::Process { id, .. } => kill(*id),
         Resource::Claim { path, holder } => give_up_claim(path, holder),
@@ -56,10 +58,9 @@ fn gone(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Unmounts all that is mounted at or beneath `top`, deepest first. A busy mount gets time: files that a killed process
-/// held are let go a little after its end.
-fn unmount_tree(top: &Path) -> io::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+/// Unmounts all that is mounted at or beneath `top`, deepest first.
+fn unmount_tree(top: &Path, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
     loop {
         let mounts = mount::mounts_beneath(top)?;
         if mounts.is_empty() {

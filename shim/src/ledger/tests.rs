@@ -244,3 +244,33 @@ fn a_claim_is_exclusive_and_given_up_by_its_holder_only() {
     assert!(first.teardown().is_empty());
     assert!(!state.exists());
 }
+
+#[test]
+fn a_ledger_of_much_that_came_and_went_stays_short_and_says_the_same() {
+    let (_dir, state) = state();
+    let mut ledger = Ledger::create(&state, "default", "a").unwrap();
+    let file = ledger.directory().join(FILE_NAME);
+    let made = ledger.directory().join("made");
+    let stays = Resource::Directory { path: made.clone() };
+    ledger.take(stays.clone()).unwrap();
+    fs::create_dir(&made).unwrap();
+    let mut longest = 0;
+    for number in 0..2000 {
+        let path = ledger.directory().join(number.to_string());
+        let ticket = ledger.take(Resource::Directory { path }).unwrap();
+        ledger.undo(ticket).unwrap();
+        longest = longest.max(fs::metadata(&file).unwrap().len());
+        assert!(
+            collect(&state, false).unwrap().is_empty(),
+            "its owner lives"
+        );
+    }
+    assert!(longest < 100_000, "{longest} bytes");
+    // As a kill in the middle leaves it.
+    fs::write(ledger.directory().join(SHORTER), "{\"take").unwrap();
+    die(ledger);
+    let collected = collect(&state, false).unwrap();
+    assert_eq!(collected[0].held, [stays]);
+    assert!(collected[0].left.is_empty());
+    assert!(!state.exists());
+}

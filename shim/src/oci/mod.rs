@@ -154,11 +154,11 @@ fn parse(bytes: &[u8]) -> Result<spec::Spec, serde_json::Error> {
 /// Everything that running a container takes, on both sides.
 #[derive(Debug)]
 pub struct Plan {
-    /// For the agent.
+    /// For the agent; the root and the sources of bind mounts are set when they have their places in the share.
     pub container: agent::Container,
     /// The root file system on the host.
     pub root: HostRoot,
-    /// Bind sources on the host, in the order of their numbers in the share.
+    /// Bind sources on the host, in the order of the mounts.
     pub binds: Vec<HostBind>,
     /// Hooks that run on the host.
     pub hooks: HostHooks,
@@ -196,8 +196,7 @@ pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Resul
         .as_ref()
         .ok_or_else(|| invalid("linux", "is missing"))?;
     let namespaces = namespaces::convert(spec, linux, pod)?;
-    let share = format!("{GUEST_SHARE}/{container_id}");
-    let (mounts, binds) = mounts::convert(bundle, &namespaces, pod, &share)?;
+    let (mounts, binds) = mounts::convert(bundle, &namespaces, pod)?;
     let (resources, host_limits) = resources::convert(linux.resources().as_ref())?;
     let process = spec
         .process()
@@ -212,7 +211,6 @@ pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Resul
     let hooks = spec.hooks().clone().unwrap_or_default();
     let (hooks, start_container_hooks) = hooks::convert(&hooks)?;
     let container = agent::Container {
-        root: format!("{share}/rootfs"),
         root_readonly: root.read_only,
         root_propagation: root_propagation(linux)?,
         hostname: spec.hostname().clone().unwrap_or_default(),

@@ -17,11 +17,11 @@ use super::{
     unsupported,
 };
 
-/// A host file or directory that is bound into the share as `mounts/NUMBER`.
+/// A host file or directory that one of the container's mounts shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostBind {
-    /// The name in the share.
-    pub number: usize,
+    /// Index of that mount in the container's list; its source is set when the share has a place for it.
+    pub mount: usize,
     /// Absolute host path; symbolic links are followed.
     pub source: PathBuf,
     /// Whether it is a directory (else a file or a socket).
@@ -73,20 +73,18 @@ const HOST_INTERFACES: &[(FsType, &str)] = &[
     (statfs::BPF_FS_MAGIC, "bpf"),
 ];
 
-/// Converts all mounts. `share` is the container's directory in the guest.
+/// Converts all mounts. Those of host files have no source yet.
 pub(super) fn convert(
     bundle: &Bundle,
     namespaces: &agent::Namespaces,
     pod: &PodPaths,
-    share: &str,
 ) -> Result<(Vec<agent::Mount>, Vec<HostBind>), Error> {
     let mut mounts = Vec::new();
     let mut binds = Vec::new();
     let listed = bundle.spec.mounts().as_deref().unwrap_or_default();
     for (index, mount) in listed.iter().enumerate() {
         let field = format!("mounts[{index}] ({})", mount.destination().display());
-        let (mut converted, bind) =
-            convert_one(bundle, namespaces, share, &field, mount, binds.len())?;
+        let (mut converted, bind) = convert_one(bundle, namespaces, &field, mount, index)?;
         let is_shm = pod.shm.is_some() && *mount.source() == pod.shm;
         if is_shm && mount.destination() == Path::new("/dev/shm") {
             // The guest's own memory, which the containers of the pod map together.
@@ -102,10 +100,9 @@ pub(super) fn convert(
 fn convert_one(
     bundle: &Bundle,
     namespaces: &agent::Namespaces,
-    share: &str,
     field: &str,
     mount: &spec::Mount,
-    number: usize,
+    index: usize,
 ) -> Result<(agent::Mount, Option<HostBind>), Error> {
     let words = mount.options().clone().unwrap_or_default();
     let options = options::parse(field, &words)?;
@@ -129,15 +126,7 @@ fn convert_one(
             let reason = format!("{:?} mean nothing for a bind mount", options.data);
             return Err(invalid(field, reason));
         }
-        let bind = bind_source(
-            bundle,
-            share,
-            field,
-            mount,
-            &options,
-            number,
-            &mut converted,
-        )?;
+        let bind = bind_source(bundle, field, mount, &options, index, &mut converted)?;
         return Ok((converted, bind));
     }
     if options.flags & libc::MS_REMOUNT == 0 && !GUEST_FILE_SYSTEMS.contains(&kind) {
@@ -175,11 +164,10 @@ fn text(field: &str, path: &Path) -> Result<String, Error> {
 
 fn bind_source(
     bundle: &Bundle,
-    share: &str,
     field: &str,
     mount: &spec::Mount,
     options: &options::Options,
-    number: usize,
+    index: usize,
     converted: &mut agent::Mount,
 ) -> Result<Option<HostBind>, Error> {
     let named = mount
@@ -218,9 +206,8 @@ fn bind_source(
             reason,
         ));
     }
-    converted.source = format!("{share}/mounts/{number}");
     Ok(Some(HostBind {
-        number,
+        mount: index,
         source,
         directory: found.is_dir(),
         recursive: options.flags & libc::MS_REC != 0,

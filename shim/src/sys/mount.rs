@@ -4,11 +4,11 @@
 //! host mount in the host's peer group, so that nothing that happens to the copy can reach the original.
 
 use std::{
-    ffi::OsString,
+    ffi::{CStr, OsString},
     fs, io,
     mem::size_of,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStringExt,
     },
     path::{Path, PathBuf},
@@ -56,16 +56,13 @@ pub struct DetachedTree(OwnedFd);
 impl DetachedTree {
     /// Clones what `source` names; its last component is followed, as mount(2) with `MS_BIND` does.
     pub fn clone_of(source: &Path, depth: Depth) -> io::Result<DetachedTree> {
-        let name = c_path(source)?;
-        let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as u32 | depth.flag();
-        // SAFETY: name is NUL-terminated and outlives the call.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-        Ok(DetachedTree(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+        clone_tree(libc::AT_FDCWD, &c_path(source)?, depth.flag())
+    }
+
+    /// Clones what is open.
+    pub fn clone_of_open(source: BorrowedFd<'_>, depth: Depth) -> io::Result<DetachedTree> {
+        let flags = libc::AT_EMPTY_PATH as u32 | depth.flag();
+        clone_tree(source.as_raw_fd(), c"", flags)
     }
 
     /// Sets the propagation type (`MS_PRIVATE`, `MS_SLAVE`) of every mount of the tree.
@@ -103,6 +100,17 @@ impl DetachedTree {
         };
         check(status)
     }
+}
+
+fn clone_tree(at: RawFd, name: &CStr, flags: u32) -> io::Result<DetachedTree> {
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as u32 | flags;
+    // SAFETY: name is NUL-terminated and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, at, name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+    Ok(DetachedTree(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
 }
 
 /// Opens a mount point as `O_PATH` without following a symbolic link anywhere.
@@ -167,19 +175,93 @@ pub fn unmount(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// A line of `/proc/self/mountinfo`, as proc_pid_mountinfo(5) names its fields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountLine {
+    /// Of the mount; used again after it is gone.
+    pub id: u64,
+    /// Of the mount that it is mounted in.
+    pub parent: u64,
+    /// `major:minor` of the file system.
+    pub device: String,
+    /// What of the file system it shows.
+    pub root: PathBuf,
+    /// Where.
+    pub point: PathBuf,
+    /// Options of the mount, not of its file system.
+    pub options: String,
+}
+
+/// All mounts of this process' mount namespace, in the kernel's order.
+pub fn mounts() -> io::Result<Vec<MountLine>> {
+    let text = fs::read("/proc/self/mountinfo")?;
+    let lines = text.split(|byte| *byte == b'\n');
+    Ok(lines.filter_map(mount_line).collect())
+}
+
+fn mount_line(line: &[u8]) -> Option<MountLine> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let mut text = || Some(String::from_utf8_lossy(fields.next()?).into_owned());
+    let (id, parent) = (text()?.parse().ok()?, text()?.parse().ok()?);
+    let device = text()?;
+    Some(MountLine {
+        id,
+        parent,
+        device,
+        root: unescape(fields.next()?),
+        point: unescape(fields.next()?),
+        options: String::from_utf8_lossy(fields.next()?).into_owned(),
+    })
+}
+
 /// The mount points at and beneath `top`, the one to unmount first in front.
 pub fn mounts_beneath(top: &Path) -> io::Result<Vec<PathBuf>> {
-    let text = fs::read("/proc/self/mountinfo")?;
-    let mut found: Vec<PathBuf> = text
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(unescape)
+    let mut found: Vec<PathBuf> = mounts()?
+        .into_iter()
+        .map(|line| line.point)
         .filter(|path| path.starts_with(top))
         .collect();
     // Deepest first; among equals the one mounted last, which the stable sort of the reversed list keeps in front.
     found.reverse();
     found.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
     Ok(found)
+}
+
+/// What statx(2) says of an open object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// Major and minor number of its device.
+    pub device: (u32, u32),
+    /// Its number there.
+    pub inode: u64,
+    /// Whether it is a directory.
+    pub directory: bool,
+    /// The mount that it was reached through, as [`MountLine::id`] has it.
+    pub mount: u64,
+}
+
+/// Looks at an open object.
+pub fn object(fd: BorrowedFd<'_>) -> io::Result<Object> {
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
+    // SAFETY: all bytes zero are a valid statx.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, the empty name static, and `found` outlives the call.
+    let status = unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            mask,
+            &raw mut found,
+        )
+    };
+    check(status.into())?;
+    Ok(Object {
+        device: (found.stx_dev_major, found.stx_dev_minor),
+        inode: found.stx_ino,
+        directory: u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFDIR,
+        mount: found.stx_mnt_id,
+    })
 }
 
 /// proc(5): space, tab, newline and backslash stand as three octal digits after a backslash.

@@ -1,6 +1,10 @@
 //! Create and Start of a container.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bulkhead_agent_protocol::agent as wire;
 use containerd_shim_protos::{
@@ -14,6 +18,7 @@ use super::{
     pod::{Held, Order, Pod},
 };
 use crate::{
+    bootstrap,
     config::Config,
     events::Event,
     hooks::{self, State},
@@ -33,7 +38,11 @@ pub(super) struct Wanted {
     layers: Vec<Layer>,
     names: Names,
     mounts: Vec<Mount>,
+    config: Option<PathBuf>,
 }
+
+/// File of the bundle that names the pod's configuration, for `delete` after our own death.
+pub const CONFIG_NAME: &str = "bulkhead-config";
 
 impl Wanted {
     pub(super) fn read(request: CreateTaskRequest) -> Result<Wanted, Error> {
@@ -46,8 +55,10 @@ impl Wanted {
             source: mount.source.clone(),
             options: mount.options.clone(),
         });
+        let config = bootstrap::config_path(request.options.as_ref()).map_err(Error::Invalid)?;
         Ok(Wanted {
             bundle: Bundle::load(Path::new(&request.bundle))?,
+            config,
             layers: layers.collect(),
             names: Names {
                 stdin: request.stdin,
@@ -58,6 +69,19 @@ impl Wanted {
             mounts: request.rootfs,
             id: request.id,
         })
+    }
+
+    /// The operator's configuration: what the engine's options name, or the default one.
+    fn config(&self, otherwise: Option<&Path>) -> Result<Config, Error> {
+        let Some(path) = &self.config else {
+            return Ok(Config::load(otherwise)?);
+        };
+        let note = self.bundle.directory.join(CONFIG_NAME);
+        std::fs::write(&note, path.as_os_str().as_encoded_bytes()).map_err(|source| Error::Io {
+            action: format!("write {}", note.display()),
+            source,
+        })?;
+        Ok(Config::load(Some(path))?)
     }
 
     fn plan(&self, pod: &PodPlan) -> Result<Plan, Error> {
@@ -150,7 +174,7 @@ impl Tasks {
 
     /// A pod's own container: the machine, and nothing in it.
     async fn make_sandbox(&self, wanted: Wanted) -> Result<Task, Error> {
-        let config = Config::load(self.place.config.as_deref())?;
+        let config = wanted.config(self.place.config.as_deref())?;
         oci::check_sandbox(&wanted.bundle)?;
         let plan = oci::pod_plan(&wanted.bundle)?;
         let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
@@ -174,7 +198,7 @@ impl Tasks {
 
     /// A container with a machine of its own.
     async fn make_alone(&self, wanted: Wanted) -> Result<Task, Error> {
-        let config = Config::load(self.place.config.as_deref())?;
+        let config = wanted.config(self.place.config.as_deref())?;
         let pod_plan = PodPlan {
             // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
             shm_bytes: 0,

@@ -29,6 +29,7 @@ use bulkhead_agent_protocol::agent as wire;
 use containerd_shim_protos::events::task as events_wire;
 use tokio::sync::Notify;
 
+pub use create::CONFIG_NAME;
 pub use error::Error;
 pub use process::{Exit, Phase, Process};
 pub use service::services;

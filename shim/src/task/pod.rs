@@ -84,7 +84,8 @@ impl Held {
         if !layers.is_empty() {
             plan.root.path = self.roots.mount(self.sandbox.ledger(), id, layers)?;
         }
-        Ok(self.sandbox.place_container(id, plan).await?)
+        self.sandbox.place_container(id, plan).await?;
+        Ok(self.sandbox.name_sources(id, &mut plan.container)?)
     }
 
     /// Offers the guest the streams that `ends` wants, and joins them.

@@ -20,14 +20,15 @@ const FIRST_PAGES_ABOVE: (u64, u64) = (layout::RAM_ABOVE_HOLE, layout::RAM_ABOVE
 /// Bytes of memory for each byte of struct page.
 const PAGE_ARRAY_SHARE: u64 = 64;
 /// What else is allocated from the top: per-processor areas, hash tables, page tables.
-const TOP: u64 = 4 * MIB;
+const TOP: u64 = 5 * MIB / 2;
 /// Page arrays are made resident up to this size; those of larger guests are filled when they are needed, partly in the
 /// background.
 const MAX_PAGE_ARRAY: u64 = 128 * MIB;
 
-/// Whole huge pages as (start, end) pairs in order, for a guest whose kernel occupies `kernel`.
-pub fn ranges(memory: &GuestMemory, kernel: &[(u64, u64)]) -> Vec<(u64, u64)> {
-    let Some(top) = memory.iter().last() else {
+/// Whole huge pages as (start, end) pairs in order, for a guest whose kernel occupies `kernel` and whose initrd, at the top of
+/// low RAM, has `initrd` bytes.
+pub fn ranges(memory: &GuestMemory, kernel: &[(u64, u64)], initrd: u64) -> Vec<(u64, u64)> {
+    let (Some(low), Some(top)) = (memory.iter().next(), memory.iter().last()) else {
         return Vec::new();
     };
     let end = top.start_addr().raw_value() + top.len();
@@ -39,7 +40,12 @@ pub fn ranges(memory: &GuestMemory, kernel: &[(u64, u64)]) -> Vec<(u64, u64)> {
     } else {
         FIRST_PAGES
     };
-    let mut ranges = vec![LOW, first, (end.saturating_sub(page_array + TOP), end)];
+    // What Linux allocates first is below the initrd, if that is at the same end.
+    let taken = if above { 0 } else { initrd };
+    let top = end.saturating_sub(taken + page_array + TOP);
+    let low_end = low.len() - low.len() % HUGE_PAGE;
+    let mut ranges = vec![LOW, first, (top, end)];
+    ranges.push((low_end.saturating_sub(initrd), low_end));
     ranges.extend(kernel);
     merge(ranges)
 }
@@ -82,13 +88,14 @@ mod tests {
     #[test]
     fn a_guest_above_the_hole_begins_there() {
         let memory = Memory::new(4096 * MIB).unwrap();
-        let ranges = ranges(memory.ram(), &[(16 * MIB, 30 * MIB)]);
+        let ranges = ranges(memory.ram(), &[(16 * MIB, 30 * MIB)], 3 * MIB);
         let above = layout::RAM_ABOVE_HOLE;
         assert_eq!(
             ranges,
             [
                 (0, 2 * MIB),
                 (16 * MIB, 30 * MIB),
+                (3068 * MIB, 3072 * MIB),
                 (above, above + 16 * MIB),
                 (above + 940 * MIB, above + 1024 * MIB)
             ]
@@ -98,8 +105,8 @@ mod tests {
     #[test]
     fn the_smallest_guest_has_room_for_them() {
         let memory = Memory::new(layout::MIN_MEMORY).unwrap();
-        let ranges = ranges(memory.ram(), &[(16 * MIB, 31 * MIB)]);
+        let ranges = ranges(memory.ram(), &[(16 * MIB, 31 * MIB)], 3 * MIB);
         let last = ranges.last().unwrap();
-        assert_eq!(*last, (58 * MIB, 64 * MIB));
+        assert_eq!(*last, (56 * MIB, 64 * MIB));
     }
 }

@@ -79,12 +79,21 @@ pub struct Image<'a> {
 /// The images are wrong or do not fit.
 pub fn load(memory: &Memory, image: Image<'_>) -> Result<u64, BootError> {
     let kernel = Kernel::open(image.kernel)?;
-    for (start, end) in footprint::ranges(memory.ram(), &kernel.occupied()) {
-        memory.populate_huge(start, end);
-    }
+    let initrd = place_initrd(memory.ram(), image.initrd, kernel.end())?;
+    let occupied = kernel.occupied();
+    let holds_kernel =
+        |&(start, end): &(u64, u64)| occupied.iter().any(|part| part.0 < end && start < part.1);
+    let (own, rest): (Vec<_>, Vec<_>) = footprint::ranges(memory.ram(), &occupied, initrd.1)
+        .into_iter()
+        .partition(holds_kernel);
+    // Clearing what the guest will use takes as long as loading the kernel: a second processor, where there is one, does it.
+    std::thread::scope(|scope| {
+        scope.spawn(|| populate(memory, &rest));
+        populate(memory, &own);
+        kernel.load(memory.ram())
+    })?;
     let memory = memory.ram();
-    kernel.load(memory)?;
-    let initrd = load_initrd(memory, image.initrd, kernel.end())?;
+    load_initrd(memory, image.initrd, initrd)?;
     write(
         memory,
         layout::CMDLINE,
@@ -105,6 +114,12 @@ pub fn load(memory: &Memory, image: Image<'_>) -> Result<u64, BootError> {
     Ok(kernel.entry)
 }
 
+fn populate(memory: &Memory, ranges: &[(u64, u64)]) {
+    for &(start, end) in ranges {
+        memory.populate_huge(start, end);
+    }
+}
+
 fn write(
     memory: &GuestMemory,
     address: u64,
@@ -116,10 +131,10 @@ fn write(
         .map_err(|source| BootError::Write { what, source })
 }
 
-/// Puts the initrd at the top of low RAM. Returns (address, length).
-fn load_initrd(
+/// The initrd goes to the top of low RAM. Returns (address, length).
+fn place_initrd(
     memory: &GuestMemory,
-    file: &mut File,
+    file: &File,
     kernel_end: u64,
 ) -> Result<(u64, u64), BootError> {
     let size = file.metadata().map_err(BootError::Initrd)?.len();
@@ -142,11 +157,18 @@ fn load_initrd(
     else {
         return Err(too_little);
     };
+    Ok((start, size))
+}
+
+fn load_initrd(
+    memory: &GuestMemory,
+    file: &mut File,
+    (start, size): (u64, u64),
+) -> Result<(), BootError> {
     let length = usize::try_from(size).expect("it is below the size of RAM");
     memory
         .read_exact_volatile_from(GuestAddress(start), file, length)
-        .map_err(|error| BootError::Initrd(std::io::Error::other(error)))?;
-    Ok((start, size))
+        .map_err(|error| BootError::Initrd(std::io::Error::other(error)))
 }
 
 #[cfg(test)]
@@ -169,7 +191,9 @@ mod tests {
     #[test]
     fn an_initrd_lies_at_the_top_on_a_page() {
         let memory = memory(64 << 20);
-        let (start, size) = load_initrd(&memory, &mut initrd_of(5000), 32 << 20).unwrap();
+        let mut file = initrd_of(5000);
+        let (start, size) = place_initrd(&memory, &file, 32 << 20).unwrap();
+        load_initrd(&memory, &mut file, (start, size)).unwrap();
         assert_eq!((start, size), ((64 << 20) - 8192, 5000));
         let mut text = [0; 5];
         memory.read_slice(&mut text, GuestAddress(start)).unwrap();
@@ -180,13 +204,13 @@ mod tests {
     fn an_initrd_that_reaches_into_the_kernel_is_refused() {
         let memory = memory(64 << 20);
         for size in [32 << 20, (64 << 20) + 1, 1 << 40] {
-            let error = load_initrd(&memory, &mut initrd_of(size), (32 << 20) + 1).unwrap_err();
+            let error = place_initrd(&memory, &initrd_of(size), (32 << 20) + 1).unwrap_err();
             assert!(
                 matches!(error, BootError::TooLittleMemory { .. }),
                 "{size}: {error}"
             );
         }
-        let empty = load_initrd(&memory, &mut tempfile::tempfile().unwrap(), 0);
+        let empty = place_initrd(&memory, &tempfile::tempfile().unwrap(), 0);
         assert!(matches!(empty, Err(BootError::EmptyInitrd)));
     }
 }

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use bulkhead_vmm_config::ANNOUNCE_PORT;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -19,6 +20,7 @@ use crate::devices::serial::SerialConsole;
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::registers::{self, Registers};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::signal::USED_BUFFER;
 use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
@@ -45,6 +47,9 @@ pub enum BoardError {
     /// KVM refuses an eventfd.
     #[error("KVM refuses the {0} of a device")]
     EventFd(&'static str, #[source] kvm_ioctls::Error),
+    /// KVM refuses the page of registers that the guest may read.
+    #[error("KVM refuses a device's registers as read-only memory")]
+    Registers(#[source] kvm_ioctls::Error),
     /// A vsock port.
     #[error("a vsock port cannot be offered")]
     Offer(#[from] OfferError),
@@ -88,6 +93,7 @@ pub fn build(
         let slot = Slot {
             window: layout::virtio_window(index),
             pin: pins[index],
+            registers: FIRST_REGISTERS_SLOT + index as u32,
         };
         attach_virtio(device, slot, vm, memory, reports, &mut buses)?;
         spec.cmdline.push_virtio(slot.window, slot.pin)?;
@@ -161,7 +167,12 @@ fn virtio_devices(
 struct Slot {
     window: u64,
     pin: u32,
+    /// KVM's memory slot for what a driver reads.
+    registers: u32,
 }
+
+/// Guest RAM has the slots below.
+const FIRST_REGISTERS_SLOT: u32 = 16;
 
 fn attach_virtio(
     device: Box<dyn VirtioDevice>,
@@ -183,10 +194,30 @@ fn attach_virtio(
     let address = IoEventAddress::Mmio(slot.window + INTERRUPT_ACK);
     vm.register_ioevent(&unread, &address, USED_BUFFER)
         .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
+    show(transport.registers(), slot, vm)?;
     let size = layout::VIRTIO_MMIO_SIZE;
     buses.mmio.insert(slot.window, size, shared(transport))?;
     Ok(())
 }
+
+/// Lets the guest read a transport's registers without an exit. A host that cannot gets the exits.
+fn show(registers: Registers, slot: Slot, vm: &VmFd) -> Result<(), BoardError> {
+    if !vm.check_extension(Cap::ReadonlyMem) {
+        return Ok(());
+    }
+    let region = kvm_userspace_memory_region {
+        slot: slot.registers,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: slot.window,
+        memory_size: layout::VIRTIO_MMIO_SIZE,
+        userspace_addr: registers.host_address(),
+    };
+    // SAFETY: the page has this size (asserted below) and is never freed; the guest cannot write to it, and what we store is
+    // atomic.
+    unsafe { vm.set_user_memory_region(region) }.map_err(BoardError::Registers)
+}
+
+const _: () = assert!(layout::VIRTIO_MMIO_SIZE == registers::PAGE as u64);
 
 /// An interrupt line to `pin`, whose GSI has the same number.
 fn line(vm: &VmFd, pin: u32) -> Result<IrqFd, BoardError> {

@@ -34,7 +34,7 @@ use nix::unistd;
 
 pub use error::MountError;
 pub use sources::Sources;
-pub(crate) use sources::is_bind;
+pub(crate) use sources::{is_bind, open_guest_path};
 
 use super::devices;
 use super::paths::{Missing, RootDir};

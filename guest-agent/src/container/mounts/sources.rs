@@ -103,11 +103,19 @@ pub(super) fn uses_user_namespace(spec: &Container) -> bool {
 
 /// A guest path that the shim wrote. Links are refused: in a volume they are the tenant's, and would be followed with
 /// the agent's rights.
-fn open_guest_path(path: &str) -> Result<OwnedFd, Errno> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
-    fcntl::openat2(fcntl::AT_FDCWD, Path::new(path), how)
+pub(crate) fn open_guest_path(path: &str) -> Result<OwnedFd, Errno> {
+    let open = |kind| {
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | kind)
+            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+        fcntl::openat2(fcntl::AT_FDCWD, Path::new(path), how)
+    };
+    // O_PATH alone does not mount what mounts itself when gone to, as the directories of the share do (follow_automount() of
+    // the kernel's fs/namei.c): each container would go there later and get a file system of its own.
+    match open(OFlag::O_DIRECTORY) {
+        Err(Errno::ENOTDIR) => open(OFlag::empty()),
+        other => other,
+    }
 }
 
 /// A device node is named by its number: whoever could exchange /dev/null must not have a file of his bound over a

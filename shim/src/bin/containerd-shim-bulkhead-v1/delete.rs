@@ -15,6 +15,7 @@ use bulkhead_shim::{
     ledger::{self, Reclaimed},
     oci::{self, Bundle, Role},
     sys::process,
+    task::CONFIG_NAME,
 };
 
 use crate::flags::Flags;
@@ -31,7 +32,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
     let pid = fs::read_to_string(bundle.join("init.pid")).ok();
     let pid = pid.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     if !is_member(&bundle, &flags.id) {
-        give_back(flags)?;
+        give_back(flags, &bundle)?;
         remove_socket(&bundle);
     }
     io::stdout()
@@ -47,8 +48,9 @@ fn is_member(bundle: &Path, id: &str) -> bool {
     matches!(oci::role(&annotations, id), Role::Member(_))
 }
 
-fn give_back(flags: &Flags) -> Result<()> {
-    let config = Config::load(None)?;
+fn give_back(flags: &Flags, bundle: &Path) -> Result<()> {
+    let named = fs::read_to_string(bundle.join(CONFIG_NAME)).ok();
+    let config = Config::load(named.as_deref().map(Path::new))?;
     let reclaim = || ledger::reclaim(&config.state_dir, &flags.namespace, &flags.id);
     let mut reclaimed = reclaim()?;
     if let Reclaimed::Alive(owner) = reclaimed {

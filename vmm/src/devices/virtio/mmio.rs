@@ -8,7 +8,8 @@
 //!  0 ◄────────────────── reset, from any state
 //! ```
 //!
-//! Kicks do not come here: each queue has an eventfd that KVM signals (ioeventfd on QueueNotify with the queue's index).
+//! Kicks do not come here: each queue has an eventfd that KVM signals (ioeventfd on QueueNotify with the queue's index). Nor do
+//! reads, where the host can show the guest the page that they are answered from ([`Registers`]).
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::*;
@@ -19,12 +20,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::fault::{Fault, Observer};
 use super::queue::{Layout, MAX_SIZE, VirtQueue};
-use super::signal::{Signal, USED_BUFFER};
+use super::registers::Registers;
+use super::signal::{NEEDS_RESET, Signal, USED_BUFFER};
 use crate::bus::BusDevice;
 use crate::irq::IrqFd;
 
-/// Bytes of guest physical address space that a transport answers.
-pub const WINDOW: u64 = 0x1000;
 /// Offset of the register that a driver kicks a queue by; its value is the queue's index.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 /// Offset of the register that a driver acknowledges interrupts by.
@@ -38,8 +38,6 @@ pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 const MAGIC: u32 = 0x7472_6976;
 /// Ours, "BLKH"; nothing depends on it.
 const VENDOR: u32 = 0x484b_4c42;
-/// Not in virtio-bindings' list: §4.2.2, VIRTIO_F_RING_RESET's register, which reads 0 without the feature.
-const QUEUE_RESET: u32 = 0xc0;
 
 /// §2.1: the steps of the status register in their order.
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
@@ -47,7 +45,6 @@ const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
-const NEEDS_RESET: u8 = 0x40;
 const FAILED: u8 = 0x80;
 
 /// A queue while the driver sets it up.
@@ -100,7 +97,7 @@ impl MmioTransport {
                 kick: EventFd::new(blocking | libc::EFD_CLOEXEC)?,
             })
         });
-        Ok(MmioTransport {
+        let transport = MmioTransport {
             queues: queues.collect::<std::io::Result<_>>()?,
             signal: Signal::new(device.name(), irq, observer),
             offered: device.features(),
@@ -112,7 +109,15 @@ impl MmioTransport {
             offered_select: 0,
             accepted_select: 0,
             queue_select: 0,
-        })
+        };
+        transport.show_constants();
+        transport.show_selected();
+        Ok(transport)
+    }
+
+    /// What the driver reads; to be shown to the guest at the transport's window, read-only.
+    pub fn registers(&self) -> Registers {
+        self.signal.registers()
     }
 
     /// The kicks, by queue index, for ioeventfds at [`QUEUE_NOTIFY`] with the index as 4-byte data match.
@@ -126,30 +131,36 @@ impl MmioTransport {
             .collect()
     }
 
-    fn read_register(&mut self, offset: u16) -> u32 {
-        let queue = self.selected();
-        match u32::from(offset) {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => 2,
-            VIRTIO_MMIO_DEVICE_ID => self.device.id(),
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered, self.offered_select),
-            VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
-            VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt_status(),
-            VIRTIO_MMIO_STATUS => self.read_status().into(),
-            // §4.2.2: no shared memory region has the length -1.
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            QUEUE_RESET => 0,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.signal.config_generation(),
-            _ => {
-                self.signal.note(Fault::Register(offset));
-                0
-            }
+    /// Everything that no write changes. What is not stored reads zero: there is no VIRTIO_F_RING_RESET, and the configuration
+    /// never changes by itself, so its generation stays.
+    fn show_constants(&self) {
+        let registers = self.registers();
+        registers.store(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+        registers.store(VIRTIO_MMIO_VERSION, 2);
+        registers.store(VIRTIO_MMIO_DEVICE_ID, self.device.id());
+        registers.store(VIRTIO_MMIO_VENDOR_ID, VENDOR);
+        // §4.2.2: no shared memory region has the length -1.
+        for offset in [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ] {
+            registers.store(offset, u32::MAX);
         }
+        registers.store_config(self.device.config());
+    }
+
+    /// What the select registers choose.
+    fn show_selected(&self) {
+        let registers = self.registers();
+        let queue = self.selected();
+        let size = queue.map_or(0, |queue| queue.max_size.into());
+        let ready = queue.map_or(0, |queue| queue.ready.into());
+        let offered = half(self.offered, self.offered_select);
+        registers.store(VIRTIO_MMIO_DEVICE_FEATURES, offered);
+        registers.store(VIRTIO_MMIO_QUEUE_NUM_MAX, size);
+        registers.store(VIRTIO_MMIO_QUEUE_READY, ready);
     }
 
     fn write_register(&mut self, offset: u16, value: u32) {
@@ -172,20 +183,13 @@ impl MmioTransport {
             VIRTIO_MMIO_SHM_SEL => {}
             _ => self.signal.note(Fault::Register(offset)),
         }
+        self.show_selected();
     }
 
-    fn interrupt_status(&self) -> u32 {
-        let running = self.status & DRIVER_OK != 0;
-        // See INTERRUPT_ACK.
-        self.signal.interrupt_status() | if running { USED_BUFFER } else { 0 }
-    }
-
-    fn read_status(&self) -> u8 {
-        if self.signal.needs_reset() {
-            self.status | NEEDS_RESET
-        } else {
-            self.status
-        }
+    /// Adds the driver's bits to those that it reads; the device may add its own at any time.
+    fn set_status(&mut self, bits: u8) {
+        self.status |= bits;
+        self.registers().set(VIRTIO_MMIO_STATUS, bits.into());
     }
 
     fn write_status(&mut self, value: u32) {
@@ -194,14 +198,14 @@ impl MmioTransport {
         }
         let bad = Fault::Status(self.status, value as u8);
         // A driver adds its bit to what it has read, where the device's own bit may be set.
-        let Ok(value) = u8::try_from(value & !u32::from(NEEDS_RESET)) else {
+        let Ok(value) = u8::try_from(value & !NEEDS_RESET) else {
             return self.signal.note(bad);
         };
         let step = STEPS.into_iter().find(|step| self.status & step == 0);
         match value ^ self.status {
             0 => {}
             // Any state may fail; the device then waits for its reset and does nothing else.
-            FAILED if value & FAILED != 0 => self.status = value,
+            FAILED if value & FAILED != 0 => self.set_status(FAILED),
             bit if self.status & FAILED == 0 && Some(bit) == step => self.advance(bit),
             _ => self.signal.note(bad),
         }
@@ -212,8 +216,11 @@ impl MmioTransport {
             // §2.2.2: the bit stays clear, which the driver reads back.
             return self.signal.note(Fault::Features(self.accepted));
         }
-        self.status |= step;
+        self.set_status(step);
         if step == DRIVER_OK {
+            // See INTERRUPT_ACK.
+            self.registers()
+                .set(VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER);
             self.activate();
         }
     }
@@ -259,7 +266,9 @@ impl MmioTransport {
 
     fn reset(&mut self) {
         self.device.reset();
-        self.signal.clear();
+        // The device is quiet: nobody else stores here now.
+        self.registers().store(VIRTIO_MMIO_INTERRUPT_STATUS, 0);
+        self.registers().store(VIRTIO_MMIO_STATUS, 0);
         self.status = 0;
         self.accepted = 0;
         self.beyond_features = false;
@@ -349,18 +358,7 @@ impl MmioTransport {
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let config = u64::from(VIRTIO_MMIO_CONFIG);
-        if let Some(offset) = offset.checked_sub(config) {
-            let space = self.device.config();
-            let bytes = space.get(offset as usize..).unwrap_or_default();
-            let count = bytes.len().min(data.len());
-            data[..count].copy_from_slice(&bytes[..count]);
-            return;
-        }
-        match register(offset, data.len()) {
-            Some(register) => data.copy_from_slice(&self.read_register(register).to_le_bytes()),
-            None => self.signal.note(Fault::Register(offset as u16)),
-        }
+        self.registers().read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -368,7 +366,10 @@ impl BusDevice for MmioTransport {
         if let Some(offset) = offset.checked_sub(config) {
             let length = self.device.config().len() as u64;
             match offset.checked_add(data.len() as u64) {
-                Some(end) if end <= length => self.device.write_config(offset as usize, data),
+                Some(end) if end <= length => {
+                    self.device.write_config(offset as usize, data);
+                    self.registers().store_config(self.device.config());
+                }
                 _ => self.signal.note(Fault::Register((config + offset) as u16)),
             }
             return;

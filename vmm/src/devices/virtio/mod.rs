@@ -14,6 +14,7 @@ pub mod fault;
 pub mod fs;
 pub mod mmio;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 pub mod signal;
 mod sys;

@@ -3,25 +3,26 @@
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use virtio_bindings::bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fault::{Fault, Notice, Observer};
+use super::registers::Registers;
 use crate::irq::{Interrupt, IrqFd};
 
 /// InterruptStatus bit 0 (VIRTIO 1.2 §4.2.2): a used buffer. The transport supplies it.
 pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus bit 1: the configuration, or the request for a reset, has changed.
 pub const CONFIG_CHANGE: u32 = 2;
+/// The device's own bit of the status register (§2.1).
+pub const NEEDS_RESET: u32 = 0x40;
 
 struct Shared {
     device: &'static str,
     irq: IrqFd,
-    /// [`CONFIG_CHANGE`] or nothing.
-    status: AtomicU32,
-    needs_reset: AtomicBool,
-    generation: AtomicU32,
+    /// [`CONFIG_CHANGE`] and [`NEEDS_RESET`] are kept where the driver reads them.
+    registers: Registers,
     observer: Observer,
 }
 
@@ -35,9 +36,7 @@ impl Signal {
         Signal(Arc::new(Shared {
             device,
             irq,
-            status: AtomicU32::new(0),
-            needs_reset: AtomicBool::new(false),
-            generation: AtomicU32::new(0),
+            registers: Registers::zeroed(),
             observer,
         }))
     }
@@ -75,9 +74,9 @@ impl Signal {
         (self.0.observer)(notice);
     }
 
-    /// Whether the device waits for a reset.
-    pub fn needs_reset(&self) -> bool {
-        self.0.needs_reset.load(Ordering::SeqCst)
+    /// What the driver reads.
+    pub fn registers(&self) -> Registers {
+        self.0.registers
     }
 
     /// The interrupt's eventfd, for a vhost-user back end.
@@ -85,27 +84,17 @@ impl Signal {
         self.0.irq.event_fd()
     }
 
-    pub(super) fn interrupt_status(&self) -> u32 {
-        self.0.status.load(Ordering::SeqCst)
-    }
-
+    /// [`USED_BUFFER`] is not taken back: see [`super::mmio::INTERRUPT_ACK`].
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.0.status.fetch_and(!bits, Ordering::SeqCst);
-    }
-
-    pub(super) fn config_generation(&self) -> u32 {
-        self.0.generation.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn clear(&self) {
-        self.0.needs_reset.store(false, Ordering::SeqCst);
-        self.0.status.store(0, Ordering::SeqCst);
+        let bits = bits & CONFIG_CHANGE;
+        self.0.registers.clear(VIRTIO_MMIO_INTERRUPT_STATUS, bits);
     }
 
     fn ask_for_reset(&self) {
-        if !self.0.needs_reset.swap(true, Ordering::SeqCst) {
+        let registers = self.0.registers;
+        if registers.set(VIRTIO_MMIO_STATUS, NEEDS_RESET) & NEEDS_RESET == 0 {
             // §4.2.2: the status before the interrupt, or the driver finds nothing to do.
-            self.0.status.fetch_or(CONFIG_CHANGE, Ordering::SeqCst);
+            registers.set(VIRTIO_MMIO_INTERRUPT_STATUS, CONFIG_CHANGE);
             self.raise();
         }
     }

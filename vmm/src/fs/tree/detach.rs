@@ -3,6 +3,7 @@
 //! A descriptor of any kind keeps its mount busy. A detach waits for the requests under way, closes every inode and handle in
 //! the tree, and closes the mounts in it to look-ups, so that the guest cannot come back before the host has unmounted.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::AsFd;
@@ -48,18 +49,18 @@ struct MountLine {
 
 /// What of the table goes: whole mounts, and the part of one mount that lies in the tree.
 struct Leaving {
-    mounts: Vec<u64>,
-    around: Vec<u64>,
+    mounts: HashMap<u64, u64>,
+    around: HashMap<u64, u64>,
     tree: PathBuf,
 }
 
 impl Leaving {
     fn has(&self, worker: &Worker, inode: &Inode) -> bool {
-        if self.mounts.contains(&inode.key.mount) {
+        if self.mounts.contains_key(&inode.key.mount) {
             return true;
         }
         // A removed file's path ends in " (deleted)", which changes nothing about what it begins with.
-        self.around.contains(&inode.key.mount)
+        self.around.contains_key(&inode.key.mount)
             && sys::path_of(&worker.name(inode.as_fd()))
                 .is_ok_and(|path| Path::new(OsStr::from_bytes(&path)).starts_with(&self.tree))
     }
@@ -99,8 +100,9 @@ impl Engine {
             .handles
             .take(|handle| leaving.has(worker, &handle.inode));
         let inodes = self.inodes.take(|inode| leaving.has(worker, inode));
-        for id in &leaving.mounts {
-            self.mounts.close(*id, self.mounts_are_unique());
+        for (id, mountinfo_id) in &leaving.mounts {
+            self.mounts
+                .close(*id, *mountinfo_id, self.mounts_are_unique());
         }
         for mount in &within {
             self.close_mount(mount);
@@ -140,7 +142,8 @@ impl Engine {
         };
         // Another mount may cover this one, at the same place or above: then nobody can reach it.
         if sys::mountinfo_id(fd.as_fd()) == Ok(mount.id) {
-            self.mounts.close(status.mount, status.mount_is_unique);
+            self.mounts
+                .close(status.mount, mount.id, status.mount_is_unique);
         }
     }
 }

@@ -19,10 +19,24 @@ struct Mount {
     number: u64,
 }
 
+/// A mount that nobody enters any more.
+struct Closed {
+    /// As `/proc/self/mountinfo` lists it until it is gone.
+    mountinfo_id: u64,
+    /// At most so long.
+    until: Option<Instant>,
+}
+
+impl Closed {
+    fn is_over(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
+    }
+}
+
 #[derive(Default)]
 struct State {
     known: HashMap<u64, Mount>,
-    closed: HashMap<u64, Option<Instant>>,
+    closed: HashMap<u64, Closed>,
     last: u64,
 }
 
@@ -43,8 +57,8 @@ impl Mounts {
     /// `ESTALE`: it was detached and waits to be unmounted.
     pub fn enter(&self, fd: BorrowedFd<'_>, status: &Status) -> Result<u64> {
         let mut state = self.lock();
-        if let Some(until) = state.closed.get(&status.mount) {
-            if until.is_none_or(|until| Instant::now() < until) {
+        if let Some(closed) = state.closed.get(&status.mount) {
+            if !closed.is_over() {
                 return Err(Errno::ESTALE);
             }
             state.closed.remove(&status.mount);
@@ -69,35 +83,37 @@ impl Mounts {
         Ok(number)
     }
 
-    /// The ids of the mounts that `/proc/self/mountinfo` lists under these numbers.
-    pub fn ids(&self, mountinfo_ids: &[u64]) -> Vec<u64> {
+    /// The ids of the mounts that `/proc/self/mountinfo` lists under these numbers, each with its number.
+    pub fn ids(&self, mountinfo_ids: &[u64]) -> HashMap<u64, u64> {
         self.lock()
             .known
             .iter()
             .filter(|(_, mount)| mountinfo_ids.contains(&mount.mountinfo_id))
-            .map(|(id, _)| *id)
+            .map(|(id, mount)| (*id, mount.mountinfo_id))
             .collect()
     }
 
-    /// Lets nobody enter a mount any more.
-    pub fn close(&self, id: u64, is_unique: bool) {
+    /// Lets nobody enter a mount any more that `/proc/self/mountinfo` lists as `mountinfo_id`.
+    pub fn close(&self, id: u64, mountinfo_id: u64, is_unique: bool) {
         let mut state = self.lock();
         state.known.remove(&id);
-        let now = Instant::now();
-        state
-            .closed
-            .retain(|_, until| until.is_none_or(|until| now < until));
-        state
-            .closed
-            .insert(id, (!is_unique).then(|| now + CLOSED_FOR));
+        state.closed.retain(|_, closed| !closed.is_over());
+        let until = (!is_unique).then(|| Instant::now() + CLOSED_FOR);
+        state.closed.insert(
+            id,
+            Closed {
+                mountinfo_id,
+                until,
+            },
+        );
     }
 
-    /// Opens the ids of closed mounts that are gone, given those that `/proc/self/mountinfo` lists: whatever gets such an id now
-    /// is another mount. Unique ids need no opening, nothing gets them again.
+    /// Forgets closed mounts that are gone, given those that `/proc/self/mountinfo` lists: whatever has such an id now is
+    /// another mount, and nothing gets a unique id again.
     pub fn open_gone(&self, mountinfo_ids: &[u64]) {
         self.lock()
             .closed
-            .retain(|id, until| until.is_none() || mountinfo_ids.contains(id));
+            .retain(|_, closed| mountinfo_ids.contains(&closed.mountinfo_id));
     }
 }
 
@@ -121,7 +137,7 @@ mod tests {
         let mounts = Mounts::default();
         let first = reached(&mounts, 7, false).unwrap();
         assert_eq!(reached(&mounts, 7, false), Ok(first));
-        mounts.close(7, false);
+        mounts.close(7, 7, false);
         assert_eq!(reached(&mounts, 7, false), Err(Errno::ESTALE));
         mounts.open_gone(&[5, 7]);
         assert_eq!(reached(&mounts, 7, false), Err(Errno::ESTALE));
@@ -130,11 +146,13 @@ mod tests {
     }
 
     #[test]
-    fn a_unique_id_stays_closed() {
+    fn a_unique_id_stays_closed_and_is_forgotten_with_its_mount() {
         let mounts = Mounts::default();
         reached(&mounts, 1 << 40, true).unwrap();
-        mounts.close(1 << 40, true);
-        mounts.open_gone(&[]);
+        mounts.close(1 << 40, 7, true);
+        mounts.open_gone(&[5, 7]);
         assert_eq!(reached(&mounts, 1 << 40, true), Err(Errno::ESTALE));
+        mounts.open_gone(&[5]);
+        assert!(mounts.lock().closed.is_empty());
     }
 }

@@ -1,0 +1,6 @@
+//! One pod with several containers, through the sandbox library: volumes that they share, and their coming and going.
+
+mod grown;
+mod many;
+mod pod;
+mod volumes;
