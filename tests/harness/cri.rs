@@ -11,6 +11,7 @@ use tokio::runtime::Runtime;
     missing_docs,
     clippy::all,
     rustdoc::all,
+    non_camel_case_types,
     non_upper_case_globals,
     unused
 )] // generated code

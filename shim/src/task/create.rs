@@ -245,6 +245,7 @@ impl Tasks {
     /// A container of a pod that runs.
     async fn make_member(&self, wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
         let mut plan = wanted.plan(&pod.plan)?;
+        pod.admit(&plan.container.namespaces)?;
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let made = async {
             let (stdio, streams) = {

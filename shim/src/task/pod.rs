@@ -62,6 +62,7 @@ pub struct Pod {
     /// Sees its end.
     pub watch: Watch,
     ending: AtomicBool,
+    private_pids: AtomicBool,
     held: Mutex<Option<Held>>,
 }
 
@@ -207,6 +208,7 @@ impl Pod {
             cgroup: held.sandbox.cgroup().into(),
             watch: held.sandbox.watch(),
             ending: AtomicBool::new(false),
+            private_pids: AtomicBool::new(false),
             held: Mutex::new(Some(held)),
         }
     }
@@ -254,6 +256,21 @@ impl Pod {
                 action: format!("write {value:?} to {}", path.display()),
                 source,
             })?;
+        }
+        Ok(())
+    }
+
+    /// Checks what a member asks of the pod's pid namespace, and remembers it. All containers of a pod have one pid on the host, so
+    /// that "the pod's pid namespace" and "that of the container TARGET" (`kubectl debug --target`) are one path. In a pod that shares
+    /// its processes every member names it; where one did not, the other meaning is meant, and cannot be given.
+    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), Error> {
+        use wire::namespaces::Kind;
+        if namespaces.pid == Kind::NEW.into() {
+            self.private_pids.store(true, Ordering::Relaxed);
+        } else if self.private_pids.load(Ordering::Relaxed) {
+            return Err(Error::Invalid(
+                "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's".into(),
+            ));
         }
         Ok(())
     }

@@ -257,7 +257,8 @@ fn processes_of_a_pod_are_shared_when_asked() {
         let seen = pod.exec(&second, "ps | grep -c '[s]leep 1234'");
         assert_eq!(seen, (0, "1".into()), "{handler}");
         let _: Empty = cri.ok("StopContainer", &container(&first));
-        assert_eq!(pod.wait(&first).0, 137, "{handler}");
+        // Not pid 1, and so not deaf to SIGTERM.
+        assert_eq!(pod.wait(&first).0, 143, "{handler}");
         assert_eq!(
             pod.status(&second).0,
             ContainerState::CONTAINER_RUNNING,

@@ -236,6 +236,14 @@ fn what_is_not_the_pods_is_refused() {
         ran.status != 0 && ran.errors().contains("linux.namespaces: ipc with a path"),
         "{ran}"
     );
+    let member = pod.member(&["ipc"], "sleep 1000");
+    let target = pod.words(&["--rm"], &["pid"], &fresh_id(), "true");
+    let ran = Engine::get().run(&target);
+    assert!(
+        ran.status != 0 && ran.errors().contains("cannot join"),
+        "{ran}"
+    );
+    member.remove();
     let holder = Engine::get().run(&["task", "exec", "--exec-id", "x", &pod.holder.id, "true"]);
     assert!(
         holder.status != 0 && holder.errors().contains("runs nothing"),
