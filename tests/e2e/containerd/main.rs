@@ -5,6 +5,7 @@
 mod cri;
 mod ctr;
 mod ends;
+mod figures;
 mod pods;
 mod rpc;
 
