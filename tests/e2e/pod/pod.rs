@@ -88,9 +88,14 @@ impl Pod {
         }
     }
 
-    /// Runs something of the library to its end.
+    /// Runs something of the library to its end, which must come.
+    #[track_caller]
     pub fn block_on<T>(&mut self, work: impl AsyncFnOnce(&mut Sandbox) -> T) -> T {
-        self.runtime.block_on(work(&mut self.sandbox))
+        let bounded = async { tokio::time::timeout(ANSWER, work(&mut self.sandbox)).await };
+        match self.runtime.block_on(bounded) {
+            Ok(result) => result,
+            Err(_) => panic!("not finished within {ANSWER:?}"),
+        }
     }
 
     /// What the bundle asks for, as the library understands it.
