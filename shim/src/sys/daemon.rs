@@ -52,7 +52,7 @@ pub fn spawn(
     Ok(command.spawn()?.id())
 }
 
-/// The listening socket that [`spawn`] has left at [`LISTENER`].
+/// The listening socket that [`spawn()`] has left at [`LISTENER`].
 ///
 /// # Errors
 /// Nothing, or something else, is there.

@@ -289,3 +289,29 @@ fn ten_pods_one_after_another_and_ten_at_once_leave_nothing() {
     });
     host.assert_nothing_left();
 }
+
+#[test]
+fn many_containers_live_in_one_pod() {
+    Engine::get();
+    let host = Host::now();
+    let pod = Pod::start(BULKHEAD, &[]);
+    let within = Host::now();
+    let count = if soak() { 50 } else { 10 };
+    let members: Vec<Running> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count)
+            .map(|_| scope.spawn(|| pod.member(&["ipc", "uts", "network"], "sleep 1000")))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.map(|member| member.expect("no panic")).collect()
+    });
+    for member in &members {
+        assert_eq!(member.status().as_deref(), Some("RUNNING"));
+        assert_eq!(member.exec("exit 3").status, 3);
+    }
+    for member in members {
+        member.remove();
+    }
+    within.assert_nothing_left();
+    pod.remove();
+    host.assert_nothing_left();
+}
