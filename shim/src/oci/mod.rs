@@ -183,11 +183,17 @@ pub struct HostRoot {
 
 /// Checks the whole configuration of a container without an engine and converts it.
 pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
-    plan_in_pod(bundle, container_id, &PodPaths::default())
+    refuse_labels(bundle.spec.process().as_ref(), &[])?;
+    convert(bundle, container_id, &PodPaths::default())
 }
 
-/// The same for a container of a pod whose paths of the host are `pod`.
+/// The same for a container of an engine, in a pod whose paths of the host are `pod`.
 pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+    refuse_labels(bundle.spec.process().as_ref(), DEFAULT_PROFILES)?;
+    convert(bundle, container_id, pod)
+}
+
+fn convert(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
     let spec = &bundle.spec;
     refuse(spec)?;
     let root = host_root(bundle)?;
@@ -245,7 +251,7 @@ pub fn exec_process(json: &[u8], of: &agent::Process) -> Result<agent::Process, 
         path: "the process of exec".into(),
         source,
     })?;
-    refuse_labels(Some(&parsed))?;
+    refuse_labels(Some(&parsed), DEFAULT_PROFILES)?;
     let mut process = process::convert(&parsed)?;
     process.seccomp = of.seccomp.clone();
     process.personality = of.personality;
@@ -275,10 +281,10 @@ const DEFAULT_PROFILES: &[&str] = &[
     "nerdctl-default",
 ];
 
-fn refuse_labels(process: Option<&spec::Process>) -> Result<(), Error> {
+fn refuse_labels(process: Option<&spec::Process>, ignored: &[&str]) -> Result<(), Error> {
     let named = |text: Option<&String>| text.is_some_and(|text| !text.is_empty());
     let profile = process.and_then(|p| p.apparmor_profile().as_ref());
-    if named(profile) && !profile.is_some_and(|name| DEFAULT_PROFILES.contains(&name.as_str())) {
+    if named(profile) && !profile.is_some_and(|name| ignored.contains(&name.as_str())) {
         return Err(unsupported(
             "process.apparmorProfile",
             "the guest's kernel has no AppArmor; the virtual machine is the boundary",
@@ -301,7 +307,6 @@ fn refuse(spec: &spec::Spec) -> Result<(), Error> {
         return Err(invalid("ociVersion", reason));
     }
     let (process, linux) = (spec.process().as_ref(), spec.linux().as_ref());
-    refuse_labels(process)?;
     let named = |text: Option<&String>| text.is_some_and(|text| !text.is_empty());
     let table = [
         (
