@@ -10,6 +10,8 @@ mod namespaces;
 mod numbers;
 mod options;
 mod pod;
+#[cfg(test)]
+mod pod_tests;
 mod process;
 mod resources;
 mod seccomp;
