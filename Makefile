@@ -81,6 +81,7 @@ initramfs: build ## the guest image
 .PHONY: install
 install: build kernel initramfs ## install under PREFIX (default /usr/local); PROFILE=dist for the smallest binaries
 	install -D -m 0755 $(BIN)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
+	install -D -m 0755 $(BIN)/containerd-shim-bulkhead-v1 $(DESTDIR)$(PREFIX)/bin/containerd-shim-bulkhead-v1
 	install -D -m 0755 $(BIN)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
 	install -D -m 0644 $$(cat $(IMAGE)/vmlinux.path) $(DESTDIR)$(PREFIX)/libexec/bulkhead/vmlinux
 	install -D -m 0644 $(IMAGE)/initramfs $(DESTDIR)$(PREFIX)/libexec/bulkhead/initramfs

@@ -13,6 +13,9 @@ use crate::announce::{Announcement, announce};
 /// Where the share is mounted.
 pub const SHARE: &str = "/run/bulkhead/share";
 
+/// Where the pod's shared memory is mounted (agent.proto, `shm_bytes`).
+pub const SHM: &str = "/run/bulkhead/shm";
+
 /// Something of the guest could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -67,6 +70,18 @@ pub fn mount_share(tag: &str) -> Result<(), MachineError> {
         None::<&str>,
     )
     .map_err(system(format!("mount the share \"{tag}\" at {SHARE}")))
+}
+
+/// Mounts the tmpfs that the containers of the pod share as /dev/shm.
+pub fn mount_shm(bytes: u64) -> Result<(), MachineError> {
+    std::fs::create_dir_all(SHM).map_err(|source| MachineError::System {
+        what: format!("make {SHM}"),
+        source,
+    })?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let data = format!("mode=1777,size={bytes}");
+    mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(data.as_str()))
+        .map_err(system(format!("mount the pod's shared memory at {SHM}")))
 }
 
 /// CLOCK_MONOTONIC in ns.

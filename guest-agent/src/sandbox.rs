@@ -75,6 +75,9 @@ impl Sandbox {
                 let tag = request.share_tag.clone();
                 blocking(move || machine::mount_share(&tag)).await?;
             }
+            if request.shm_bytes != 0 {
+                machine::mount_shm(request.shm_bytes)?;
+            }
         }
         log::info(&format!("sandbox {} started", request.sandbox_id));
         Ok(agent::StartSandboxResponse {
@@ -246,6 +249,18 @@ impl Sandbox {
                 .read()
                 .expect("no code panics while it holds this lock")
                 .pids()
+        })
+        .await?)
+    }
+
+    /// What a container uses: files of its cgroup and their text.
+    pub(crate) async fn container_stats(&self, id: &str) -> Result<Vec<agent::CgroupFile>, Error> {
+        let cgroup = Arc::clone(&self.container(id)?.cgroup);
+        Ok(blocking(move || {
+            cgroup
+                .read()
+                .expect("no code panics while it holds this lock")
+                .stats()
         })
         .await?)
     }

@@ -136,6 +136,18 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ContainerRequest,
+    ) -> ttrpc::Result<agent::ContainerStatsResponse> {
+        let files = self.0.container_stats(&request.container_id).await?;
+        Ok(agent::ContainerStatsResponse {
+            files,
+            ..Default::default()
+        })
+    }
+
     async fn pause_container(
         &self,
         _: &TtrpcContext,

@@ -8,8 +8,9 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CreateContainerRequest, Empty, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
-        StartSandboxRequest, StartSandboxResponse, WaitProcessResponse,
+        CgroupFile, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty,
+        ProcessRequest, ResizeTerminalRequest, Resources, SignalProcessRequest,
+        StartSandboxRequest, StartSandboxResponse, UpdateContainerRequest, WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -51,11 +52,19 @@ impl std::fmt::Debug for Agent {
     }
 }
 
-/// Names one process of a container: its init.
-fn init_of(container: &str) -> ProcessRequest {
+/// Names one process of a container: its init when `exec` is empty.
+fn process(container: &str, exec: &str) -> ProcessRequest {
     ProcessRequest {
         container_id: container.into(),
+        exec_id: exec.into(),
         ..ProcessRequest::default()
+    }
+}
+
+fn container(id: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: id.into(),
+        ..ContainerRequest::default()
     }
 }
 
@@ -74,6 +83,7 @@ impl Agent {
         sandbox_id: &str,
         hostname: &str,
         share_tag: &str,
+        shm_bytes: u64,
     ) -> Result<StartSandboxResponse, Error> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let request = StartSandboxRequest {
@@ -81,6 +91,7 @@ impl Agent {
             sandbox_id: sandbox_id.into(),
             hostname: hostname.into(),
             share_tag: share_tag.into(),
+            shm_bytes,
             realtime_ns: now.map_or(0, |since| since.as_nanos() as u64),
             ..StartSandboxRequest::default()
         };
@@ -97,30 +108,58 @@ impl Agent {
         Ok(())
     }
 
+    /// Adds a process to a running container, up to the point before exec.
+    pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), Error> {
+        call("CreateExec", self.0.create_exec(unbounded(), request)).await?;
+        Ok(())
+    }
+
     /// Lets a container's init exec.
     pub async fn start(&self, container: &str) -> Result<(), Error> {
-        call(
-            "StartProcess",
-            self.0.start_process(unbounded(), &init_of(container)),
-        )
-        .await?;
+        self.start_process(container, "").await
+    }
+
+    /// Lets a created process exec; its init when `exec` is empty, as everywhere.
+    pub async fn start_process(&self, container: &str, exec: &str) -> Result<(), Error> {
+        let request = process(container, exec);
+        call("StartProcess", self.0.start_process(unbounded(), &request)).await?;
         Ok(())
     }
 
     /// Answers when a container's init has exited.
     pub async fn wait(&self, container: &str) -> Result<WaitProcessResponse, Error> {
-        call(
-            "WaitProcess",
-            self.0.wait_process(unbounded(), &init_of(container)),
-        )
-        .await
+        self.wait_process(container, "").await
+    }
+
+    /// Answers when a process has exited.
+    pub async fn wait_process(
+        &self,
+        container: &str,
+        exec: &str,
+    ) -> Result<WaitProcessResponse, Error> {
+        let request = process(container, exec);
+        call("WaitProcess", self.0.wait_process(unbounded(), &request)).await
     }
 
     /// Sends a signal to a container's init.
     pub async fn signal(&self, container: &str, signal: i32) -> Result<(), Error> {
+        self.signal_process(container, "", signal.unsigned_abs(), false)
+            .await
+    }
+
+    /// Sends a signal to a process, or with `all` to every process of the container.
+    pub async fn signal_process(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), Error> {
         let request = SignalProcessRequest {
             container_id: container.into(),
-            signal: signal.unsigned_abs(),
+            exec_id: exec.into(),
+            signal,
+            all,
             ..SignalProcessRequest::default()
         };
         call(
@@ -131,10 +170,22 @@ impl Agent {
         Ok(())
     }
 
-    /// Sets the size of a container's terminal.
+    /// Sets the size of the terminal of a container's init.
     pub async fn resize(&self, container: &str, rows: u16, columns: u16) -> Result<(), Error> {
+        self.resize_process(container, "", rows, columns).await
+    }
+
+    /// Sets the size of a process' terminal.
+    pub async fn resize_process(
+        &self,
+        container: &str,
+        exec: &str,
+        rows: u16,
+        columns: u16,
+    ) -> Result<(), Error> {
         let request = ResizeTerminalRequest {
             container_id: container.into(),
+            exec_id: exec.into(),
             rows: rows.into(),
             columns: columns.into(),
             ..ResizeTerminalRequest::default()
@@ -149,12 +200,66 @@ impl Agent {
 
     /// Forgets an exited container with all that it held.
     pub async fn delete(&self, container: &str) -> Result<(), Error> {
+        self.delete_process(container, "").await
+    }
+
+    /// Forgets an exited process.
+    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), Error> {
+        let request = process(container, exec);
         call(
             "DeleteProcess",
-            self.0.delete_process(unbounded(), &init_of(container)),
+            self.0.delete_process(unbounded(), &request),
         )
         .await?;
         Ok(())
+    }
+
+    /// Freezes all processes of a container.
+    pub async fn pause(&self, id: &str) -> Result<(), Error> {
+        let request = container(id);
+        call(
+            "PauseContainer",
+            self.0.pause_container(unbounded(), &request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Thaws them.
+    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        let request = container(id);
+        call(
+            "ResumeContainer",
+            self.0.resume_container(unbounded(), &request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Sets new limits.
+    pub async fn update(&self, container: &str, resources: Resources) -> Result<(), Error> {
+        let request = UpdateContainerRequest {
+            container_id: container.into(),
+            resources: Some(resources).into(),
+            ..UpdateContainerRequest::default()
+        };
+        call(
+            "UpdateContainer",
+            self.0.update_container(unbounded(), &request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// The files of a container's cgroup that tell what it uses.
+    pub async fn stats(&self, id: &str) -> Result<Vec<CgroupFile>, Error> {
+        let request = container(id);
+        let answer = call(
+            "ContainerStats",
+            self.0.container_stats(unbounded(), &request),
+        )
+        .await?;
+        Ok(answer.files)
     }
 
     /// Powers the guest off. The answer may be lost with the machine, so only a refusal is an error.

@@ -124,7 +124,9 @@ impl Fs {
 
     /// Waits for its end: an error that tells how.
     pub async fn gone(&self) -> Error {
-        // Its last words may still be in the socket.
+        // First its end: until then the packets in the socket are the answers that others wait for.
+        let death = self.peer.death().await;
+        // Its last words may still be there.
         loop {
             match self.peer.control.receive::<FsEvent>().await {
                 Ok(Some(FsEvent::Failed { reason })) => return Error::Failed(printable(&reason)),
@@ -132,7 +134,6 @@ impl Fs {
                 Ok(None) | Err(_) => break,
             }
         }
-        let death = self.peer.death().await;
         Error::Died {
             death: death.map_or(String::new(), |death| format!(" by {death}")),
             line: match self.peer.tail.trouble() {

@@ -1,4 +1,4 @@
-//! The pod on the host: one sandbox library under the front ends (the `bulkhead` command, and the containerd shim to come).
+//! The pod on the host: one sandbox library under the front ends (the `bulkhead` command and containerd's shim).
 //!
 //! ```text
 //! sandbox ─► ledger   every host resource, written down before it is taken
@@ -8,23 +8,31 @@
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
 //! io       a container's streams ─► anything
+//!
+//! task     containerd's tasks: one state machine over a sandbox ─► events (one ordered queue), stdio (FIFOs, files, loggers), layers
 //! ```
 
 pub mod agent;
+pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
 pub mod control;
+pub mod error;
+pub mod events;
 pub mod fs;
 pub mod hooks;
 pub mod ids;
 pub mod io;
+pub mod layers;
 pub mod ledger;
 pub mod logs;
 pub mod oci;
 pub mod peer;
 pub mod rootfs;
 pub mod sandbox;
+pub mod stdio;
 pub mod sys;
+pub mod task;
 pub mod timeline;
 pub mod vm;
 pub mod volume;

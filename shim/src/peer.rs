@@ -113,6 +113,12 @@ impl Peer {
         })
     }
 
+    /// Kills it; one that is gone already is no error.
+    pub fn kill(&self) {
+        // The descriptor is a pidfd of a child of ours: there is no other failure.
+        let _ = process::send_signal(self.pidfd.get_ref().as_fd(), libc::SIGKILL);
+    }
+
     /// Waits for its end and collects it. `None`: somebody else has collected it.
     pub async fn death(&self) -> Option<Death> {
         // An error can only mean that the runtime is shutting down.

@@ -16,6 +16,7 @@ use std::{
         unix::{fs::FileExt, net::UnixStream},
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -33,6 +34,10 @@ use crate::{
     oci::Plan,
     peer::Place,
     rootfs::{self, Share},
+    sys::{
+        process::ProcessId,
+        stub::{Network, Stub},
+    },
     vm::{self, Hardware, Vm},
 };
 
@@ -94,6 +99,9 @@ pub enum Error {
     /// A socketpair.
     #[error("cannot make a stream")]
     Stream(#[source] io::Error),
+    /// The process that stands for the pod.
+    #[error("cannot start the process that stands for the pod")]
+    Stub(#[source] io::Error),
     /// No uid is free.
     #[error(
         "all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`"
@@ -235,13 +243,36 @@ pub struct Sandbox {
     boot_timeout: Duration,
     ledger: Ledger,
     share: Share,
-    fs: Fs,
-    vm: Vm,
+    fs: Arc<Fs>,
+    vm: Arc<Vm>,
     agent: Agent,
     agent_log: Tail,
     next_port: u32,
+    shm_bytes: u64,
     // Last: its directory must be open until the processes are gone.
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
+}
+
+/// Sees a pod's end, beside whoever uses the pod.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    vm: Arc<Vm>,
+    fs: Arc<Fs>,
+}
+
+impl Watch {
+    /// Waits until the pod cannot go on, and tells why.
+    pub async fn trouble(&self) -> Error {
+        tokio::select! {
+            end = self.vm.ended() => vm::Error::Gone(end).into(),
+            error = self.fs.gone() => error.into(),
+        }
+    }
+
+    /// Ends the machine at once, whatever it does: everyone who waits for it gets an error.
+    pub fn kill(&self) {
+        self.vm.kill();
+    }
 }
 
 impl Sandbox {
@@ -264,12 +295,13 @@ impl Sandbox {
                 boot_timeout: config.boot_timeout(),
                 ledger,
                 share: taken.share,
-                fs: taken.fs,
-                vm: taken.vm,
+                fs: Arc::new(taken.fs),
+                vm: Arc::new(taken.vm),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 next_port: port::FIRST_STREAM,
-                _cgroup: taken.cgroup,
+                shm_bytes: 0,
+                cgroup: taken.cgroup,
             }),
             Err(error) => {
                 report(&ledger.teardown());
@@ -283,7 +315,7 @@ impl Sandbox {
         let answer = async {
             match self
                 .agent
-                .start_sandbox(&self.id, hostname, SHARE_TAG)
+                .start_sandbox(&self.id, hostname, SHARE_TAG, self.shm_bytes)
                 .await
             {
                 // A broken connection: the machine's own words say why.
@@ -357,10 +389,40 @@ impl Sandbox {
 
     /// Waits until the pod cannot go on, and tells why.
     pub async fn trouble(&self) -> Error {
-        tokio::select! {
-            end = self.vm.ended() => vm::Error::Gone(end).into(),
-            error = self.fs.gone() => error.into(),
+        self.watch().trouble().await
+    }
+
+    /// For whoever must see the end while the pod is in use.
+    pub fn watch(&self) -> Watch {
+        Watch {
+            vm: self.vm.clone(),
+            fs: self.fs.clone(),
         }
+    }
+
+    /// Gives the containers of the pod a common /dev/shm of this size, at [`crate::oci::GUEST_SHM`]. Before [`Sandbox::ready`].
+    pub fn share_memory(&mut self, bytes: u64) {
+        self.shm_bytes = bytes;
+    }
+
+    /// Forks the process whose pid stands for the pod's (see [`Stub`]).
+    pub fn start_stub(&mut self, network: Network<'_>) -> Result<Stub, Error> {
+        let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
+        if let Some(id) = ProcessId::of(stub.pid()) {
+            let role = "bulkhead-pod".into();
+            self.ledger.take(Resource::Process { id, role })?;
+        }
+        Ok(stub)
+    }
+
+    /// The pod's cgroup on the host.
+    pub fn cgroup(&self) -> &Path {
+        self.cgroup.path()
+    }
+
+    /// The record, for what a front end takes beside.
+    pub fn ledger(&mut self) -> &mut Ledger {
+        &mut self.ledger
     }
 
     /// The VMM's pid.
@@ -442,6 +504,19 @@ impl Sandbox {
             }) => {}
             other => other?,
         }
+        Ok(self
+            .share
+            .remove(&mut self.ledger, container, &self.fs)
+            .await?)
+    }
+
+    /// Writes the places of a placed container's files into what the agent will be told.
+    pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
+        Ok(self.share.name_sources(container, spec)?)
+    }
+
+    /// Takes a container's files out of the share, whatever the guest thinks of it.
+    pub async fn withdraw_container(&mut self, container: &str) -> Result<(), Error> {
         Ok(self
             .share
             .remove(&mut self.ledger, container, &self.fs)

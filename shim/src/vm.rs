@@ -227,6 +227,11 @@ impl Vm {
             .map(drop)
     }
 
+    /// Kills the process without a word; [`Vm::ended`] tells.
+    pub fn kill(&self) {
+        self.peer.kill();
+    }
+
     /// Counters as of now.
     pub async fn stats(&self) -> Result<VmStats, Error> {
         let stats = self.request("its counters", &Request::Stats, &[]).await?;

@@ -156,7 +156,7 @@ pub fn fresh_id() -> String {
     )
 }
 
-fn busybox_root(root: &Path) {
+pub(crate) fn busybox_root(root: &Path) {
     for made in ["bin", "dev", "etc", "proc", "sys", "tmp", "root"] {
         fs::create_dir_all(root.join(made)).expect("a directory in the root");
     }

@@ -5,10 +5,13 @@
 #![forbid(unsafe_code)]
 
 mod bundle;
+pub mod cri;
+mod engine;
 mod host;
 mod process;
 
 pub use bundle::{Bundle, debian_root, fresh_id};
+pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, tail};
 pub use host::Host;
 pub use process::{Ran, Runtime, Started, sha256};
 

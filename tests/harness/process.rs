@@ -108,6 +108,13 @@ impl Started {
         kill(Pid::from_raw(pid), signal).expect("it runs");
     }
 
+    /// Waits for its end, and only then closes its standard input.
+    pub fn finish_with(self, stdin: ChildStdin) -> Ran {
+        let ran = self.finish();
+        drop(stdin);
+        ran
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Ran {
         drop(self.child.stdin.take());

@@ -14,6 +14,7 @@ use super::{
     record::{self, CLAIMS},
     try_lock,
 };
+use crate::sys::process::ProcessId;
 
 /// A sandbox whose owner was dead.
 #[derive(Debug, Serialize)]
@@ -107,6 +108,44 @@ fn collect_one(
         collected.left = ledger.teardown();
     }
     Ok(Some(collected))
+}
+
+/// What [`reclaim`] found.
+#[derive(Debug)]
+pub enum Reclaimed {
+    /// No such sandbox.
+    Nothing,
+    /// Its owner lives, and is this process if the ledger says.
+    Alive(Option<ProcessId>),
+    /// Replayed; this could not be given back.
+    Done(Vec<Leftover>),
+}
+
+/// Replays the ledger of one sandbox if its owner is dead.
+pub fn reclaim(state: &Path, namespace: &str, sandbox: &str) -> Result<Reclaimed, Error> {
+    let state = match state.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Reclaimed::Nothing),
+        other => other.map_err(io_error("find", state))?,
+    };
+    let path = state.join(namespace).join(sandbox).join(FILE_NAME);
+    match path.try_exists() {
+        Ok(false) => return Ok(Reclaimed::Nothing),
+        Ok(true) => {}
+        Err(error) => return Err(io_error("look for", &path)(error)),
+    }
+    let directory = state.join(namespace).join(sandbox);
+    let guard = lock_namespace(&state, namespace)?;
+    let adopted = adopt(&state, &directory)?;
+    drop(guard);
+    Ok(match adopted {
+        Adopted::Nothing => Reclaimed::Nothing,
+        Adopted::Ledger(ledger) => Reclaimed::Done(ledger.teardown()),
+        Adopted::Alive => {
+            let text = fs::read(&path).unwrap_or_default();
+            let (owner, _, _) = record::replay(&String::from_utf8_lossy(&text));
+            Reclaimed::Alive(owner.map(|owner| owner.0))
+        }
+    })
 }
 
 enum Adopted {

@@ -30,7 +30,7 @@ use std::{
     time::Duration,
 };
 
-pub use gc::{Collected, collect};
+pub use gc::{Collected, Reclaimed, collect, reclaim};
 pub use record::{Owner, Resource, Ticket};
 pub use teardown::Leftover;
 

@@ -9,6 +9,9 @@ mod mounts;
 mod namespaces;
 mod numbers;
 mod options;
+mod pod;
+#[cfg(test)]
+mod pod_tests;
 mod process;
 mod resources;
 mod seccomp;
@@ -26,9 +29,13 @@ use oci_spec::runtime as spec;
 
 pub use hooks::{HostHook, HostHooks};
 pub use mounts::{HostBind, HostPropagation};
+pub use pod::{PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
 
 /// Where the agent mounts the share.
 pub const GUEST_SHARE: &str = "/run/bulkhead/share";
+
+/// Where the agent mounts the memory that the containers of a pod share.
+pub const GUEST_SHM: &str = "/run/bulkhead/shm";
 
 /// Largest config.json, in bytes: a typical one has 10 to 100 KiB, and the agent takes messages of 4 MiB.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -176,8 +183,19 @@ pub struct HostRoot {
     pub read_only: bool,
 }
 
-/// Checks the whole configuration and converts it.
+/// Checks the whole configuration of a container without an engine and converts it.
 pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
+    refuse_labels(bundle.spec.process().as_ref(), &[])?;
+    convert(bundle, container_id, &PodPaths::default())
+}
+
+/// The same for a container of an engine, in a pod whose paths of the host are `pod`.
+pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+    refuse_labels(bundle.spec.process().as_ref(), DEFAULT_PROFILES)?;
+    convert(bundle, container_id, pod)
+}
+
+fn convert(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
     let spec = &bundle.spec;
     refuse(spec)?;
     let root = host_root(bundle)?;
@@ -185,8 +203,8 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
         .linux()
         .as_ref()
         .ok_or_else(|| invalid("linux", "is missing"))?;
-    let namespaces = namespaces::convert(spec, linux)?;
-    let (mounts, binds) = mounts::convert(bundle, &namespaces)?;
+    let namespaces = namespaces::convert(spec, linux, pod)?;
+    let (mounts, binds) = mounts::convert(bundle, &namespaces, pod)?;
     let (resources, host_limits) = resources::convert(linux.resources().as_ref())?;
     let process = spec
         .process()
@@ -229,6 +247,60 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
     })
 }
 
+/// Converts the process that an engine wants to add to a running container. Filter and personality are those of the container.
+pub fn exec_process(json: &[u8], of: &agent::Process) -> Result<agent::Process, Error> {
+    let parsed: spec::Process = serde_json::from_slice(json).map_err(|source| Error::Parse {
+        path: "the process of exec".into(),
+        source,
+    })?;
+    refuse_labels(Some(&parsed), DEFAULT_PROFILES)?;
+    let mut process = process::convert(&parsed)?;
+    process.seccomp = of.seccomp.clone();
+    process.personality = of.personality;
+    Ok(process)
+}
+
+/// Converts new limits: `LinuxResources` as JSON. Device rules stay as they are.
+pub fn new_limits(json: &[u8]) -> Result<(agent::Resources, Vec<(String, String)>), Error> {
+    let parsed: spec::LinuxResources =
+        serde_json::from_slice(json).map_err(|source| Error::Parse {
+            path: "the resources of update".into(),
+            source,
+        })?;
+    let (mut resources, host) = resources::convert(Some(&parsed))?;
+    resources.devices.clear();
+    resources.set_devices = false;
+    Ok((resources, host))
+}
+
+/// Profiles that engines set by themselves on every container of a host with AppArmor. Nobody asked for them, and what they
+/// protect, the host's kernel, is out of a guest's reach.
+const DEFAULT_PROFILES: &[&str] = &[
+    "unconfined",
+    "cri-containerd.apparmor.d",
+    "crio-default",
+    "docker-default",
+    "nerdctl-default",
+];
+
+fn refuse_labels(process: Option<&spec::Process>, ignored: &[&str]) -> Result<(), Error> {
+    let named = |text: Option<&String>| text.is_some_and(|text| !text.is_empty());
+    let profile = process.and_then(|p| p.apparmor_profile().as_ref());
+    if named(profile) && !profile.is_some_and(|name| ignored.contains(&name.as_str())) {
+        return Err(unsupported(
+            "process.apparmorProfile",
+            "the guest's kernel has no AppArmor; the virtual machine is the boundary",
+        ));
+    }
+    if named(process.and_then(|p| p.selinux_label().as_ref())) {
+        return Err(unsupported(
+            "process.selinuxLabel",
+            "the guest's kernel has no SELinux; the virtual machine is the boundary",
+        ));
+    }
+    Ok(())
+}
+
 /// Whole sections that a microVM's container cannot honour, by their names.
 fn refuse(spec: &spec::Spec) -> Result<(), Error> {
     let version = spec.version();
@@ -254,16 +326,6 @@ fn refuse(spec: &spec::Spec) -> Result<(), Error> {
             "vm",
             spec.vm().is_some(),
             "the operator chooses the machine, in the configuration of bulkhead",
-        ),
-        (
-            "process.apparmorProfile",
-            named(process.and_then(|p| p.apparmor_profile().as_ref())),
-            "the guest's kernel has no AppArmor; the virtual machine is the boundary",
-        ),
-        (
-            "process.selinuxLabel",
-            named(process.and_then(|p| p.selinux_label().as_ref())),
-            "the guest's kernel has no SELinux; the virtual machine is the boundary",
         ),
         (
             "process.user.username",

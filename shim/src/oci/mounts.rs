@@ -11,8 +11,9 @@ use nix::sys::statfs::{self, FsType};
 use oci_spec::runtime as spec;
 
 use super::{
-    Bundle, Error, devices, invalid,
+    Bundle, Error, GUEST_SHM, devices, invalid,
     options::{self, Idmap},
+    pod::PodPaths,
     unsupported,
 };
 
@@ -76,15 +77,22 @@ const HOST_INTERFACES: &[(FsType, &str)] = &[
 pub(super) fn convert(
     bundle: &Bundle,
     namespaces: &agent::Namespaces,
+    pod: &PodPaths,
 ) -> Result<(Vec<agent::Mount>, Vec<HostBind>), Error> {
     let mut mounts = Vec::new();
     let mut binds = Vec::new();
     let listed = bundle.spec.mounts().as_deref().unwrap_or_default();
     for (index, mount) in listed.iter().enumerate() {
         let field = format!("mounts[{index}] ({})", mount.destination().display());
-        let (converted, bind) = convert_one(bundle, namespaces, &field, mount, index)?;
+        let (mut converted, bind) = convert_one(bundle, namespaces, &field, mount, index)?;
+        let is_shm = pod.shm.is_some() && *mount.source() == pod.shm;
+        if is_shm && mount.destination() == Path::new("/dev/shm") {
+            // The guest's own memory, which the containers of the pod map together.
+            converted.source = GUEST_SHM.into();
+        } else {
+            binds.extend(bind);
+        }
         mounts.push(converted);
-        binds.extend(bind);
     }
     Ok((mounts, binds))
 }

@@ -6,10 +6,24 @@
 use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Error, invalid, unsupported};
+use super::{Error, invalid, pod::PodPaths, unsupported};
 
-pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::Namespaces, Error> {
+/// The path that `linux.namespaces` has for this type.
+pub(super) fn path_of(linux: &spec::Linux, kind: Type) -> Option<std::path::PathBuf> {
+    let listed = linux.namespaces().iter().flatten();
+    let mut paths = listed
+        .filter(|namespace| namespace.typ() == kind)
+        .filter_map(|namespace| namespace.path().clone());
+    paths.find(|path| !path.as_os_str().is_empty())
+}
+
+pub(super) fn convert(
+    spec: &spec::Spec,
+    linux: &spec::Linux,
+    pod: &PodPaths,
+) -> Result<agent::Namespaces, Error> {
     let mut listed = Vec::new();
+    let mut shared = Vec::new();
     for namespace in linux.namespaces().as_deref().unwrap_or_default() {
         let kind = namespace.typ();
         let word = name(kind);
@@ -18,10 +32,15 @@ pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::N
             .as_ref()
             .filter(|p| !p.as_os_str().is_empty())
         {
+            if pod.is_own(kind, path) && !listed.contains(&kind) {
+                listed.push(kind);
+                shared.push(kind);
+                continue;
+            }
             return Err(unsupported(
                 format!("linux.namespaces: {word} with a path"),
                 format!(
-                    "{} is a namespace of the host, which a guest cannot enter; leave the path out",
+                    "{} is a namespace of the host or of another pod, which a guest cannot enter; leave the path out",
                     path.display()
                 ),
             ));
@@ -31,9 +50,10 @@ pub(super) fn convert(spec: &spec::Spec, linux: &spec::Linux) -> Result<agent::N
         }
         listed.push(kind);
     }
-    let kind = |kind: Type| match listed.contains(&kind) {
-        true => Kind::NEW.into(),
-        false => Kind::AGENT.into(),
+    let kind = |kind: Type| match (listed.contains(&kind), shared.contains(&kind)) {
+        (true, true) => Kind::SANDBOX.into(),
+        (true, false) => Kind::NEW.into(),
+        (false, _) => Kind::AGENT.into(),
     };
     let has = |kind: Type| listed.contains(&kind);
     required(&listed)?;

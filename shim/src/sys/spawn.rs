@@ -19,21 +19,21 @@ use std::{
 /// `struct clone_args` of clone3(2) (`CLONE_ARGS_SIZE_VER2`).
 #[repr(C)]
 #[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
+pub(super) struct CloneArgs {
+    pub(super) flags: u64,
+    pub(super) pidfd: u64,
+    pub(super) child_tid: u64,
+    pub(super) parent_tid: u64,
+    pub(super) exit_signal: u64,
+    pub(super) stack: u64,
+    pub(super) stack_size: u64,
+    pub(super) tls: u64,
+    pub(super) set_tid: u64,
+    pub(super) set_tid_size: u64,
+    pub(super) cgroup: u64,
 }
 
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+pub(super) const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET
@@ -124,7 +124,7 @@ pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
     }
 }
 
-fn pipe() -> io::Result<(File, OwnedFd)> {
+pub(super) fn pipe() -> io::Result<(File, OwnedFd)> {
     let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     Ok((File::from(read), write))
 }
@@ -189,13 +189,13 @@ impl Plan {
     }
 }
 
-fn keep(fd: RawFd) -> Result<RawFd, i32> {
+pub(super) fn keep(fd: RawFd) -> Result<RawFd, i32> {
     // SAFETY: fcntl on an integer.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) };
     if copy < 0 { Err(errno()) } else { Ok(copy) }
 }
 
-fn place(fd: RawFd, number: RawFd) -> Result<(), i32> {
+pub(super) fn place(fd: RawFd, number: RawFd) -> Result<(), i32> {
     // SAFETY: dup2 on integers; the copy is not close-on-exec.
     if unsafe { libc::dup2(fd, number) } < 0 {
         return Err(errno());
@@ -203,7 +203,33 @@ fn place(fd: RawFd, number: RawFd) -> Result<(), i32> {
     Ok(())
 }
 
-fn errno() -> i32 {
+pub(super) fn errno() -> i32 {
     // SAFETY: the address of this thread's errno is always valid.
     unsafe { *libc::__errno_location() }
+}
+
+/// Lets a command's child have `fds` at the numbers from `first` on, and no other descriptor above its standard streams.
+pub fn keep_at<const N: usize>(
+    command: &mut tokio::process::Command,
+    first: RawFd,
+    fds: [RawFd; N],
+) {
+    let prepare = move || {
+        let set = || -> Result<(), i32> {
+            let mut copies = [0; N];
+            for (copy, fd) in copies.iter_mut().zip(fds) {
+                // Out of the way of the numbers that are given below. The copies close at the exec.
+                *copy = keep(fd)?;
+            }
+            for (number, copy) in (first..).zip(copies) {
+                place(copy, number)?;
+            }
+            Ok(())
+        };
+        set().map_err(io::Error::from_raw_os_error)
+    };
+    // SAFETY: the closure runs between fork and exec and makes async-signal-safe calls on integers only.
+    unsafe {
+        command.pre_exec(prepare);
+    }
 }

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bulkhead_agent_protocol::agent::Resources;
+use bulkhead_agent_protocol::agent::{CgroupFile, Resources};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -99,6 +99,23 @@ pub enum CgroupError {
         seconds: u64,
     },
 }
+
+/// The files that tell what a container uses.
+const STATS: [&str; 13] = [
+    "cpu.stat",
+    "memory.current",
+    "memory.events",
+    "memory.max",
+    "memory.peak",
+    "memory.stat",
+    "memory.swap.current",
+    "memory.swap.max",
+    "memory.pressure",
+    "cpu.pressure",
+    "io.stat",
+    "pids.current",
+    "pids.max",
+];
 
 /// A cgroup that this process has made and removes by `delete`.
 #[derive(Debug)]
@@ -232,6 +249,25 @@ impl Cgroup {
                 io::Error::from(io::ErrorKind::InvalidData),
             )
         })
+    }
+
+    /// The text of [`STATS`], of those that the kernel has.
+    pub fn stats(&self) -> Result<Vec<CgroupFile>, CgroupError> {
+        let mut files = Vec::new();
+        for name in STATS {
+            let path = self.path.join(name);
+            match fs::read_to_string(&path) {
+                Ok(value) => files.push(CgroupFile {
+                    name: name.to_owned(),
+                    value,
+                    ..CgroupFile::default()
+                }),
+                Err(error)
+                    if gone(&error) || error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {}
+                Err(source) => return Err(io_error(&path, "read", source)),
+            }
+        }
+        Ok(files)
     }
 
     /// Removes the cgroup and what the container has made beneath it, when its last process is gone; `kill_all` first.

@@ -2,6 +2,8 @@
 
 use std::error::Error;
 
+pub use bulkhead_shim::error::line;
+
 /// Bulkhead itself failed.
 pub const OWN: u8 = 125;
 /// The container's program cannot be executed.
@@ -50,20 +52,6 @@ impl Failure {
         // There is nowhere to report a closed standard error to.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
-}
-
-/// An error with its causes, on one line. A cause that its error has quoted already is not repeated.
-pub fn line(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text.replace('\n', " ")
 }
 
 impl<E: Error> From<E> for Failure {

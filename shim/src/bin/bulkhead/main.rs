@@ -3,6 +3,7 @@
 mod check;
 mod failure;
 mod gc;
+mod install;
 mod probe;
 mod run;
 mod signals;
@@ -56,6 +57,10 @@ enum Command {
     Check(check::Arguments),
     /// Give back what pods held whose owner is dead
     Gc(gc::Arguments),
+    /// Make Bulkhead known to containerd and write a RuntimeClass for Kubernetes
+    Install(install::Arguments),
+    /// Undo what `install` has done
+    Uninstall(install::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -95,6 +100,8 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
         Some(Command::Run(arguments)) => run::run(&arguments, &config, began_ns),
         Some(Command::Check(arguments)) => check::check(&arguments, &config),
         Some(Command::Gc(arguments)) => gc::gc(&arguments, &config),
+        Some(Command::Install(arguments)) => install::install(&arguments),
+        Some(Command::Uninstall(arguments)) => install::uninstall(&arguments),
         None => Err(Failure::new("what to do? See `bulkhead --help`")),
     }
 }

@@ -1,0 +1,127 @@
+//! `start`: a socket, a daemon that serves it, an address on standard output. Nothing on standard error unless it fails.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail};
+use bulkhead_shim::{
+    bootstrap::{self, Greeting},
+    oci::{self, Bundle, Role},
+    sys::daemon,
+};
+
+use crate::flags::Flags;
+
+/// Largest greeting, in bytes.
+const MAX_GREETING: u64 = 4 << 20;
+
+/// Starts or finds the shim of the pod that the container belongs to. The working directory is its bundle.
+pub fn start(flags: &Flags) -> Result<()> {
+    let mut greeting = Vec::new();
+    io::stdin()
+        .take(MAX_GREETING)
+        .read_to_end(&mut greeting)
+        .context("cannot read the standard input")?;
+    let greeting = Greeting::parse(&greeting, &flags.id, &flags.namespace);
+    let group = group(&flags.id)?;
+    let directory = greeting.socket_dir();
+    let path = bootstrap::socket_path(&directory, &flags.address, &flags.namespace, &group);
+    let address = format!("unix://{}", path.display());
+    if group == flags.id {
+        if let Some(listener) = bind(&directory, &path)? {
+            let started = launch(flags, &greeting, &listener);
+            if started.is_err() {
+                let _ = fs::remove_file(&path);
+            }
+            started?;
+        }
+    } else if UnixStream::connect(&path).is_err() {
+        bail!("the shim of pod {group:?}, which this container belongs to, does not run");
+    }
+    // containerd 1.7 and CRI-O find the shim again by this file, and by nothing else.
+    fs::write("address", &address).context("cannot write the file \"address\" of the bundle")?;
+    io::stdout()
+        .write_all(&greeting.reply(&address))
+        .context("cannot write the address")
+}
+
+/// The pod: by the annotations of config.json, which a sandbox of containerd 2's own kind does not have.
+fn group(id: &str) -> Result<String> {
+    if !Path::new("config.json").exists() {
+        return Ok(id.into());
+    }
+    let bundle = Bundle::load(Path::new("."))?;
+    let annotations = bundle.spec.annotations().clone().unwrap_or_default();
+    Ok(match oci::role(&annotations, id) {
+        Role::Member(sandbox) => sandbox,
+        Role::Alone | Role::Sandbox => id.into(),
+    })
+}
+
+/// The listening socket; `None`: a shim listens there already.
+fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("cannot make the directory {}", directory.display()))?;
+    let bound = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Ok(None);
+            }
+            // A dead shim's.
+            fs::remove_file(path)
+                .with_context(|| format!("cannot remove the socket {}", path.display()))?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    };
+    let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect the socket {}", path.display()))?;
+    Ok(Some(listener))
+}
+
+fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result<()> {
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut arguments = vec!["-namespace", &flags.namespace, "-id", &flags.id];
+    arguments.extend(["-address", &flags.address]);
+    let mut debug = flags.debug;
+    let mut environment = Vec::new();
+    if let Greeting::Bootstrap(params) = greeting {
+        // INFO is 0, and more talkative is less.
+        debug |= params.log_level.value() < 0;
+        environment.push(("TTRPC_ADDRESS", params.containerd_ttrpc_address.as_str()));
+    }
+    if debug {
+        arguments.push("-debug");
+    }
+    let pid = daemon::spawn(&own, &arguments, &environment, listener.as_raw_fd())
+        .context("cannot start the daemon")?;
+    adjust_oom_score(pid);
+    Ok(())
+}
+
+/// One more than containerd's own, so that the kernel takes the shim before it takes containerd.
+fn adjust_oom_score(pid: u32) {
+    let parent = std::os::unix::process::parent_id();
+    let Ok(text) = fs::read_to_string(format!("/proc/{parent}/oom_score_adj")) else {
+        return;
+    };
+    if let Ok(score) = text.trim().parse::<i32>() {
+        let score = (score + 1).min(1000).to_string();
+        // Without it the kernel's choice is a little worse.
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), score);
+    }
+}

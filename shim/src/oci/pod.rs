@@ -1,0 +1,215 @@
+//! What a pod's own config.json says (CRI's sandbox container), and what paths of the host mean in those of its members.
+//!
+//! Engines tell the members of a pod what to share by paths of the host: `/proc/PID/ns/*` of the pod's pid, the network
+//! namespace that CNI has set up, the tmpfs that is mounted for /dev/shm. In a guest these mean "the pod's".
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
+
+use super::{Bundle, Error, invalid, namespaces, unsupported};
+
+/// The annotations by which engines name the pod, the first that is there.
+const SANDBOX_IDS: &[&str] = &[
+    "io.containerd.runc.v2.group",
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+];
+/// The annotations by which they tell the pod's own container from its members.
+const CONTAINER_TYPES: &[&str] = &[
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
+
+/// What a container is to a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Container and pod in one (`ctr`, nerdctl, Docker).
+    Alone,
+    /// The pod's own container, which holds the pod and runs nothing (CRI's pause container).
+    Sandbox,
+    /// A member of the pod with this id.
+    Member(String),
+}
+
+/// Tells a container's role from its annotations.
+pub fn role(annotations: &HashMap<String, String>, id: &str) -> Role {
+    let first = |names: &[&str]| names.iter().find_map(|name| annotations.get(*name));
+    match (
+        first(CONTAINER_TYPES).map(String::as_str),
+        first(SANDBOX_IDS),
+    ) {
+        (Some("sandbox"), _) => Role::Sandbox,
+        (_, Some(sandbox)) if sandbox != id => Role::Member(sandbox.clone()),
+        _ => Role::Alone,
+    }
+}
+
+/// What the host's paths in a member's config.json stand for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodPaths {
+    /// The pid whose `/proc/PID/ns/*` are the pod's.
+    pub pid: Option<i32>,
+    /// The network namespace that the engine has made for the pod.
+    pub network: Option<PathBuf>,
+    /// The tmpfs that the engine has made for the pod's /dev/shm.
+    pub shm: Option<PathBuf>,
+}
+
+impl PodPaths {
+    /// Whether `path` names the pod's namespace of this type.
+    pub(super) fn is_own(&self, kind: Type, path: &Path) -> bool {
+        if kind == Type::Network && self.network.as_deref() == Some(path) {
+            return true;
+        }
+        let name = match kind {
+            Type::Pid => "pid",
+            Type::Ipc => "ipc",
+            Type::Uts => "uts",
+            Type::Network => "net",
+            _ => return false,
+        };
+        self.pid
+            .is_some_and(|pid| path == Path::new(&format!("/proc/{pid}/ns/{name}")))
+    }
+}
+
+/// What a pod's own config.json asks for; nothing of it is run.
+#[derive(Clone, Debug, Default)]
+pub struct PodPlan {
+    /// `hostname`.
+    pub hostname: String,
+    /// Paths that its members will name.
+    pub paths: PodPaths,
+    /// Size of the pod's /dev/shm in bytes; 0: none.
+    pub shm_bytes: u64,
+    /// For the namespaces that the members share.
+    pub sysctls: HashMap<String, String>,
+}
+
+/// Reads the pod's part of a sandbox container's or a lone container's configuration.
+pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
+    let spec = &bundle.spec;
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| invalid("linux", "is missing"))?;
+    let network = namespaces::path_of(linux, Type::Network);
+    let shm = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .find(|mount| mount.destination() == Path::new("/dev/shm"))
+        .filter(|mount| mount.typ().as_deref() == Some("bind"))
+        .and_then(|mount| mount.source().clone());
+    let shm_bytes = match &shm {
+        None => 0,
+        Some(path) => {
+            let found = nix::sys::statvfs::statvfs(path).map_err(|errno| Error::Read {
+                path: path.clone(),
+                source: errno.into(),
+            })?;
+            found.blocks().saturating_mul(found.fragment_size())
+        }
+    };
+    Ok(PodPlan {
+        hostname: spec.hostname().clone().unwrap_or_default(),
+        paths: PodPaths {
+            pid: None,
+            network,
+            shm,
+        },
+        shm_bytes,
+        sysctls: super::sysctls(linux)?,
+    })
+}
+
+/// Refuses a pod that asks for namespaces of the host, by the words of Kubernetes.
+pub fn check_sandbox(bundle: &Bundle) -> Result<(), Error> {
+    let empty = Vec::new();
+    let linux = bundle.spec.linux().as_ref();
+    let listed = linux
+        .and_then(|linux| linux.namespaces().as_ref())
+        .unwrap_or(&empty);
+    let has = |kind: Type| {
+        listed
+            .iter()
+            .any(|namespace: &spec::LinuxNamespace| namespace.typ() == kind)
+    };
+    let table = [
+        (
+            Type::Network,
+            "hostNetwork",
+            "the host's network cannot be given to a guest",
+        ),
+        (
+            Type::Pid,
+            "hostPID",
+            "the host's processes cannot be shown to a guest",
+        ),
+        (
+            Type::Ipc,
+            "hostIPC",
+            "the host's shared memory cannot be given to a guest",
+        ),
+    ];
+    match table.iter().find(|(kind, _, _)| !has(*kind)) {
+        Some((_, field, reason)) => Err(unsupported(
+            *field,
+            format!("{reason}; run this pod with another runtime class"),
+        )),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotations(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).into(), (*value).into()))
+            .collect()
+    }
+
+    #[test]
+    fn roles_follow_the_annotations_of_each_engine() {
+        let cri = |kind, sandbox| {
+            annotations(&[
+                ("io.kubernetes.cri.container-type", kind),
+                ("io.kubernetes.cri.sandbox-id", sandbox),
+            ])
+        };
+        assert_eq!(role(&annotations(&[]), "a"), Role::Alone);
+        assert_eq!(role(&cri("sandbox", "a"), "a"), Role::Sandbox);
+        assert_eq!(role(&cri("container", "p"), "a"), Role::Member("p".into()));
+        let crio = annotations(&[
+            ("io.kubernetes.cri-o.ContainerType", "container"),
+            ("io.kubernetes.cri-o.SandboxID", "p"),
+        ]);
+        assert_eq!(role(&crio, "a"), Role::Member("p".into()));
+        let group = annotations(&[("io.containerd.runc.v2.group", "a")]);
+        assert_eq!(role(&group, "a"), Role::Alone);
+        assert_eq!(role(&group, "b"), Role::Member("a".into()));
+    }
+
+    #[test]
+    fn paths_of_the_pod_are_known_and_no_others() {
+        let paths = PodPaths {
+            pid: Some(42),
+            network: Some("/run/netns/x".into()),
+            shm: None,
+        };
+        assert!(paths.is_own(Type::Ipc, Path::new("/proc/42/ns/ipc")));
+        assert!(paths.is_own(Type::Network, Path::new("/run/netns/x")));
+        assert!(paths.is_own(Type::Network, Path::new("/proc/42/ns/net")));
+        assert!(!paths.is_own(Type::Network, Path::new("/run/netns/y")));
+        assert!(!paths.is_own(Type::Pid, Path::new("/proc/42/ns/ipc")));
+        assert!(!paths.is_own(Type::Pid, Path::new("/proc/43/ns/pid")));
+        assert!(!paths.is_own(Type::User, Path::new("/proc/42/ns/user")));
+    }
+}

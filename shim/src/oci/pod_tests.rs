@@ -1,0 +1,110 @@
+//! What an engine's configurations mean beside a lone bundle's.
+
+use serde_json::{Value, json};
+
+use super::*;
+use bulkhead_agent_protocol::agent::namespaces::Kind;
+
+fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
+    let mut config = json!({
+        "ociVersion": "1.1.0",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/", "apparmorProfile": "cri-containerd.apparmor.d"},
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/dev", "options": ["rbind", "rw"]}],
+        "linux": {"namespaces": [
+            {"type": "mount"},
+            {"type": "pid"},
+            {"type": "ipc", "path": "/proc/42/ns/ipc"},
+            {"type": "network", "path": "/run/netns/pod"}
+        ]}
+    });
+    change(&mut config);
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("rootfs")).unwrap();
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let bundle = Bundle::load(dir.path()).unwrap();
+    (dir, bundle)
+}
+
+fn paths() -> PodPaths {
+    PodPaths {
+        pid: Some(42),
+        network: Some("/run/netns/pod".into()),
+        shm: Some("/dev".into()),
+    }
+}
+
+#[test]
+fn a_members_paths_are_the_pods() {
+    let (_dir, bundle) = bundle(|_| ());
+    let plan = plan_in_pod(&bundle, "c", &paths()).unwrap();
+    let namespaces = &plan.container.namespaces;
+    assert_eq!(namespaces.ipc, Kind::SANDBOX.into());
+    assert_eq!(namespaces.network, Kind::SANDBOX.into());
+    assert_eq!(namespaces.pid, Kind::NEW.into());
+    assert_eq!(plan.container.mounts[0].source, GUEST_SHM);
+    assert!(plan.binds.is_empty());
+}
+
+#[test]
+fn paths_of_others_are_refused() {
+    let (_dir, bundle) = bundle(|_| ());
+    let other = PodPaths {
+        pid: Some(43),
+        ..paths()
+    };
+    let error = plan_in_pod(&bundle, "c", &other).unwrap_err().to_string();
+    assert!(
+        error.contains("linux.namespaces: ipc with a path"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_engines_default_profile_is_ignored_and_a_chosen_one_is_not() {
+    let (_dir, chosen) = bundle(|config| {
+        config["process"]["apparmorProfile"] = json!("mine");
+    });
+    let error = plan_in_pod(&chosen, "c", &paths()).unwrap_err().to_string();
+    assert!(error.contains("process.apparmorProfile"), "{error}");
+    // Without an engine nobody sets a default.
+    let (_dir, lone) = bundle(|config| {
+        config["linux"]["namespaces"] =
+            json!([{"type": "mount"}, {"type": "pid"}, {"type": "network"}]);
+        config["mounts"] = json!([]);
+    });
+    let error = plan(&lone, "c").unwrap_err().to_string();
+    assert!(error.contains("process.apparmorProfile"), "{error}");
+}
+
+#[test]
+fn a_pod_is_read_from_its_own_container() {
+    let (_dir, bundle) = bundle(|config| {
+        config["hostname"] = json!("pod");
+        config["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
+    });
+    check_sandbox(&bundle).unwrap();
+    let pod = pod_plan(&bundle).unwrap();
+    assert_eq!(pod.hostname, "pod");
+    assert_eq!(
+        pod.paths.network.as_deref(),
+        Some(Path::new("/run/netns/pod"))
+    );
+    assert!(pod.shm_bytes > 0 && pod.sysctls.len() == 1);
+}
+
+#[test]
+fn namespaces_of_the_node_are_refused_by_kubernetes_words() {
+    for (kind, word) in [
+        ("network", "hostNetwork"),
+        ("pid", "hostPID"),
+        ("ipc", "hostIPC"),
+    ] {
+        let (_dir, bundle) = bundle(|config| {
+            let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
+            listed.retain(|namespace| namespace["type"] != kind);
+        });
+        let error = check_sandbox(&bundle).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}

@@ -1,0 +1,306 @@
+//! The standard streams of a task's process, as containerd names them.
+//!
+//! | name | what |
+//! | --- | --- |
+//! | empty | /dev/null |
+//! | `/path`, `fifo:///path` | a FIFO that the client has made |
+//! | `file:///path` | a file, appended to |
+//! | `binary:///path?key=value` | a logger: a program that reads the output from its descriptors 3 and 4 |
+//!
+//! A FIFO is held open at both ends by us, so that a client which goes away neither breaks the container's output nor ends its
+//! input: another one may come. Only CloseIO ends the input.
+
+mod logger;
+mod relay;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt, OpenOptionsExt},
+            net::UnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::task::JoinHandle;
+
+use logger::Logger;
+use relay::Sink;
+
+/// Why a stream cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A form that we do not know.
+    #[error("{0:?} is no stream that this shim knows: a path, fifo://, file:// and binary:// are")]
+    Form(String),
+    /// It cannot be opened.
+    #[error("cannot open the stream {path}")]
+    Open {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A logger cannot be started.
+    #[error("cannot start the logger {path}: {reason}")]
+    Logger {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// How containerd names the streams of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// Input.
+    pub stdin: String,
+    /// Output.
+    pub stdout: String,
+    /// Errors; empty with a terminal.
+    pub stderr: String,
+    /// Input and output are one terminal.
+    pub terminal: bool,
+}
+
+/// Whose streams they are, for a logger.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The container.
+    pub container: &'a str,
+}
+
+/// A parsed name.
+#[derive(Debug, PartialEq, Eq)]
+enum Name {
+    Null,
+    Fifo(PathBuf),
+    File(PathBuf),
+    Binary(PathBuf, Vec<String>),
+}
+
+fn parse(name: &str) -> Result<Name, Error> {
+    if name.is_empty() {
+        return Ok(Name::Null);
+    }
+    let (scheme, rest) = name.split_once("://").unwrap_or(("fifo", name));
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if !path.starts_with('/') {
+        return Err(Error::Form(name.into()));
+    }
+    match scheme {
+        "fifo" => Ok(Name::Fifo(rest.into())),
+        "file" => Ok(Name::File(path.into())),
+        "binary" => Ok(Name::Binary(path.into(), logger::arguments(query))),
+        _ => Err(Error::Form(name.into())),
+    }
+}
+
+/// The host's ends of a process' streams, opened.
+#[derive(Debug)]
+pub struct Ends {
+    stdin: Option<PathBuf>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
+}
+
+#[derive(Debug)]
+struct Input {
+    reader: OwnedFd,
+    /// Keeps the FIFO from ending while no client has it open.
+    holder: OwnedFd,
+}
+
+impl Ends {
+    /// Opens what `names` says.
+    pub async fn open(names: &Names, owner: Owner<'_>) -> Result<Ends, Error> {
+        let stdin = match parse(&names.stdin)? {
+            Name::Null => None,
+            Name::Fifo(path) => Some(path),
+            _ => return Err(Error::Form(names.stdin.clone())),
+        };
+        if let Name::Binary(path, arguments) = parse(&names.stdout)? {
+            let started = Logger::start(&path, &arguments, owner, names.terminal).await?;
+            return Ok(Ends {
+                stdin,
+                stdout: Some(started.stdout),
+                stderr: started.stderr,
+                logger: Some(started.logger),
+            });
+        }
+        let stderr = match names.terminal {
+            true => None,
+            false => open_output(&names.stderr)?,
+        };
+        Ok(Ends {
+            stdin,
+            stdout: open_output(&names.stdout)?,
+            stderr,
+            logger: None,
+        })
+    }
+
+    /// Which of stdin, stdout and stderr exist, and so need a stream to the guest.
+    pub fn wanted(&self) -> [bool; 3] {
+        [
+            self.stdin.is_some(),
+            self.stdout.is_some(),
+            self.stderr.is_some(),
+        ]
+    }
+
+    /// Joins them to the host's ends of the guest's streams, in the same order.
+    pub fn join(self, streams: [Option<UnixStream>; 3]) -> io::Result<Streams> {
+        let [stdin, stdout, stderr] = streams;
+        let mut joined = Streams::default();
+        joined.logger = self.logger;
+        joined.waiting = self.stdin.zip(stdin);
+        for (sink, stream) in [(self.stdout, stdout), (self.stderr, stderr)] {
+            if let (Some(sink), Some(stream)) = (sink, stream) {
+                joined.output.push(relay::drain(stream, sink)?);
+            }
+        }
+        Ok(joined)
+    }
+}
+
+fn open_input(path: &Path) -> Result<Input, Error> {
+    let error = |source| Error::Open {
+        path: path.into(),
+        source,
+    };
+    let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK).open(path);
+    // The reader first: a FIFO without one cannot be opened for writing (fifo(7)).
+    let reader = open(OpenOptions::new().read(true)).map_err(error)?;
+    let holder = open(OpenOptions::new().write(true)).map_err(error)?;
+    Ok(Input {
+        reader: reader.into(),
+        holder: holder.into(),
+    })
+}
+
+fn open_output(name: &str) -> Result<Option<Sink>, Error> {
+    match parse(name)? {
+        Name::Null => Ok(None),
+        Name::Fifo(path) => open_fifo(&path).map(Some),
+        Name::File(path) => open_file(&path).map(Some),
+        // stdout's logger has both.
+        Name::Binary(..) => Ok(None),
+    }
+}
+
+fn open_fifo(path: &Path) -> Result<Sink, Error> {
+    let error = |source| Error::Open {
+        path: path.into(),
+        source,
+    };
+    let kind = fs::metadata(path).map_err(error)?.file_type();
+    if !kind.is_fifo() {
+        return open_file(path);
+    }
+    // For reading too: a client that closes its end and comes back finds everything, and we never a broken pipe.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(error)?;
+    Sink::pipe(file.into()).map_err(error)
+}
+
+fn open_file(path: &Path) -> Result<Sink, Error> {
+    let error = |source| Error::Open {
+        path: path.into(),
+        source,
+    };
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(error)?;
+    }
+    let file: File = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o644)
+        .open(path)
+        .map_err(error)?;
+    Ok(Sink::File(file))
+}
+
+/// The running streams of a process. Dropping them stops all.
+#[derive(Debug, Default)]
+pub struct Streams {
+    /// The input before the process is started.
+    waiting: Option<(PathBuf, UnixStream)>,
+    holder: Option<OwnedFd>,
+    input: Option<JoinHandle<()>>,
+    output: Vec<JoinHandle<()>>,
+    logger: Option<Logger>,
+}
+
+impl Streams {
+    /// Begins to pass the input on. Not before the process is started: a client whose writing is taken earlier may come to its
+    /// input's end before it has a task on which to call CloseIO (`ctr` 1.7 forgets the call then).
+    pub fn open_input(&mut self) -> Result<(), Error> {
+        let Some((path, stream)) = self.waiting.take() else {
+            return Ok(());
+        };
+        let input = open_input(&path)?;
+        self.holder = Some(input.holder);
+        let fed = relay::feed(input.reader, stream);
+        self.input = Some(fed.map_err(|source| Error::Open { path, source })?);
+        Ok(())
+    }
+
+    /// Lets the input end when its last client has closed it.
+    pub fn close_input(&mut self) {
+        self.holder = None;
+    }
+
+    /// Waits until all output has been passed on; the process has ended. A process that it has left behind may keep its output
+    /// open for ever, and a client may never read: hence `limit`. `false`: it has passed.
+    pub async fn finish(mut self, limit: Duration) -> bool {
+        self.holder = None;
+        if let Some(input) = self.input.take() {
+            input.abort();
+        }
+        let output = &mut self.output;
+        let all = async {
+            for relay in output {
+                // It ends by itself, or with a panic that was logged.
+                let _ = relay.await;
+            }
+        };
+        let in_time = tokio::time::timeout(limit, all).await.is_ok();
+        // Aborted or ended, they have let go of the logger's pipes before it is asked to end.
+        for relay in std::mem::take(&mut self.output) {
+            // One that has ended was waited for above, and must not be again.
+            if !relay.is_finished() {
+                relay.abort();
+                let _ = relay.await;
+            }
+        }
+        if let Some(logger) = self.logger.take() {
+            logger.finish().await;
+        }
+        in_time
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        for relay in self.input.iter().chain(&self.output) {
+            relay.abort();
+        }
+    }
+}

@@ -1,0 +1,161 @@
+use std::io::{Read, Write};
+
+use super::*;
+
+const OWNER: Owner<'_> = Owner {
+    namespace: "ns",
+    container: "c",
+};
+
+fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
+    let path = dir.path().join(name);
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    path.to_str().unwrap().into()
+}
+
+fn bytes(length: usize) -> Vec<u8> {
+    (0..length).map(|index| (index * 31 % 251) as u8).collect()
+}
+
+/// The guest's ends of stdin, stdout and stderr, and the running streams.
+async fn joined(names: &Names) -> ([UnixStream; 3], Streams) {
+    let ends = Ends::open(names, OWNER).await.unwrap();
+    let wanted = ends.wanted();
+    let pairs = [(); 3].map(|()| UnixStream::pair().unwrap());
+    let mut guest = Vec::new();
+    let mut ours = Vec::new();
+    for ((theirs, own), wanted) in pairs.into_iter().zip(wanted) {
+        guest.push(theirs);
+        ours.push(wanted.then_some(own));
+    }
+    let ours = <[Option<UnixStream>; 3]>::try_from(ours).unwrap();
+    let mut streams = ends.join(ours).unwrap();
+    streams.open_input().unwrap();
+    (guest.try_into().unwrap(), streams)
+}
+
+#[test]
+fn names_are_parsed() {
+    assert_eq!(parse("").unwrap(), Name::Null);
+    assert_eq!(parse("/a?b").unwrap(), Name::Fifo("/a?b".into()));
+    assert_eq!(parse("fifo:///a").unwrap(), Name::Fifo("/a".into()));
+    assert_eq!(parse("file:///a?x=y").unwrap(), Name::File("/a".into()));
+    let logger = Name::Binary("/bin/l".into(), vec!["k".into(), "v".into()]);
+    assert_eq!(parse("binary:///bin/l?k=v").unwrap(), logger);
+    for bad in ["relative", "ttrpc+unix:///s?streaming_id=1", "file://a"] {
+        parse(bad).unwrap_err();
+    }
+}
+
+#[tokio::test]
+async fn input_ends_by_close_io_and_not_by_a_client_that_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdin = fifo(&dir, "in");
+    let names = Names {
+        stdin: stdin.clone(),
+        ..Names::default()
+    };
+    let ([mut guest, ..], mut streams) = joined(&names).await;
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut all = Vec::new();
+        guest.read_to_end(&mut all).unwrap();
+        all
+    });
+    for text in ["first ", "second"] {
+        // A client comes, writes and goes.
+        let stdin = stdin.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut client = OpenOptions::new().write(true).open(&stdin).unwrap();
+            client.write_all(text.as_bytes()).unwrap();
+        })
+        .await
+        .unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!reader.is_finished());
+    }
+    streams.close_input();
+    assert_eq!(reader.await.unwrap(), b"first second");
+}
+
+#[tokio::test]
+async fn a_burst_is_drained_though_its_writer_has_gone_and_the_client_is_late() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdout = fifo(&dir, "out");
+    let names = Names {
+        stdout: stdout.clone(),
+        ..Names::default()
+    };
+    let ([_, mut guest, _], streams) = joined(&names).await;
+    let burst = bytes(8 << 20);
+    let sent = burst.clone();
+    let writer = tokio::task::spawn_blocking(move || guest.write_all(&sent).unwrap());
+    let client = tokio::task::spawn_blocking(move || {
+        let mut all = Vec::new();
+        std::fs::File::open(stdout)
+            .unwrap()
+            .read_to_end(&mut all)
+            .unwrap();
+        all
+    });
+    writer.await.unwrap();
+    assert!(streams.finish(Duration::from_secs(60)).await);
+    assert!(client.await.unwrap() == burst);
+}
+
+#[tokio::test]
+async fn output_that_never_ends_does_not_hold_up_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdout = fifo(&dir, "out");
+    let names = Names {
+        stdout: stdout.clone(),
+        ..Names::default()
+    };
+    let ([_, guest, _], streams) = joined(&names).await;
+    assert!(!streams.finish(Duration::from_millis(50)).await);
+    drop(guest);
+}
+
+#[tokio::test]
+async fn output_is_appended_to_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deep/log");
+    let name = format!("file://{}", path.display());
+    let names = Names {
+        stdout: name.clone(),
+        stderr: name,
+        ..Names::default()
+    };
+    let ([_, mut out, mut err], streams) = joined(&names).await;
+    out.write_all(b"out\n").unwrap();
+    drop(out);
+    err.write_all(b"err\n").unwrap();
+    drop(err);
+    assert!(streams.finish(Duration::from_secs(60)).await);
+    let mut lines: Vec<String> = std::fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(String::from)
+        .collect();
+    lines.sort();
+    assert_eq!(lines, ["err", "out"]);
+}
+
+#[tokio::test]
+async fn a_logger_gets_everything_and_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("logger");
+    let log = dir.path().join("log");
+    let text = "#!/bin/sh\nexec 5>&-\ncat <&3 >$1\ncat <&4 >>$1\necho $CONTAINER_NAMESPACE/$CONTAINER_ID >>$1\n";
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let names = Names {
+        stdout: format!("binary://{}?{}", script.display(), log.display()),
+        ..Names::default()
+    };
+    let ([_, mut out, mut err], streams) = joined(&names).await;
+    out.write_all(b"out ").unwrap();
+    err.write_all(b"err ").unwrap();
+    drop((out, err));
+    assert!(streams.finish(Duration::from_secs(60)).await);
+    assert_eq!(std::fs::read_to_string(log).unwrap(), "out err ns/c\n");
+}

@@ -1,0 +1,416 @@
+//! Create and Start of a container.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bulkhead_agent_protocol::agent as wire;
+use containerd_shim_protos::{
+    api::CreateTaskRequest, events::task as events_wire, types::mount::Mount,
+};
+
+use super::{
+    Error, Exec, Guest, HookState, Phase, Process, Slot, Task, Tasks,
+    end::Undo,
+    metrics::Usage,
+    pod::{Held, Order, Pod},
+};
+use crate::{
+    bootstrap,
+    config::Config,
+    events::Event,
+    hooks::{self, State},
+    ids,
+    layers::Layer,
+    oci::{self, Bundle, Plan, PodPlan, Role},
+    stdio::{Ends, Names, Owner, Streams},
+};
+
+/// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What Create asks for.
+pub(super) struct Wanted {
+    id: String,
+    bundle: Bundle,
+    layers: Vec<Layer>,
+    names: Names,
+    mounts: Vec<Mount>,
+    config: Option<PathBuf>,
+}
+
+/// File of the bundle that names the pod's configuration, for `delete` after our own death.
+pub const CONFIG_NAME: &str = "bulkhead-config";
+
+impl Wanted {
+    pub(super) fn read(request: CreateTaskRequest) -> Result<Wanted, Error> {
+        ids::check("id", &request.id)?;
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unimplemented("restoring from a checkpoint"));
+        }
+        let layers = request.rootfs.iter().map(|mount| Layer {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        });
+        let config = bootstrap::config_path(request.options.as_ref()).map_err(Error::Invalid)?;
+        Ok(Wanted {
+            bundle: Bundle::load(Path::new(&request.bundle))?,
+            config,
+            layers: layers.collect(),
+            names: Names {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+            mounts: request.rootfs,
+            id: request.id,
+        })
+    }
+
+    /// The operator's configuration: what the engine's options name, or the default one.
+    fn config(&self, otherwise: Option<&Path>) -> Result<Config, Error> {
+        let Some(path) = &self.config else {
+            return Ok(Config::load(otherwise)?);
+        };
+        let note = self.bundle.directory.join(CONFIG_NAME);
+        std::fs::write(&note, path.as_os_str().as_encoded_bytes()).map_err(|source| Error::Io {
+            action: format!("write {}", note.display()),
+            source,
+        })?;
+        Ok(Config::load(Some(path))?)
+    }
+
+    fn plan(&self, pod: &PodPlan) -> Result<Plan, Error> {
+        let mut plan = oci::plan_in_pod(&self.bundle, &self.id, &pod.paths)?;
+        let process = plan.container.process.mut_or_insert_default();
+        // The client has made its streams by this word, not by config.json's.
+        process.terminal = self.names.terminal;
+        for (name, value) in &pod.sysctls {
+            let sysctls = &mut plan.container.sysctls;
+            sysctls.entry(name.clone()).or_insert_with(|| value.clone());
+        }
+        Ok(plan)
+    }
+}
+
+impl Tasks {
+    /// Makes a task; its pod first, when it has none.
+    pub(super) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let wanted = Wanted::read(request)?;
+        let id = wanted.id.clone();
+        {
+            let mut slots = self.slots();
+            if slots.contains_key(&id) {
+                return Err(Error::Exists(format!(
+                    "there is a container {id:?} already"
+                )));
+            }
+            slots.insert(id.clone(), Slot::Making);
+        }
+        let mounts = wanted.mounts.clone();
+        match self.make(wanted).await {
+            Ok(task) => {
+                let task = Arc::new(task);
+                self.slots().insert(id, Slot::Made(task.clone()));
+                self.announce(&task, mounts);
+                Ok(task.pid())
+            }
+            Err(error) => {
+                self.slots().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    fn announce(self: &Arc<Self>, task: &Arc<Task>, rootfs: Vec<Mount>) {
+        // For `delete` after our own death: which pid was this?
+        let _ = std::fs::write(task.bundle.join("init.pid"), task.pid().to_string());
+        let names = &task.init.names;
+        let io = events_wire::TaskIO {
+            stdin: names.stdin.clone(),
+            stdout: names.stdout.clone(),
+            stderr: names.stderr.clone(),
+            terminal: names.terminal,
+            ..Default::default()
+        };
+        self.events.publish(Event::Create(events_wire::TaskCreate {
+            container_id: task.id.clone(),
+            bundle: task.bundle.to_string_lossy().into_owned(),
+            rootfs,
+            io: Some(io).into(),
+            pid: task.pid(),
+            ..Default::default()
+        }));
+        if task.holds_pod {
+            tokio::spawn(self.clone().guard(task.pod.clone()));
+        }
+        if task.guest.is_some() {
+            tokio::spawn(self.clone().attend_init(task.clone()));
+        }
+    }
+
+    async fn make(&self, wanted: Wanted) -> Result<Task, Error> {
+        let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
+        match (oci::role(&annotations, &wanted.id), self.pod()) {
+            (Role::Member(sandbox), Some(pod)) if pod.id == sandbox => {
+                self.make_member(wanted, pod).await
+            }
+            (Role::Member(sandbox), _) => Err(Error::State(format!(
+                "the pod {sandbox:?} of container {:?} does not run here",
+                wanted.id
+            ))),
+            (_, Some(pod)) => Err(Error::State(format!(
+                "this shim runs the pod {:?}, and container {:?} is not a member of it",
+                pod.id, wanted.id
+            ))),
+            (Role::Sandbox, None) => self.make_sandbox(wanted).await,
+            (Role::Alone, None) => self.make_alone(wanted).await,
+        }
+    }
+
+    /// A pod's own container: the machine, and nothing in it.
+    async fn make_sandbox(&self, wanted: Wanted) -> Result<Task, Error> {
+        let config = wanted.config(self.place.config.as_deref())?;
+        oci::check_sandbox(&wanted.bundle)?;
+        let plan = oci::pod_plan(&wanted.bundle)?;
+        let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
+        let memory = annotations
+            .get(POD_MEMORY)
+            .and_then(|text| text.parse().ok());
+        let linux = wanted.bundle.spec.linux().as_ref();
+        let order = Order {
+            namespace: &self.place.namespace,
+            id: &wanted.id,
+            plan: &plan,
+            cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
+            host_limits: &[],
+            memory: memory.filter(|bytes| *bytes > 0),
+        };
+        let (pod, ()) = Pod::boot(&config, order, async |_| Ok(())).await?;
+        let pod = Arc::new(pod);
+        self.set_pod(Some(pod.clone()));
+        Ok(task(wanted, pod, None, true, Streams::default()))
+    }
+
+    /// A container with a machine of its own.
+    async fn make_alone(&self, wanted: Wanted) -> Result<Task, Error> {
+        let config = wanted.config(self.place.config.as_deref())?;
+        let pod_plan = PodPlan {
+            // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
+            shm_bytes: 0,
+            sysctls: Default::default(),
+            ..oci::pod_plan(&wanted.bundle)?
+        };
+        let pod_plan = PodPlan {
+            paths: oci::PodPaths {
+                shm: None,
+                ..pod_plan.paths
+            },
+            ..pod_plan
+        };
+        let mut plan = wanted.plan(&pod_plan)?;
+        let cgroups_path = plan.cgroups_path.clone();
+        let host_limits = plan.host_limits.clone();
+        let order = Order {
+            namespace: &self.place.namespace,
+            id: &wanted.id,
+            plan: &pod_plan,
+            cgroups_path: cgroups_path.as_deref(),
+            host_limits: &host_limits,
+            memory: memory_limit(&wanted.bundle),
+        };
+        let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
+        let prepared = async |held: &mut Held| {
+            held.place(&wanted.id, &mut plan, &wanted.layers).await?;
+            held.streams(opened).await
+        };
+        let (pod, (stdio, streams)) = Pod::boot(&config, order, prepared).await?;
+        let pod = Arc::new(pod);
+        match create_in_guest(&pod, &wanted, &plan, stdio).await {
+            Ok(()) => {
+                self.set_pod(Some(pod.clone()));
+                Ok(task(wanted, pod, Some(guest(plan)), true, streams))
+            }
+            Err(error) => {
+                pod.destroy().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// A container of a pod that runs.
+    async fn make_member(&self, wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
+        let mut plan = wanted.plan(&pod.plan)?;
+        pod.admit(&plan.container.namespaces)?;
+        let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
+        let made = async {
+            let (stdio, streams) = {
+                let mut held = pod.held().await;
+                let Some(held) = held.as_mut() else {
+                    return Err(Error::State(format!("the pod {:?} has ended", pod.id)));
+                };
+                held.place(&wanted.id, &mut plan, &wanted.layers).await?;
+                held.streams(opened).await?
+            };
+            create_in_guest(&pod, &wanted, &plan, stdio).await?;
+            Ok(streams)
+        };
+        match made.await {
+            Ok(streams) => Ok(task(wanted, pod, Some(guest(plan)), false, streams)),
+            Err(error) => {
+                Undo::of(&pod, &wanted.id).run().await;
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn owner<'a>(&'a self, container: &'a str) -> Owner<'a> {
+        Owner {
+            namespace: &self.place.namespace,
+            container,
+        }
+    }
+
+    /// Lets a created init exec.
+    pub(super) async fn start_init(&self, task: &Arc<Task>) -> Result<u32, Error> {
+        let init = &task.init;
+        init.step(&[Phase::Created], Phase::Starting)
+            .map_err(|phase| init.refuse("start", phase))?;
+        if let Some(guest) = &task.guest {
+            let started = match init.open_input() {
+                Ok(()) => task.pod.agent.start(&task.id).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = started {
+                // It never ran: its end is told by this error and not by an event.
+                init.stop(super::Exit::now(exec_status(&error)));
+                return Err(error);
+            }
+            let state = guest.plan.state(task, "running");
+            if let Err(error) = hooks::run("poststart", &guest.hooks.started, &state).await {
+                // OCI runtime.md#lifecycle: a failing poststart hook stops the container.
+                let _ = task.pod.agent.signal(&task.id, libc::SIGKILL).await;
+                init.stop(super::Exit::now(255));
+                return Err(error.into());
+            }
+        }
+        let started = Event::Start(events_wire::TaskStart {
+            container_id: task.id.clone(),
+            pid: task.pid(),
+            ..Default::default()
+        });
+        // Whoever waits for its end waits until it is not starting any more: the start is told first. Only the pod's end does
+        // not wait; then there was no start.
+        init.step_and(&[Phase::Starting], Phase::Running, || {
+            self.events.publish(started);
+        })
+        .map_err(|phase| init.refuse("start", phase))?;
+        Ok(task.pid())
+    }
+}
+
+/// The shells' codes for a program that is not there or cannot be executed.
+pub(super) fn exec_status(error: &Error) -> u32 {
+    match error {
+        Error::Agent(crate::agent::Error::Refused { message, .. }) => match () {
+            () if message.ends_with("executable file not found in $PATH") => 127,
+            () if message.ends_with("no such file or directory") => 127,
+            () if message.ends_with("permission denied") => 126,
+            () => 255,
+        },
+        _ => 255,
+    }
+}
+
+fn task(
+    wanted: Wanted,
+    pod: Arc<Pod>,
+    guest: Option<Guest>,
+    holds_pod: bool,
+    streams: Streams,
+) -> Task {
+    let init = Process::new("", wanted.names, Phase::Created);
+    init.connect(streams);
+    Task {
+        id: wanted.id,
+        bundle: wanted.bundle.directory,
+        init: Arc::new(init),
+        pod,
+        holds_pod,
+        guest,
+        execs: std::sync::Mutex::new(BTreeMap::<String, Arc<Exec>>::new()),
+        usage: Usage::default(),
+        deletion: tokio::sync::Mutex::new(()),
+    }
+}
+
+fn guest(plan: Plan) -> Guest {
+    Guest {
+        plan: HookState::of(&plan),
+        process: plan.container.process.unwrap_or_default(),
+        hooks: plan.hooks,
+    }
+}
+
+fn memory_limit(bundle: &Bundle) -> Option<u64> {
+    let linux = bundle.spec.linux().as_ref()?;
+    let memory = linux.resources().as_ref()?.memory().as_ref()?;
+    memory.limit().and_then(|limit| u64::try_from(limit).ok())
+}
+
+/// From a ready guest to an init that stands before its exec.
+async fn create_in_guest(
+    pod: &Pod,
+    wanted: &Wanted,
+    plan: &Plan,
+    stdio: wire::Stdio,
+) -> Result<(), Error> {
+    let hook_state = HookState::of(plan);
+    let state = |pid| State {
+        oci_version: &hook_state.oci_version,
+        id: &wanted.id,
+        status: "creating",
+        pid: Some(pid),
+        bundle: &wanted.bundle.directory,
+        annotations: &hook_state.annotations,
+    };
+    hooks::run("createRuntime", &plan.hooks.create, &state(pod.pid)).await?;
+    let mut spec = plan.container.clone();
+    // In the guest the process is the first of its own pid namespace.
+    let inside = State {
+        status: "created",
+        ..state(1)
+    };
+    spec.hook_state = serde_json::to_vec(&inside).expect("a state is made of strings and numbers");
+    let request = wire::CreateContainerRequest {
+        container_id: wanted.id.clone(),
+        spec: Some(spec).into(),
+        stdio: Some(stdio).into(),
+        ..Default::default()
+    };
+    tokio::select! {
+        created = pod.agent.create_container(&request) => match created {
+            // The machine's own words say why the connection broke.
+            Err(crate::agent::Error::Lost { .. }) => Err(pod.watch.trouble().await.into()),
+            other => Ok(other?),
+        },
+        error = pod.watch.trouble() => Err(error.into()),
+    }
+}
+
+impl HookState {
+    pub(super) fn state<'a>(&'a self, task: &'a Task, status: &'a str) -> State<'a> {
+        State {
+            oci_version: &self.oci_version,
+            id: &task.id,
+            status,
+            pid: (status != "stopped").then_some(task.pod.pid),
+            bundle: &task.bundle,
+            annotations: &self.annotations,
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Why a request about a task fails, and the one map from there to the status that containerd sees.
+
+use ttrpc::Code;
+
+use crate::{agent, config, error::line, hooks, ids, layers, oci, sandbox, stdio};
+
+/// A request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such task or process, or it has ended.
+    #[error("{0}")]
+    NotFound(String),
+    /// The id is taken.
+    #[error("{0}")]
+    Exists(String),
+    /// Not in this state.
+    #[error("{0}")]
+    State(String),
+    /// The request contradicts itself.
+    #[error("{0}")]
+    Invalid(String),
+    /// Not offered.
+    #[error("{0} is not offered")]
+    Unimplemented(&'static str),
+    /// An id that cannot be used.
+    #[error(transparent)]
+    Id(#[from] ids::Error),
+    /// The operator's configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// config.json.
+    #[error(transparent)]
+    Oci(#[from] oci::Error),
+    /// The root file system.
+    #[error(transparent)]
+    Layers(#[from] layers::Error),
+    /// The standard streams.
+    #[error(transparent)]
+    Stdio(#[from] stdio::Error),
+    /// A hook of config.json.
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
+    /// The pod.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
+    /// The guest's agent.
+    #[error(transparent)]
+    Agent(#[from] agent::Error),
+    /// The guest does not answer.
+    #[error("the guest did not answer within {0} s")]
+    Hung(u64),
+    /// A system call.
+    #[error("cannot {action}")]
+    Io {
+        /// What.
+        action: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    fn code(&self) -> Code {
+        match self {
+            Error::NotFound(_) => Code::NOT_FOUND,
+            Error::Exists(_) => Code::ALREADY_EXISTS,
+            Error::State(_) => Code::FAILED_PRECONDITION,
+            Error::Invalid(_) | Error::Id(_) | Error::Oci(_) => Code::INVALID_ARGUMENT,
+            Error::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Error::Hung(_) => Code::DEADLINE_EXCEEDED,
+            Error::Agent(agent::Error::Refused { code, .. }) => match code {
+                // Of what containerd must not take for its own: an agent that lacks a method, or half a container.
+                Code::UNIMPLEMENTED | Code::ALREADY_EXISTS => Code::UNKNOWN,
+                code => *code,
+            },
+            _ => Code::UNKNOWN,
+        }
+    }
+
+    /// One line, with the guest's last words where they explain it.
+    pub fn text(&self) -> String {
+        match self {
+            Error::Sandbox(error) => sandbox_text(error),
+            _ => line(self),
+        }
+    }
+}
+
+pub(super) fn sandbox_text(error: &sandbox::Error) -> String {
+    let text = line(error);
+    match error.last_lines() {
+        [] => text,
+        lines => format!("{text} (the last lines: {})", lines.join(" | ")),
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.text()))
+    }
+}

@@ -1,0 +1,414 @@
+//! containerd's tasks over one pod: the state machine, without the protocol's encoding (`service`) and without a policy of its own.
+//!
+//! ```text
+//! Create ──► boot, or place in the pod ──► created ──► Start ──► running ──► exit ──► Delete ──► the last one ends the pod
+//! ```
+//!
+//! - What containerd asks about (State, Pids, Connect, Stats) is answered from here, never by waiting for the guest.
+//! - Events are put into their queue at the moment of the change that they tell, so that their order is that of the changes. An
+//!   init's exit comes after those of its exec processes.
+//! - What changes something runs to its end, even when the client that asked goes away.
+
+mod create;
+mod end;
+mod error;
+mod exec;
+mod metrics;
+mod pod;
+mod process;
+mod service;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bulkhead_agent_protocol::agent as wire;
+use containerd_shim_protos::events::task as events_wire;
+use tokio::sync::Notify;
+
+pub use create::CONFIG_NAME;
+pub use error::Error;
+pub use process::{Exit, Phase, Process};
+pub use service::services;
+
+use crate::{
+    agent,
+    events::{Event, Events, timestamp},
+    oci::{HostHooks, Plan},
+};
+use metrics::Usage;
+use pod::{Pod, Trouble, promptly};
+
+/// How long exec processes may take to end after their container's init has: the agent has killed them by then.
+const STRAGGLERS: Duration = Duration::from_secs(5);
+
+/// Where the shim is.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Another configuration file than the default one.
+    pub config: Option<PathBuf>,
+}
+
+/// A container as containerd's task.
+#[derive(Debug)]
+pub struct Task {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its init.
+    pub init: Arc<Process>,
+    pod: Arc<Pod>,
+    /// The pod's end is this task's.
+    holds_pod: bool,
+    /// `None`: a pod's own container, of which nothing runs in the guest.
+    guest: Option<Guest>,
+    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    usage: Usage,
+    /// One Delete at a time.
+    deletion: tokio::sync::Mutex<()>,
+}
+
+/// What is kept of a container's configuration.
+#[derive(Debug)]
+struct Guest {
+    /// For exec processes: filter and personality.
+    process: wire::Process,
+    hooks: HostHooks,
+    plan: HookState,
+}
+
+/// For the hooks' state.
+#[derive(Debug)]
+struct HookState {
+    oci_version: String,
+    annotations: HashMap<String, String>,
+}
+
+/// An exec process and what it will run.
+#[derive(Debug)]
+struct Exec {
+    process: Process,
+    spec: wire::Process,
+}
+
+impl Task {
+    /// The pid that stands for it on the host.
+    pub fn pid(&self) -> u32 {
+        self.pod.pid.unsigned_abs()
+    }
+
+    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
+        self.execs.lock().expect("no panic while it is held")
+    }
+
+    fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, Error> {
+        let found = self.execs().get(exec_id).cloned();
+        found.ok_or_else(|| {
+            let text = format!("no exec process {exec_id:?} in container {:?}", self.id);
+            Error::NotFound(text)
+        })
+    }
+
+    /// Runs `act` on the init, or on an exec process when `exec_id` names one.
+    fn with<T>(&self, exec_id: &str, act: impl FnOnce(&Process) -> T) -> Result<T, Error> {
+        match exec_id {
+            "" => Ok(act(&self.init)),
+            exec_id => Ok(act(&self.exec(exec_id)?.process)),
+        }
+    }
+}
+
+/// A task, or a reserved id.
+#[derive(Debug)]
+enum Slot {
+    Making,
+    Made(Arc<Task>),
+}
+
+/// All tasks of a shim.
+#[derive(Debug)]
+pub struct Tasks {
+    place: Place,
+    events: Events,
+    tasks: Mutex<HashMap<String, Slot>>,
+    pod: Mutex<Option<Arc<Pod>>>,
+    shutdown: Notify,
+}
+
+impl Tasks {
+    /// None yet.
+    pub fn new(place: Place, events: Events) -> Arc<Tasks> {
+        Arc::new(Tasks {
+            place,
+            events,
+            tasks: Mutex::default(),
+            pod: Mutex::default(),
+            shutdown: Notify::new(),
+        })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.tasks.lock().expect("no panic while it is held")
+    }
+
+    fn task(&self, id: &str) -> Result<Arc<Task>, Error> {
+        match self.slots().get(id) {
+            Some(Slot::Made(task)) => Ok(task.clone()),
+            Some(Slot::Making) => Err(Error::State(format!("container {id:?} is being made"))),
+            None => Err(Error::NotFound(format!("no container {id:?}"))),
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Task>> {
+        let slots = self.slots();
+        let made = slots.values().filter_map(|slot| match slot {
+            Slot::Made(task) => Some(task.clone()),
+            Slot::Making => None,
+        });
+        made.collect()
+    }
+
+    fn pod(&self) -> Option<Arc<Pod>> {
+        self.pod.lock().expect("no panic while it is held").clone()
+    }
+
+    fn set_pod(&self, pod: Option<Arc<Pod>>) {
+        *self.pod.lock().expect("no panic while it is held") = pod;
+    }
+
+    /// Waits until containerd has let the shim go.
+    pub async fn released(&self) {
+        self.shutdown.notified().await;
+    }
+
+    /// Shutdown: heeded when nothing is left to look after.
+    fn shut_down(&self) {
+        if self.slots().is_empty() && self.pod().is_none() {
+            self.shutdown.notify_one();
+        }
+    }
+
+    /// Ends everything because the shim was told to end.
+    pub async fn close(&self, limit: Duration) {
+        if let Some(pod) = self.pod() {
+            pod.begin_end();
+            self.end_all(137, false);
+            pod.destroy().await;
+        }
+        self.events.drained(limit).await;
+    }
+
+    /// Sends a signal. A process that has ended is not found, whatever the signal.
+    async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let phase = task.with(exec_id, Process::phase)?;
+        match phase {
+            Phase::Stopped(_) => return Err(Error::NotFound("process already finished".into())),
+            Phase::Added => return Err(task.with(exec_id, |p| p.refuse("kill", phase))?),
+            _ => {}
+        }
+        if task.guest.is_none() {
+            self.kill_holder(&task, signal);
+            return Ok(());
+        }
+        let agent = &task.pod.agent;
+        let all = all && exec_id.is_empty();
+        match promptly(agent.signal_process(id, exec_id, signal, all)).await {
+            // A guest that does not even kill is ended from outside; the watch tells the rest.
+            Err(Error::Hung(secs)) if signal == libc::SIGKILL as u32 => {
+                tracing::error!(
+                    secs,
+                    "the guest does not answer SIGKILL: the machine is killed"
+                );
+                task.pod.watch.kill();
+                Ok(())
+            }
+            Err(Error::Agent(agent::Error::Lost { .. })) => {
+                Err(Error::NotFound("process already finished".into()))
+            }
+            other => other,
+        }
+    }
+
+    /// The pod's own container behaves like the pause program: it ends by SIGINT and SIGTERM in peace.
+    fn kill_holder(&self, task: &Arc<Task>, signal: u32) {
+        let status = match signal as i32 {
+            libc::SIGKILL => 137,
+            libc::SIGINT | libc::SIGTERM => 0,
+            _ => return,
+        };
+        self.finish(task, &task.init, Exit::now(status), false);
+    }
+
+    /// Pauses or resumes.
+    async fn set_paused(&self, id: &str, paused: bool) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let (from, to, verb) = match paused {
+            true => (Phase::Running, Phase::Paused, "pause"),
+            false => (Phase::Paused, Phase::Running, "resume"),
+        };
+        let phase = task.init.phase();
+        if phase != from {
+            return Err(task.init.refuse(verb, phase));
+        }
+        let container_id = id.to_string();
+        if task.guest.is_some() {
+            match paused {
+                true => promptly(task.pod.agent.pause(id)).await?,
+                false => promptly(task.pod.agent.resume(id)).await?,
+            }
+        }
+        task.init
+            .step(&[from], to)
+            .map_err(|phase| task.init.refuse(verb, phase))?;
+        self.events.publish(match paused {
+            true => Event::Paused(events_wire::TaskPaused {
+                container_id,
+                ..Default::default()
+            }),
+            false => Event::Resumed(events_wire::TaskResumed {
+                container_id,
+                ..Default::default()
+            }),
+        });
+        Ok(())
+    }
+
+    /// Sets a terminal's size; nothing happens where there is none.
+    async fn resize(&self, id: &str, exec_id: &str, rows: u16, columns: u16) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let (terminal, phase) = task.with(exec_id, |process| {
+            process.set_size(rows, columns);
+            (process.names.terminal, process.phase())
+        })?;
+        if !terminal || task.guest.is_none() {
+            return Ok(());
+        }
+        match phase {
+            // An exec process has no terminal before its start, which will look.
+            Phase::Added | Phase::Stopped(_) => Ok(()),
+            Phase::Starting if !exec_id.is_empty() => Ok(()),
+            _ => promptly(task.pod.agent.resize_process(id, exec_id, rows, columns)).await,
+        }
+    }
+
+    /// Sets new limits.
+    async fn update(&self, id: &str, json: &[u8]) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let (resources, host) = crate::oci::new_limits(json)?;
+        if let Some(exit) = task.init.exit() {
+            return Err(task.init.refuse("update", Phase::Stopped(exit)));
+        }
+        if task.guest.is_none() {
+            // Kubernetes resizes a pod: what its containers may use is set on each of them.
+            return task.pod.limit(&host);
+        }
+        promptly(task.pod.agent.update(id, resources)).await?;
+        task.pod.limit(&host)
+    }
+
+    /// Ends a process and tells of it, once.
+    fn finish(&self, task: &Task, process: &Process, exit: Exit, out_of_memory: bool) {
+        let container_id = task.id.clone();
+        let id = match process.exec_id.as_str() {
+            "" => container_id.clone(),
+            exec_id => exec_id.into(),
+        };
+        process.stop_and(exit, || {
+            if out_of_memory {
+                task.usage.note_out_of_memory();
+                self.events.publish(Event::Oom(events_wire::TaskOOM {
+                    container_id: container_id.clone(),
+                    ..Default::default()
+                }));
+            }
+            tracing::info!(container = %container_id, process = %id, status = exit.status, "exited");
+            self.events.publish(Event::Exit(events_wire::TaskExit {
+                container_id,
+                id,
+                pid: task.pid(),
+                exit_status: exit.status,
+                exited_at: timestamp(exit.at),
+                ..Default::default()
+            }));
+        });
+    }
+
+    /// Ends what still runs, by our word, because the pod cannot go on: exec processes before their init.
+    fn end_all(&self, status: u32, out_of_memory: bool) {
+        for task in self.all() {
+            self.end_execs(&task, status);
+            self.finish(&task, &task.init, Exit::now(status), out_of_memory);
+        }
+    }
+
+    fn end_execs(&self, task: &Task, status: u32) {
+        let execs: Vec<_> = task.execs().values().cloned().collect();
+        for exec in execs {
+            if exec.process.phase() != Phase::Added {
+                self.finish(task, &exec.process, Exit::now(status), false);
+            }
+        }
+    }
+
+    /// Watches the pod until its end, and tells of it when nobody wanted it.
+    async fn guard(self: Arc<Self>, pod: Arc<Pod>) {
+        let trouble: Trouble = pod.trouble().await;
+        if pod.is_ending() {
+            return;
+        }
+        tracing::error!(reason = %trouble.reason, "the pod cannot go on");
+        self.end_all(trouble.status, trouble.out_of_memory);
+        pod.destroy().await;
+    }
+
+    /// Waits for a container's init in the guest and tells of its end.
+    async fn attend_init(self: Arc<Self>, task: Arc<Task>) {
+        // A connection that breaks is the pod's trouble, which tells of all.
+        let Ok(answer) = task.pod.agent.wait(&task.id).await else {
+            return;
+        };
+        let exit = Exit::now(answer.exit_status & 0xff);
+        task.init.settled().await;
+        let execs: Vec<_> = task.execs().values().cloned().collect();
+        let stragglers = async {
+            for exec in &execs {
+                if exec.process.phase() != Phase::Added {
+                    exec.process.ended().await;
+                }
+            }
+        };
+        if tokio::time::timeout(STRAGGLERS, stragglers).await.is_err() {
+            tracing::warn!(container = %task.id, "exec processes outlive their container's init");
+            self.end_execs(&task, 137);
+        }
+        self.finish(&task, &task.init, exit, answer.oom_killed);
+        task.usage.refresh(&task.pod.agent, &task.id).await;
+    }
+
+    /// The same for an exec process.
+    async fn attend_exec(self: Arc<Self>, task: Arc<Task>, exec: Arc<Exec>) {
+        let id = &exec.process.exec_id;
+        let Ok(answer) = task.pod.agent.wait_process(&task.id, id).await else {
+            return;
+        };
+        let exit = Exit::now(answer.exit_status & 0xff);
+        exec.process.settled().await;
+        self.finish(&task, &exec.process, exit, false);
+    }
+}
+
+impl HookState {
+    fn of(plan: &Plan) -> HookState {
+        HookState {
+            oci_version: plan.oci_version.clone(),
+            annotations: plan.annotations.clone(),
+        }
+    }
+}

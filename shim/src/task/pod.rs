@@ -1,0 +1,375 @@
+//! The pod under the tasks: one sandbox, the process that stands for it, and the roots of its containers.
+
+use std::{
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use bulkhead_agent_protocol::agent as wire;
+use tokio::{
+    io::Interest,
+    sync::{Mutex, MutexGuard},
+};
+
+use super::Error;
+use crate::{
+    agent::{self, Agent},
+    config::Config,
+    layers::{Layer, Roots},
+    oci::{Plan, PodPlan},
+    sandbox::{self, Parts, Request, Sandbox, Watch},
+    stdio::{Ends, Streams},
+    sys::{
+        self,
+        stub::{self, Network, Stub},
+    },
+};
+
+/// How long the guest may take over something that costs it microseconds.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a pod is made from.
+pub struct Order<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The pod's id.
+    pub id: &'a str,
+    /// What its own config.json says.
+    pub plan: &'a PodPlan,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: Option<&'a Path>,
+    /// Control files of the pod's cgroup.
+    pub host_limits: &'a [(String, String)],
+    /// Bytes of memory that its containers may use, if limited.
+    pub memory: Option<u64>,
+}
+
+/// A pod that runs.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its id.
+    pub id: String,
+    /// The pid that stands for every task of it.
+    pub pid: i32,
+    /// What its members' configurations mean by paths of the host.
+    pub plan: PodPlan,
+    /// The guest's agent.
+    pub agent: Agent,
+    /// Its cgroup on the host.
+    pub cgroup: PathBuf,
+    /// Sees its end.
+    pub watch: Watch,
+    ending: AtomicBool,
+    private_pids: AtomicBool,
+    held: Mutex<Option<Held>>,
+}
+
+/// What must be given back.
+#[derive(Debug)]
+pub struct Held {
+    sandbox: Sandbox,
+    roots: Roots,
+    stub: Stub,
+}
+
+impl Held {
+    /// Mounts a container's root, if the engine has not, and puts its files into the share.
+    pub async fn place(
+        &mut self,
+        id: &str,
+        plan: &mut Plan,
+        layers: &[Layer],
+    ) -> Result<(), Error> {
+        if !layers.is_empty() {
+            plan.root.path = self.roots.mount(self.sandbox.ledger(), id, layers)?;
+        }
+        self.sandbox.place_container(id, plan).await?;
+        Ok(self.sandbox.name_sources(id, &mut plan.container)?)
+    }
+
+    /// Offers the guest the streams that `ends` wants, and joins them.
+    pub async fn streams(&mut self, ends: Ends) -> Result<(wire::Stdio, Streams), Error> {
+        let mut ports = [0; 3];
+        let mut ours = [None, None, None];
+        for (index, wanted) in ends.wanted().into_iter().enumerate() {
+            if wanted {
+                let (port, stream) = self.sandbox.stream().await?;
+                ports[index] = port;
+                ours[index] = Some(stream);
+            }
+        }
+        let streams = ends.join(ours).map_err(|source| Error::Io {
+            action: "join the streams".into(),
+            source,
+        })?;
+        let [stdin_port, stdout_port, stderr_port] = ports;
+        let stdio = wire::Stdio {
+            stdin_port,
+            stdout_port,
+            stderr_port,
+            ..wire::Stdio::default()
+        };
+        Ok((stdio, streams))
+    }
+
+    /// Takes a container's files out of the share and unmounts its root.
+    pub async fn withdraw(&mut self, id: &str) -> Result<(), Error> {
+        self.sandbox.withdraw_container(id).await?;
+        Ok(self.roots.unmount(self.sandbox.ledger(), id)?)
+    }
+
+    /// Waits until the guest is ready.
+    async fn ready(&self, hostname: &str) -> Result<(), Error> {
+        let guest = self.sandbox.ready(hostname).await?;
+        tracing::info!(kernel = %guest.kernel_release, vcpus = guest.vcpus, memory = guest.memory_bytes, "guest ready");
+        Ok(())
+    }
+
+    async fn give_back(self) {
+        let Held { sandbox, stub, .. } = self;
+        let work = move || {
+            let left = sandbox.give_back();
+            stub.release();
+            left
+        };
+        // It waits for processes to end and for mounts to be let go: not on the thread that answers requests.
+        match tokio::task::spawn_blocking(work).await {
+            Ok(left) if left.is_empty() => {}
+            Ok(left) => tracing::error!(left = left.len(), "resources are left; try `bulkhead gc`"),
+            Err(error) => tracing::error!(%error, "the teardown panicked; try `bulkhead gc`"),
+        }
+    }
+}
+
+impl Pod {
+    /// Starts it and, while it boots, does `meanwhile` with it.
+    ///
+    /// # Errors
+    /// Everything taken has been given back.
+    pub async fn boot<T>(
+        config: &Config,
+        order: Order<'_>,
+        meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, Error>,
+    ) -> Result<(Pod, T), Error> {
+        let parts = Parts::open(config)?;
+        let request = Request {
+            namespace: order.namespace,
+            id: order.id,
+            vcpus: config.vcpus,
+            memory_mib: memory_mib(config, order.memory),
+            cgroups_path: order.cgroups_path,
+            host_limits: order.host_limits,
+            serial: None,
+        };
+        let mut sandbox = Sandbox::launch(config, &parts, request).await?;
+        if order.plan.paths.shm.is_some() {
+            sandbox.share_memory(order.plan.shm_bytes);
+        }
+        let stub = match start_stub(&mut sandbox, order.plan) {
+            Ok(stub) => stub,
+            Err(error) => {
+                let _ = tokio::task::spawn_blocking(|| sandbox.give_back()).await;
+                return Err(error);
+            }
+        };
+        let mut held = Held {
+            sandbox,
+            roots: Roots::default(),
+            stub,
+        };
+        let hostname = match order.plan.hostname.as_str() {
+            "" => order.id,
+            name => name,
+        };
+        let done = match meanwhile(&mut held).await {
+            Ok(done) => held.ready(hostname).await.map(|()| done),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(done) => Ok((Pod::new(order, held), done)),
+            Err(error) => {
+                held.give_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn new(order: Order<'_>, held: Held) -> Pod {
+        let pid = held.stub.pid();
+        let mut plan = order.plan.clone();
+        plan.paths.pid = Some(pid);
+        Pod {
+            id: order.id.into(),
+            pid,
+            plan,
+            agent: held.sandbox.agent().clone(),
+            cgroup: held.sandbox.cgroup().into(),
+            watch: held.sandbox.watch(),
+            ending: AtomicBool::new(false),
+            private_pids: AtomicBool::new(false),
+            held: Mutex::new(Some(held)),
+        }
+    }
+
+    /// For a change of what it holds; one at a time. `None`: everything has been given back.
+    pub async fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().await
+    }
+
+    /// Waits until it cannot go on: its status for containerd, whether memory was the reason, and the reason.
+    pub async fn trouble(&self) -> Trouble {
+        let stub = async {
+            let pidfd = match self.held().await.as_ref() {
+                Some(held) => held.stub.pidfd(),
+                None => return std::future::pending().await,
+            };
+            match pidfd.and_then(|pidfd| sys::watch(pidfd, Interest::READABLE)) {
+                Ok(pidfd) => drop(pidfd.readable().await),
+                // Without it only the stub's own death goes unnoticed.
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            error = self.watch.trouble() => Trouble::of(&error, self.out_of_memory()),
+            () = stub => Trouble { status: 137, out_of_memory: self.out_of_memory(), reason: "the process that stands for the pod was killed".into() },
+        }
+    }
+
+    /// Whether the host's kernel has killed in the pod's cgroup for memory.
+    fn out_of_memory(&self) -> bool {
+        let text = std::fs::read_to_string(self.cgroup.join("memory.events")).ok();
+        text.is_some_and(|text| {
+            let mut lines = text
+                .lines()
+                .filter_map(|line| line.strip_prefix("oom_kill "));
+            lines.any(|count| count != "0")
+        })
+    }
+
+    /// Writes limits of the pod's cgroup on the host.
+    pub fn limit(&self, files: &[(String, String)]) -> Result<(), Error> {
+        for (name, value) in files {
+            let path = self.cgroup.join(name);
+            std::fs::write(&path, value).map_err(|source| Error::Io {
+                action: format!("write {value:?} to {}", path.display()),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Checks what a member asks of the pod's pid namespace, and remembers it. All containers of a pod have one pid on the host, so
+    /// that "the pod's pid namespace" and "that of the container TARGET" (`kubectl debug --target`) are one path. In a pod that shares
+    /// its processes every member names it; where one did not, the other meaning is meant, and cannot be given.
+    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), Error> {
+        use wire::namespaces::Kind;
+        if namespaces.pid == Kind::NEW.into() {
+            self.private_pids.store(true, Ordering::Relaxed);
+        } else if self.private_pids.load(Ordering::Relaxed) {
+            return Err(Error::Invalid(
+                "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// From here on its end is wanted. `false`: that was so before.
+    pub fn begin_end(&self) -> bool {
+        !self.ending.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether its end is wanted.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    /// Lets the guest write back and power off, then gives everything back. At once when that was done before.
+    pub async fn end(&self) {
+        // A machine that hangs in somebody's request would keep the lock.
+        let held = match tokio::time::timeout(PATIENCE, self.held.lock()).await {
+            Ok(mut held) => held.take(),
+            Err(_) => return self.destroy().await,
+        };
+        if let Some(held) = held {
+            held.sandbox.power_off().await;
+            held.give_back().await;
+        }
+    }
+
+    /// Ends the machine without asking the guest, and gives everything back.
+    pub async fn destroy(&self) {
+        self.watch.kill();
+        let held = self.held.lock().await.take();
+        if let Some(held) = held {
+            held.give_back().await;
+        }
+    }
+}
+
+/// Why a pod cannot go on.
+#[derive(Clone, Debug)]
+pub struct Trouble {
+    /// Exit status of all that ran in it.
+    pub status: u32,
+    /// Memory had run out.
+    pub out_of_memory: bool,
+    /// For the log.
+    pub reason: String,
+}
+
+impl Trouble {
+    fn of(error: &sandbox::Error, killed_for_memory: bool) -> Trouble {
+        use crate::{sys::process::Death, vm};
+        let reason = super::error::sandbox_text(error);
+        // The guest's kernel panics when it finds nothing to kill ("System is deadlocked on memory").
+        let panicked_for_memory = error
+            .last_lines()
+            .iter()
+            .any(|line| line.contains("Kernel panic") && line.contains("memory"));
+        let killed = matches!(
+            error,
+            sandbox::Error::Vm(vm::Error::Gone(vm::End::Died {
+                death: Some(Death::Signal(libc::SIGKILL)),
+                ..
+            }))
+        );
+        let out_of_memory = killed_for_memory || panicked_for_memory;
+        Trouble {
+            status: if killed || out_of_memory { 137 } else { 255 },
+            out_of_memory,
+            reason,
+        }
+    }
+}
+
+fn start_stub(sandbox: &mut Sandbox, plan: &PodPlan) -> Result<Stub, Error> {
+    let Some(path) = &plan.paths.network else {
+        return Ok(sandbox.start_stub(Network::New)?);
+    };
+    let network = stub::open_network(path).map_err(|source| Error::Io {
+        action: format!("open the network namespace {}", path.display()),
+        source,
+    })?;
+    Ok(sandbox.start_stub(Network::Given(network.as_fd()))?)
+}
+
+/// The configured size is what a guest needs to work; what its containers may use comes on top when it is more.
+fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
+    /// For the guest's kernel and agent, beside the containers.
+    const OWN_MIB: u64 = 64;
+    // A limit that the host itself does not reach is none.
+    let total = nix::sys::sysinfo::sysinfo().map_or(0, |host| host.ram_total());
+    let limit = limit.filter(|bytes| *bytes < total);
+    let wanted = limit.map_or(0, |bytes| (bytes >> 20).saturating_add(OWN_MIB));
+    config.memory_mib.max(wanted)
+}
+
+/// Asks the guest for something that it does at once, unless it hangs.
+pub async fn promptly<T>(call: impl Future<Output = Result<T, agent::Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(PATIENCE, call).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Error::Hung(PATIENCE.as_secs())),
+    }
+}

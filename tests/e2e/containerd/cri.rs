@@ -1,0 +1,364 @@
+//! Pods as Kubernetes makes them: containerd's CRI, with a network that CNI sets up.
+
+use std::fs;
+use std::thread;
+
+use bulkhead_tests::cri::Cri;
+use bulkhead_tests::cri::messages::{
+    ContainerConfig, ContainerMetadata, ContainerRequest, ContainerState, ContainerStatsResponse,
+    ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxRequest,
+    RunPodSandboxRequest, RunPodSandboxResponse,
+};
+use bulkhead_tests::{Engine, Host, IMAGE, fresh_id, tail};
+use tempfile::TempDir;
+
+use crate::{eventually, processes};
+
+/// CRI's names of the runtimes in the tests' configuration.
+const HANDLERS: [&str; 2] = ["runc", "bulkhead"];
+
+fn cri() -> Cri {
+    Cri::connect(&Engine::get().socket())
+}
+
+fn namespaces(pid: NamespaceMode) -> NamespaceOption {
+    NamespaceOption {
+        pid: pid.into(),
+        ..Default::default()
+    }
+}
+
+/// A pod and the client that made it.
+struct Pod<'a> {
+    cri: &'a Cri,
+    id: String,
+    config: PodSandboxConfig,
+    pid: NamespaceMode,
+}
+
+fn config(pid: NamespaceMode) -> PodSandboxConfig {
+    let name = fresh_id();
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.clone(),
+            uid: name,
+            namespace: "default".into(),
+            ..Default::default()
+        })
+        .into(),
+        hostname: "podname".into(),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: "/kubepods-test".into(),
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(namespaces(pid)).into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    }
+}
+
+fn run(cri: &Cri, handler: &str, config: PodSandboxConfig) -> Result<String, String> {
+    let request = RunPodSandboxRequest {
+        config: Some(config).into(),
+        runtime_handler: handler.into(),
+        ..Default::default()
+    };
+    let answer: RunPodSandboxResponse = cri.call("RunPodSandbox", &request)?;
+    Ok(answer.pod_sandbox_id)
+}
+
+impl<'a> Pod<'a> {
+    #[track_caller]
+    fn start(cri: &'a Cri, handler: &str, pid: NamespaceMode) -> Pod<'a> {
+        let config = config(pid);
+        let id = run(cri, handler, config.clone());
+        let id = id.unwrap_or_else(|error| panic!("{error}\n{}", tail(&Engine::get().log())));
+        Pod {
+            cri,
+            id,
+            config,
+            pid,
+        }
+    }
+
+    fn create(&self, script: &str, mounts: &[(&str, &str)]) -> Result<String, String> {
+        let mounts = mounts.iter().map(|(host, inside)| Mount {
+            host_path: (*host).into(),
+            container_path: (*inside).into(),
+            ..Default::default()
+        });
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: fresh_id(),
+                ..Default::default()
+            })
+            .into(),
+            image: Some(ImageSpec {
+                image: IMAGE.into(),
+                ..Default::default()
+            })
+            .into(),
+            command: ["/bin/sh", "-c", script].map(String::from).into(),
+            mounts: mounts.collect(),
+            linux: Some(LinuxContainerConfig {
+                resources: Some(LinuxContainerResources {
+                    memory_limit_in_bytes: 64 << 20,
+                    ..Default::default()
+                })
+                .into(),
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces(self.pid)).into(),
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config).into(),
+            sandbox_config: Some(self.config.clone()).into(),
+            ..Default::default()
+        };
+        let answer: CreateContainerResponse = self.cri.call("CreateContainer", &request)?;
+        Ok(answer.container_id)
+    }
+
+    #[track_caller]
+    fn container(&self, script: &str, mounts: &[(&str, &str)]) -> String {
+        let id = self.create(script, mounts).expect("it is created");
+        let _: Empty = self.cri.ok("StartContainer", &container(&id));
+        id
+    }
+
+    #[track_caller]
+    fn exec(&self, id: &str, script: &str) -> (i32, String) {
+        let request = ExecSyncRequest {
+            container_id: id.into(),
+            cmd: ["/bin/sh", "-c", script].map(String::from).into(),
+            timeout: 60,
+            ..Default::default()
+        };
+        let answer: ExecSyncResponse = self.cri.ok("ExecSync", &request);
+        let text = String::from_utf8_lossy(&answer.stdout)
+            .trim_end()
+            .to_owned();
+        (answer.exit_code, text)
+    }
+
+    fn status(&self, id: &str) -> (ContainerState, i32, String) {
+        let answer: ContainerStatusResponse = self.cri.ok("ContainerStatus", &container(id));
+        let status = answer.status.unwrap_or_default();
+        let state = status.state.enum_value().expect("a published state");
+        (state, status.exit_code, status.reason)
+    }
+
+    #[track_caller]
+    fn wait(&self, id: &str) -> (i32, String) {
+        let mut last = self.status(id);
+        eventually("the container exits", || {
+            last = self.status(id);
+            last.0 == ContainerState::CONTAINER_EXITED
+        });
+        (last.1, last.2)
+    }
+
+    #[track_caller]
+    fn remove(self) {
+        let request = PodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+            ..Default::default()
+        };
+        let _: Empty = self.cri.ok("StopPodSandbox", &request);
+        let _: Empty = self.cri.ok("RemovePodSandbox", &request);
+    }
+}
+
+fn container(id: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: id.into(),
+        timeout: 1,
+        ..Default::default()
+    }
+}
+
+fn shims_end() {
+    eventually("the shims end", || {
+        processes(&["containerd-shim-"]).is_empty()
+    });
+}
+
+#[test]
+fn a_pod_lives_as_kubernetes_wants_it() {
+    let cri = cri();
+    for handler in HANDLERS {
+        let host = Host::now();
+        let volume = TempDir::new().expect("a temporary directory");
+        let data = volume.path().to_str().expect("plain");
+        let pod = Pod::start(&cri, handler, NamespaceMode::CONTAINER);
+        // An init container, then two that share a volume and memory.
+        let init = pod.container("echo made > /data/init; exit 0", &[(data, "/data")]);
+        assert_eq!(pod.wait(&init), (0, "Completed".into()), "{handler}");
+        let first = pod.container("sleep 1000", &[(data, "/data")]);
+        let second = pod.container("sleep 1000", &[(data, "/data")]);
+        assert_eq!(
+            pod.exec(&first, "cat /data/init; hostname"),
+            (0, "made\npodname".into()),
+            "{handler}"
+        );
+        assert_eq!(
+            pod.exec(&second, "echo x > /dev/shm/y; exit 3").0,
+            3,
+            "{handler}"
+        );
+        assert_eq!(
+            pod.exec(&first, "cat /dev/shm/y"),
+            (0, "x".into()),
+            "{handler}"
+        );
+        let inside = pod
+            .exec(
+                &first,
+                "cat /etc/hostname; cat /proc/1/cmdline | tr '\\0' ' '",
+            )
+            .1;
+        assert_eq!(inside, "podname\nsleep 1000", "{handler}");
+        let stats: ContainerStatsResponse = cri.ok("ContainerStats", &container(&first));
+        let used = stats.stats.memory.working_set_bytes.value;
+        assert!(used > 0 && used < 64 << 20, "{handler}: {used}");
+        // A container that is restarted is a new one in the same pod.
+        let _: Empty = cri.ok("StopContainer", &container(&first));
+        assert_eq!(pod.wait(&first).0, 137, "{handler}");
+        let _: Empty = cri.ok("RemoveContainer", &container(&first));
+        let again = pod.container("exit 5", &[]);
+        assert_eq!(pod.wait(&again), (5, "Error".into()), "{handler}");
+        pod.remove();
+        shims_end();
+        host.assert_nothing_left();
+    }
+}
+
+#[test]
+fn processes_of_a_pod_are_shared_when_asked() {
+    let cri = cri();
+    for handler in HANDLERS {
+        let pod = Pod::start(&cri, handler, NamespaceMode::POD);
+        let first = pod.container("exec sleep 1234", &[]);
+        let second = pod.container("exec sleep 1000", &[]);
+        let seen = pod.exec(&second, "ps | grep -c '[s]leep 1234'");
+        assert_eq!(seen, (0, "1".into()), "{handler}");
+        let _: Empty = cri.ok("StopContainer", &container(&first));
+        // Not pid 1, and so not deaf to SIGTERM.
+        assert_eq!(pod.wait(&first).0, 143, "{handler}");
+        assert_eq!(
+            pod.status(&second).0,
+            ContainerState::CONTAINER_RUNNING,
+            "{handler}"
+        );
+        pod.remove();
+    }
+}
+
+#[test]
+fn running_out_of_memory_is_the_reason() {
+    let cri = cri();
+    for handler in HANDLERS {
+        let pod = Pod::start(&cri, handler, NamespaceMode::CONTAINER);
+        let greedy = pod.container("exec dd if=/dev/zero of=/dev/null bs=200M count=1", &[]);
+        assert_eq!(pod.wait(&greedy), (137, "OOMKilled".into()), "{handler}");
+        pod.remove();
+    }
+}
+
+#[test]
+fn a_pod_outlives_containerd() {
+    for handler in HANDLERS {
+        let host = Host::now();
+        let first = cri();
+        let pod = Pod::start(&first, handler, NamespaceMode::CONTAINER);
+        let id = pod.container("sleep 1000", &[]);
+        Engine::get().restart();
+        let cri = cri();
+        let pod = Pod { cri: &cri, ..pod };
+        assert_eq!(
+            pod.status(&id).0,
+            ContainerState::CONTAINER_RUNNING,
+            "{handler}"
+        );
+        assert_eq!(pod.exec(&id, "exit 4").0, 4, "{handler}");
+        pod.remove();
+        shims_end();
+        // containerd itself is a new process.
+        host.assert_nothing_left_but(&["containerd --config"]);
+    }
+}
+
+#[test]
+fn what_a_machine_cannot_give_is_refused_and_nothing_is_left() {
+    let cri = cri();
+    let host = Host::now();
+    for (options, reason) in [
+        (
+            NamespaceOption {
+                network: NamespaceMode::NODE.into(),
+                ..Default::default()
+            },
+            "hostNetwork",
+        ),
+        (
+            NamespaceOption {
+                pid: NamespaceMode::NODE.into(),
+                ..Default::default()
+            },
+            "hostPID",
+        ),
+        (
+            NamespaceOption {
+                ipc: NamespaceMode::NODE.into(),
+                ..Default::default()
+            },
+            "hostIPC",
+        ),
+    ] {
+        let mut config = config(NamespaceMode::CONTAINER);
+        let security = config
+            .linux
+            .mut_or_insert_default()
+            .security_context
+            .mut_or_insert_default();
+        security.namespace_options = Some(options).into();
+        let error = run(&cri, "bulkhead", config).expect_err(reason);
+        assert!(error.contains(reason), "{error}");
+    }
+    shims_end();
+    host.assert_nothing_left();
+}
+
+#[test]
+fn pods_at_once_leave_nothing() {
+    let cri = cri();
+    let host = Host::now();
+    thread::scope(|scope| {
+        for n in 0..4 {
+            let cri = &cri;
+            scope.spawn(move || {
+                let pod = Pod::start(cri, "bulkhead", NamespaceMode::CONTAINER);
+                let id = pod.container(&format!("exit {n}"), &[]);
+                assert_eq!(pod.wait(&id).0, n);
+                pod.remove();
+            });
+        }
+    });
+    shims_end();
+    host.assert_nothing_left();
+    assert_eq!(fs::read_dir("/run/netns").map_or(0, Iterator::count), 0);
+}

@@ -1,0 +1,166 @@
+//! However a pod ends, containerd learns it, truly and soon, and nothing is left.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{Running, eventually, processes};
+
+fn kill_one(words: &[&str]) {
+    let found = processes(words);
+    assert_eq!(found.len(), 1, "one process with {words:?}, not {found:?}");
+    kill(Pid::from_raw(found[0]), Signal::SIGKILL).expect("it runs");
+}
+
+/// Ends a running container by `end`; containerd has to see it stopped with `status` within 2 s, and nothing may be left.
+fn ends_with(words: &[&str], script: &str, statuses: &[i32], end: impl FnOnce(&Running)) -> String {
+    let engine = Engine::get();
+    let host = Host::now();
+    let logged = engine.log().len();
+    let running = Running::start(BULKHEAD, words, script);
+    end(&running);
+    let since = Instant::now();
+    eventually("containerd sees the end", || {
+        running.status().is_none_or(|status| status == "STOPPED")
+    });
+    let took = since.elapsed();
+    if running.status().is_some() {
+        let status = running.delete_task();
+        assert!(statuses.contains(&status), "{status}");
+    }
+    running.remove();
+    eventually("the shim ends", || {
+        processes(&["containerd-shim-bulkhead"]).is_empty()
+    });
+    host.assert_nothing_left();
+    // `ctr` itself takes its time in an emulated host.
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    engine.log()[logged..].to_owned()
+}
+
+#[test]
+fn the_machines_process_is_killed() {
+    ends_with(&[], "sleep 1000", &[137], |_| {
+        kill_one(&["bulkhead-vmm run"])
+    });
+}
+
+#[test]
+fn the_file_shares_process_is_killed() {
+    ends_with(&[], "sleep 1000", &[255], |_| {
+        kill_one(&["bulkhead-vmm fs"])
+    });
+}
+
+#[test]
+fn the_process_behind_the_pid_is_killed() {
+    ends_with(&[], "sleep 1000", &[137], |running| {
+        kill(Pid::from_raw(running.pid() as i32), Signal::SIGKILL).expect("it runs");
+    });
+}
+
+#[test]
+fn the_guest_panics() {
+    // A proc of its own, whose files are not read-only.
+    let script =
+        "sleep 2; mkdir /mnt; mount -t proc proc /mnt; echo c > /mnt/sysrq-trigger; sleep 1000";
+    ends_with(&["--cap-add", "CAP_SYS_ADMIN"], script, &[255], |_| {
+        eventually("the machine ends", || {
+            processes(&["bulkhead-vmm run"]).is_empty()
+        });
+    });
+}
+
+#[test]
+fn the_shim_is_killed() {
+    ends_with(&[], "sleep 1000", &[137], |running| {
+        let shims = processes(&["containerd-shim-bulkhead-v1", &running.id]);
+        let stub = running.pid() as i32;
+        for pid in shims.iter().filter(|pid| **pid != stub) {
+            kill(Pid::from_raw(*pid), Signal::SIGKILL).expect("it runs");
+        }
+    });
+}
+
+#[test]
+fn running_out_of_memory_is_told() {
+    for runtime in [RUNC, BULKHEAD] {
+        let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+        let script = "sleep 1; exec dd if=/dev/zero of=/dev/null bs=200M count=1";
+        let running = Running::start(runtime, &["--memory-limit", "33554432"], script);
+        eventually("it is killed", || {
+            running.status().as_deref() == Some("STOPPED")
+        });
+        assert_eq!(running.delete_task(), 137, "{runtime}");
+        listener.wait_for_output("/tasks/oom");
+        listener.wait_for_output("/tasks/delete");
+        listener.signal(Signal::SIGINT);
+        let events = listener.finish().text();
+        let position = |topic: &str| {
+            events
+                .find(topic)
+                .expect("it was waited for, or comes before")
+        };
+        assert!(
+            position("/tasks/oom") < position("/tasks/delete"),
+            "{runtime}: {events}"
+        );
+        running.remove();
+    }
+}
+
+#[test]
+fn a_machine_that_hangs_is_killed_in_the_end() {
+    let host = Host::now();
+    let running = Running::start(BULKHEAD, &[], "sleep 1000");
+    for pid in processes(&["bulkhead-vmm run"]) {
+        kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it runs");
+    }
+    // What containerd asks is answered all the same.
+    assert_eq!(running.status().as_deref(), Some("RUNNING"));
+    running.remove();
+    eventually("the shim ends", || {
+        processes(&["containerd-shim-bulkhead"]).is_empty()
+    });
+    host.assert_nothing_left();
+}
+
+#[test]
+fn the_shim_stays_small() {
+    let running = Running::start(BULKHEAD, &[], "sleep 1000");
+    for _ in 0..5 {
+        assert_eq!(running.exec("true").status, 0);
+    }
+    let stub = running.pid() as i32;
+    let shims = processes(&["containerd-shim-bulkhead-v1", &running.id]);
+    let pss = |pid: i32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it runs");
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss:"))
+            .expect("the kernel says");
+        line.split_whitespace()
+            .next()
+            .expect("a number")
+            .parse::<u64>()
+            .expect("a number")
+    };
+    for pid in &shims {
+        let what = if *pid == stub {
+            "the pod's pid"
+        } else {
+            "shim"
+        };
+        println!("{what}: {} KiB PSS", pss(*pid));
+        println!(
+            "{}",
+            fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it runs")
+        );
+    }
+    let shim = shims.iter().find(|pid| **pid != stub).expect("a shim");
+    assert!(pss(*shim) <= 6 << 10, "{} KiB", pss(*shim));
+    running.remove();
+}

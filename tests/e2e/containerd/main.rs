@@ -1,0 +1,129 @@
+//! The shim against a real containerd, which the tests start themselves: `ctr`, and the shim's own services.
+//!
+//! Where it makes sense a case runs under runc too: what runc fails is a bad test.
+
+mod cri;
+mod ctr;
+mod ends;
+mod figures;
+mod pods;
+mod rpc;
+
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::{Engine, IMAGE, fresh_id, tail};
+
+/// A container that runs detached; it is killed and removed when this is dropped.
+struct Running {
+    id: String,
+}
+
+impl Running {
+    /// `ctr run --detach` of a script.
+    #[track_caller]
+    fn start(runtime: &str, words: &[&str], script: &str) -> Running {
+        let id = fresh_id();
+        let mut all = vec!["run", "--detach", "--runtime", runtime];
+        all.extend(words);
+        all.extend([IMAGE, &id, "/bin/sh", "-c", script]);
+        Engine::get().ok(&all);
+        Running { id }
+    }
+
+    /// STATUS of `ctr task ls`; `None`: no such task.
+    fn status(&self) -> Option<String> {
+        let listed = Engine::get().ok(&["task", "ls"]);
+        let line = listed
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(&self.id))?;
+        line.split_whitespace().nth(2).map(str::to_owned)
+    }
+
+    /// PID of `ctr task ls`.
+    fn pid(&self) -> u32 {
+        let listed = Engine::get().ok(&["task", "ls"]);
+        let line = listed
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(&self.id))
+            .expect("it is listed");
+        let pid = line.split_whitespace().nth(1).expect("a pid");
+        pid.parse().expect("a number")
+    }
+
+    /// `ctr task exec` of a script, to its end.
+    fn exec(&self, script: &str) -> bulkhead_tests::Ran {
+        let exec_id = fresh_id();
+        let words = [
+            "task",
+            "exec",
+            "--exec-id",
+            &exec_id,
+            &self.id,
+            "/bin/sh",
+            "-c",
+            script,
+        ];
+        Engine::get().run(&words)
+    }
+
+    /// `ctr task delete`; the status that it tells of.
+    #[track_caller]
+    fn delete_task(&self) -> i32 {
+        let ran = Engine::get().run(&["task", "delete", &self.id]);
+        assert_eq!(ran.status, 0, "{ran}");
+        let errors = ran.errors();
+        match errors.split_once("exit with non-zero exit code ") {
+            Some((_, rest)) => {
+                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+                digits.parse().expect("a number")
+            }
+            None => 0,
+        }
+    }
+
+    /// Kills and removes it; nothing of it may be left.
+    #[track_caller]
+    fn remove(self) {
+        let engine = Engine::get();
+        let _ = engine.run(&["task", "kill", "--signal", "SIGKILL", &self.id]);
+        eventually("the task stops", || {
+            self.status().is_none_or(|status| status == "STOPPED")
+        });
+        // containerd itself deletes the task of a shim that has died.
+        if self.status().is_some() {
+            engine.run(&["task", "delete", &self.id]);
+        }
+        engine.ok(&["container", "delete", &self.id]);
+    }
+}
+
+/// Waits for something that must come.
+#[track_caller]
+fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !happened() {
+        assert!(
+            Instant::now() < deadline,
+            "waited in vain: {what}\n--- containerd\n{}",
+            tail(&Engine::get().log())
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Pids of the processes whose command line has all these words, children of this test's containerd or not.
+fn processes(words: &[&str]) -> Vec<i32> {
+    let listed = Command::new("ps")
+        .args(["-eo", "pid=,args="])
+        .output()
+        .expect("procps");
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let matching = text
+        .lines()
+        .filter(|line| words.iter().all(|word| line.contains(word)));
+    matching
+        .filter_map(|line| line.split_whitespace().next()?.parse().ok())
+        .collect()
+}

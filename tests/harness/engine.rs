@@ -1,0 +1,247 @@
+//! A containerd of the tests' own: its root, state and sockets are beside nobody else's.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::bundle::{busybox_root, must};
+use crate::process::{Ran, Started, sha256};
+
+/// How containerd names the runtimes.
+pub const BULKHEAD: &str = "io.containerd.bulkhead.v1";
+/// The control.
+pub const RUNC: &str = "io.containerd.runc.v2";
+/// The image that [`Engine::get`] imports.
+pub const IMAGE: &str = "docker.io/library/busybox:test";
+
+/// A running containerd.
+pub struct Engine {
+    root: PathBuf,
+    state: PathBuf,
+    daemon: Mutex<Child>,
+}
+
+impl Engine {
+    /// The one of this test program; started at the first call, with [`IMAGE`] imported.
+    pub fn get() -> &'static Engine {
+        static ENGINE: OnceLock<Engine> = OnceLock::new();
+        ENGINE.get_or_init(|| {
+            // overlayfs cannot lie on the lab's root, which is one itself: this place is a tmpfs there.
+            let root = PathBuf::from(format!("/var/lib/containerd/test-{}", std::process::id()));
+            let state = PathBuf::from(format!("/run/containerd-test-{}", std::process::id()));
+            fs::create_dir_all(&root).expect("a root for containerd");
+            fs::create_dir_all(&state).expect("a state directory for containerd");
+            // The parent that `ctr` names for every container, and that runc makes and leaves.
+            for parent in ["default", "kubepods-test"] {
+                fs::create_dir_all(Path::new("/sys/fs/cgroup").join(parent)).expect("cgroup v2");
+            }
+            write_network(&root);
+            let config = configuration(&root, &state);
+            fs::write(root.join("config.toml"), config).expect("a configuration");
+            let daemon = Mutex::new(start_daemon(&root));
+            let engine = Engine {
+                root,
+                state,
+                daemon,
+            };
+            engine.wait_until_it_serves();
+            engine.import_busybox();
+            engine
+        })
+    }
+
+    fn wait_until_it_serves(&self) {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !self
+            .ctr(&["version"])
+            .output()
+            .expect("ctr is installed")
+            .status
+            .success()
+        {
+            assert!(
+                Instant::now() < deadline,
+                "containerd does not serve: {}",
+                self.log()
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Ends containerd with SIGKILL and starts it again on the same directories.
+    pub fn restart(&self) {
+        let mut daemon = self.daemon();
+        daemon.kill().expect("containerd is a child of ours");
+        daemon.wait().expect("containerd is a child of ours");
+        *daemon = start_daemon(&self.root);
+        drop(daemon);
+        self.wait_until_it_serves();
+    }
+
+    fn daemon(&self) -> MutexGuard<'_, Child> {
+        self.daemon.lock().expect("no panic while it is held")
+    }
+
+    /// What containerd, and with it the shims, have logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.root.join("log")).unwrap_or_default()
+    }
+
+    /// containerd's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.state.join("sock")
+    }
+
+    /// `ctr` with these words.
+    pub fn ctr<W: AsRef<OsStr>>(&self, words: &[W]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.state.join("sock"));
+        command.args(words);
+        command
+    }
+
+    /// `ctr` with these words, to its end.
+    pub fn run<W: AsRef<OsStr>>(&self, words: &[W]) -> Ran {
+        Started::spawn(self.ctr(words)).finish()
+    }
+
+    /// `ctr` with these words, which must succeed; its output.
+    #[track_caller]
+    pub fn ok<W: AsRef<OsStr>>(&self, words: &[W]) -> String {
+        let ran = self.run(words);
+        assert_eq!(
+            ran.status,
+            0,
+            "{ran}\n--- containerd\n{}",
+            tail(&self.log())
+        );
+        ran.text()
+    }
+
+    /// A container's bundle.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.state
+            .join("io.containerd.runtime.v2.task/default")
+            .join(id)
+    }
+
+    /// The socket of a container's shim.
+    pub fn shim_socket(&self, id: &str) -> PathBuf {
+        let address =
+            fs::read_to_string(self.bundle(id).join("address")).expect("the shim wrote it");
+        let path = address.trim().strip_prefix("unix://");
+        path.expect("a plain address").into()
+    }
+
+    fn import_busybox(&self) {
+        let dir = tempfile::TempDir::with_prefix("image-").expect("a temporary directory");
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir(path("rootfs")).expect("a directory");
+        busybox_root(&path("rootfs"));
+        pack(&path("layer.tar"), &path("rootfs"), &["."]);
+        let layer = sha256(&fs::read(path("layer.tar")).expect("the layer"));
+        let config = json!({
+            "architecture": "amd64", "os": "linux",
+            "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sleep", "1000000"]},
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{layer}")]},
+        });
+        let manifest =
+            json!([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]);
+        fs::write(path("config.json"), config.to_string()).expect("writable");
+        fs::write(path("manifest.json"), manifest.to_string()).expect("writable");
+        let names = ["manifest.json", "config.json", "layer.tar"];
+        pack(&path("image.tar"), dir.path(), &names);
+        let image = path("image.tar");
+        let image = image.to_str().expect("plain");
+        self.ok(&["image", "import", image]);
+        // CRI has a namespace of its own.
+        self.ok(&["--namespace", "k8s.io", "image", "import", image]);
+    }
+}
+
+fn configuration(root: &Path, state: &Path) -> String {
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    format!(
+        "version = 2
+root = {root:?}
+state = {state:?}
+[grpc]
+  address = {:?}
+[{cri}]
+  sandbox_image = {IMAGE:?}
+[{cri}.cni]
+  bin_dir = \"/usr/lib/cni\"
+  conf_dir = {:?}
+[{cri}.containerd]
+  default_runtime_name = \"runc\"
+[{cri}.containerd.runtimes.runc]
+  runtime_type = {RUNC:?}
+[{cri}.containerd.runtimes.bulkhead]
+  runtime_type = {BULKHEAD:?}
+  privileged_without_host_devices = true
+",
+        state.join("sock"),
+        root.join("cni")
+    )
+}
+
+/// A network for pods that needs nothing of the host.
+fn write_network(root: &Path) {
+    let network = json!({
+        "cniVersion": "1.0.0", "name": "test",
+        "plugins": [{"type": "ptp", "ipam": {
+            "type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]], "dataDir": root.join("cni-data"),
+        }}],
+    });
+    fs::create_dir_all(root.join("cni")).expect("a directory");
+    fs::write(root.join("cni/test.conflist"), network.to_string()).expect("writable");
+}
+
+fn start_daemon(root: &Path) -> Child {
+    let log = fs::File::options()
+        .append(true)
+        .create(true)
+        .open(root.join("log"))
+        .expect("a log");
+    let config = root.join("config.toml");
+    // Its parent's end is that of the thread that started it: one that stays.
+    let (sender, receiver) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "containerd", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("util-linux and containerd are installed");
+        sender.send(child).expect("somebody waits");
+        loop {
+            thread::park();
+        }
+    });
+    receiver.recv().expect("the thread sends")
+}
+
+fn pack(archive: &Path, directory: &Path, names: &[&str]) {
+    must(
+        Command::new("tar")
+            .args(["--create", "--numeric-owner", "--file"])
+            .arg(archive)
+            .arg("--directory")
+            .arg(directory)
+            .args(names),
+    );
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
