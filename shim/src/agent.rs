@@ -8,9 +8,10 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CgroupFile, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty,
+        CgroupFile, Container, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty,
         ProcessRequest, ResizeTerminalRequest, Resources, SignalProcessRequest,
-        StartSandboxRequest, StartSandboxResponse, UpdateContainerRequest, WaitProcessResponse,
+        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest,
+        WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -40,6 +41,23 @@ pub enum Error {
     /// The connection could not be set up.
     #[error("cannot use the agent's connection")]
     Connect(#[source] std::io::Error),
+}
+
+impl Error {
+    /// The shells' exit status of a program that was not found (127) or cannot be executed (126), where that is why a process was
+    /// not started. By the agent's words, whose status code is that of any bad request.
+    pub fn exec_status(&self) -> Option<u8> {
+        let Error::Refused { message, .. } = self else {
+            return None;
+        };
+        match () {
+            () if message.ends_with("executable file not found in $PATH") => Some(127),
+            () if message.ends_with("no such file or directory") => Some(127),
+            () if message.ends_with("permission denied") => Some(126),
+            () if message.ends_with("exec format error") => Some(126),
+            () => None,
+        }
+    }
 }
 
 /// The agent of one guest.
@@ -99,10 +117,21 @@ impl Agent {
     }
 
     /// Makes a container up to the point before exec.
-    pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), Error> {
+    pub async fn create_container(
+        &self,
+        container: &str,
+        spec: Container,
+        stdio: Stdio,
+    ) -> Result<(), Error> {
+        let request = CreateContainerRequest {
+            container_id: container.into(),
+            spec: Some(spec).into(),
+            stdio: Some(stdio).into(),
+            ..CreateContainerRequest::default()
+        };
         call(
             "CreateContainer",
-            self.0.create_container(unbounded(), request),
+            self.0.create_container(unbounded(), &request),
         )
         .await?;
         Ok(())

@@ -4,8 +4,7 @@
 //! SANDBOX/pod         tmpfs, private                    mount points only, nothing is stored here
 //! SANDBOX/pod/tree    a directory                       where this process makes mount points
 //! SANDBOX/pod/share   tree again, read-only, MS_SHARED  what the fs process serves
-//!   CONTAINER/rootfs  the container's root              attached here, propagated to the fs process
-//!   CONTAINER/mounts/N  sources of bind mounts
+//!   1, 2, ...         roots and sources of bind mounts  attached here, propagated to the fs process; each distinct one once
 //! ```
 //!
 //! Through `share` the guest cannot make, rename or remove a name outside of a container's mounts, so that no path that we

@@ -453,11 +453,7 @@ impl Sandbox {
             Ok(()) => Ok(()),
             Err(error @ rootfs::Error::Exists(_)) => Err(error.into()),
             Err(error) => {
-                if let Err(left) = self
-                    .share
-                    .remove(&mut self.ledger, container, &self.fs)
-                    .await
-                {
+                if let Err(left) = self.withdraw_container(container).await {
                     tracing::warn!(sandbox = %self.id, container, error = %left, "not all of a container's files could be taken out of the pod");
                 }
                 Err(error.into())
@@ -474,6 +470,30 @@ impl Sandbox {
         Ok((port, ours))
     }
 
+    /// Those of stdin, stdout and stderr that are wanted: what the agent is told, and our ends in the same order.
+    pub async fn streams(
+        &mut self,
+        wanted: [bool; 3],
+    ) -> Result<(wire::Stdio, [Option<UnixStream>; 3]), Error> {
+        let mut ports = [0; 3];
+        let mut ours = [None, None, None];
+        for (index, wanted) in wanted.into_iter().enumerate() {
+            if wanted {
+                let (port, stream) = self.stream().await?;
+                ports[index] = port;
+                ours[index] = Some(stream);
+            }
+        }
+        let [stdin_port, stdout_port, stderr_port] = ports;
+        let stdio = wire::Stdio {
+            stdin_port,
+            stdout_port,
+            stderr_port,
+            ..wire::Stdio::default()
+        };
+        Ok((stdio, ours))
+    }
+
     /// Makes a placed container in the guest, up to the point before exec.
     pub async fn create_container(
         &self,
@@ -482,13 +502,7 @@ impl Sandbox {
         stdio: wire::Stdio,
     ) -> Result<(), Error> {
         self.share.name_sources(container, &mut spec)?;
-        let request = wire::CreateContainerRequest {
-            container_id: container.into(),
-            spec: Some(spec).into(),
-            stdio: Some(stdio).into(),
-            ..wire::CreateContainerRequest::default()
-        };
-        Ok(self.agent.create_container(&request).await?)
+        Ok(self.agent.create_container(container, spec, stdio).await?)
     }
 
     /// Forgets an exited container in the guest and takes its files out of the share. After an error it can be tried again.
@@ -504,10 +518,7 @@ impl Sandbox {
             }) => {}
             other => other?,
         }
-        Ok(self
-            .share
-            .remove(&mut self.ledger, container, &self.fs)
-            .await?)
+        self.withdraw_container(container).await
     }
 
     /// Writes the places of a placed container's files into what the agent will be told.

@@ -23,7 +23,7 @@ MEMORY = 128
 SMALL_FILES = int(sys.argv[2]) if len(sys.argv) > 2 else 5000
 
 
-def bundle(args, volume=None, extra=None):
+def bundle(args, extra=None):
     """A busybox bundle by `runc spec`."""
     directory = "/tmp/bench-bundle"
     shutil.rmtree(directory, ignore_errors=True)
@@ -38,8 +38,6 @@ def bundle(args, volume=None, extra=None):
         config = json.load(file)
     config["process"]["terminal"] = False
     config["process"]["args"] = args
-    for source, destination in volume or []:
-        config["mounts"].append({"destination": destination, "type": "bind", "source": source, "options": ["rbind"]})
     if extra:
         extra(config)
     with open(f"{directory}/config.json", "w") as file:

@@ -199,19 +199,11 @@ impl Tasks {
     /// A container with a machine of its own.
     async fn make_alone(&self, wanted: Wanted) -> Result<Task, Error> {
         let config = wanted.config(self.place.config.as_deref())?;
-        let pod_plan = PodPlan {
-            // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
-            shm_bytes: 0,
-            sysctls: Default::default(),
-            ..oci::pod_plan(&wanted.bundle)?
-        };
-        let pod_plan = PodPlan {
-            paths: oci::PodPaths {
-                shm: None,
-                ..pod_plan.paths
-            },
-            ..pod_plan
-        };
+        let mut pod_plan = oci::pod_plan(&wanted.bundle)?;
+        // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
+        pod_plan.shm_bytes = 0;
+        pod_plan.paths.shm = None;
+        pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
         let cgroups_path = plan.cgroups_path.clone();
         let host_limits = plan.host_limits.clone();
@@ -313,17 +305,13 @@ impl Tasks {
     }
 }
 
-/// The shells' codes for a program that is not there or cannot be executed.
+/// What a process that could not be started has ended with.
 pub(super) fn exec_status(error: &Error) -> u32 {
-    match error {
-        Error::Agent(crate::agent::Error::Refused { message, .. }) => match () {
-            () if message.ends_with("executable file not found in $PATH") => 127,
-            () if message.ends_with("no such file or directory") => 127,
-            () if message.ends_with("permission denied") => 126,
-            () => 255,
-        },
-        _ => 255,
-    }
+    let status = match error {
+        Error::Agent(error) => error.exec_status(),
+        _ => None,
+    };
+    status.map_or(255, u32::from)
 }
 
 fn task(
@@ -386,14 +374,8 @@ async fn create_in_guest(
         ..state(1)
     };
     spec.hook_state = serde_json::to_vec(&inside).expect("a state is made of strings and numbers");
-    let request = wire::CreateContainerRequest {
-        container_id: wanted.id.clone(),
-        spec: Some(spec).into(),
-        stdio: Some(stdio).into(),
-        ..Default::default()
-    };
     tokio::select! {
-        created = pod.agent.create_container(&request) => match created {
+        created = pod.agent.create_container(&wanted.id, spec, stdio) => match created {
             // The machine's own words say why the connection broke.
             Err(crate::agent::Error::Lost { .. }) => Err(pod.watch.trouble().await.into()),
             other => Ok(other?),

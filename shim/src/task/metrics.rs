@@ -213,7 +213,8 @@ fn memory(text: &str) -> MemoryStat {
     }
 }
 
-fn memory_events(text: &str) -> MemoryEvents {
+/// Of a cgroup's `memory.events`.
+pub(super) fn memory_events(text: &str) -> MemoryEvents {
     let get = table(text);
     MemoryEvents {
         low: get("low"),

@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, MutexGuard},
 };
 
-use super::Error;
+use super::{Error, metrics::memory_events};
 use crate::{
     agent::{self, Agent},
     config::Config,
@@ -91,26 +91,11 @@ impl Held {
 
     /// Offers the guest the streams that `ends` wants, and joins them.
     pub async fn streams(&mut self, ends: Ends) -> Result<(wire::Stdio, Streams), Error> {
-        let mut ports = [0; 3];
-        let mut ours = [None, None, None];
-        for (index, wanted) in ends.wanted().into_iter().enumerate() {
-            if wanted {
-                let (port, stream) = self.sandbox.stream().await?;
-                ports[index] = port;
-                ours[index] = Some(stream);
-            }
-        }
+        let (stdio, ours) = self.sandbox.streams(ends.wanted()).await?;
         let streams = ends.join(ours).map_err(|source| Error::Io {
             action: "join the streams".into(),
             source,
         })?;
-        let [stdin_port, stdout_port, stderr_port] = ports;
-        let stdio = wire::Stdio {
-            stdin_port,
-            stdout_port,
-            stderr_port,
-            ..wire::Stdio::default()
-        };
         Ok((stdio, streams))
     }
 
@@ -239,13 +224,8 @@ impl Pod {
 
     /// Whether the host's kernel has killed in the pod's cgroup for memory.
     fn out_of_memory(&self) -> bool {
-        let text = std::fs::read_to_string(self.cgroup.join("memory.events")).ok();
-        text.is_some_and(|text| {
-            let mut lines = text
-                .lines()
-                .filter_map(|line| line.strip_prefix("oom_kill "));
-            lines.any(|count| count != "0")
-        })
+        let text = std::fs::read_to_string(self.cgroup.join("memory.events"));
+        text.is_ok_and(|text| memory_events(&text).oom_kill > 0)
     }
 
     /// Writes limits of the pod's cgroup on the host.

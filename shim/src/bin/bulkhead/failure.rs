@@ -6,10 +6,6 @@ pub use bulkhead_shim::error::line;
 
 /// Bulkhead itself failed.
 pub const OWN: u8 = 125;
-/// The container's program cannot be executed.
-pub const NOT_EXECUTABLE: u8 = 126;
-/// The container's program was not found.
-pub const NOT_FOUND: u8 = 127;
 
 /// What to print, and how to exit.
 #[derive(Debug)]

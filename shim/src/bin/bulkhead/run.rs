@@ -351,16 +351,9 @@ fn exit_code(exit: &WaitProcessResponse) -> u8 {
 /// Docker's and the shells' codes for a program that is not there or cannot be executed.
 async fn exec_failure(sandbox: &Sandbox, error: agent::Error) -> Failure {
     match error {
-        agent::Error::Refused { message, .. } => {
-            // As Docker does with runc: the agent's two messages, whose status code is that of any bad request.
-            let code = match () {
-                () if message.ends_with("executable file not found in $PATH") => failure::NOT_FOUND,
-                () if message.ends_with("no such file or directory") => failure::NOT_FOUND,
-                () if message.ends_with("permission denied") => failure::NOT_EXECUTABLE,
-                () if message.ends_with("exec format error") => failure::NOT_EXECUTABLE,
-                () => failure::OWN,
-            };
-            Failure::new(message).with_code(code)
+        agent::Error::Refused { .. } => {
+            let code = error.exec_status().unwrap_or(failure::OWN);
+            Failure::new(error.to_string()).with_code(code)
         }
         lost => {
             let limit = std::time::Duration::from_secs(2);
@@ -382,24 +375,12 @@ struct Streams {
 
 impl Streams {
     async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, sandbox::Error> {
-        let (stdin_port, stdin) = sandbox.stream().await?;
-        let (stdout_port, stdout) = sandbox.stream().await?;
-        let (stderr_port, stderr) = match terminal {
-            true => (0, None),
-            false => {
-                let (port, stream) = sandbox.stream().await?;
-                (port, Some(stream))
-            }
-        };
+        // A terminal's errors come with its output.
+        let (stdio, [stdin, stdout, stderr]) = sandbox.streams([true, true, !terminal]).await?;
         Ok(Streams {
-            stdio: wire::Stdio {
-                stdin_port,
-                stdout_port,
-                stderr_port,
-                ..wire::Stdio::default()
-            },
-            stdin,
-            stdout,
+            stdio,
+            stdin: stdin.expect("it was wanted"),
+            stdout: stdout.expect("it was wanted"),
             stderr,
         })
     }
