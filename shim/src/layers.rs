@@ -5,11 +5,12 @@
 
 use std::{
     collections::HashMap,
-    ffi::CString,
     fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
+
+use nix::{mount::MsFlags, sched::CloneFlags};
 
 use crate::ledger::{self, Ledger, Leftover, Resource, Ticket};
 
@@ -180,54 +181,35 @@ fn mount(layer: &Layer, target: &Path) -> io::Result<()> {
             ),
         ));
     }
-    let words = [
-        layer.source.clone(),
-        target.to_string_lossy().into_owned(),
-        layer.kind.clone(),
-        text,
+    let (source, kind) = (layer.source.clone(), layer.kind.clone());
+    let (target, directory) = (
+        target.to_path_buf(),
         directory.unwrap_or_else(|| "/".into()),
-    ];
-    let [source, target, kind, text, directory] = words.map(CString::new);
-    let (source, target, kind) = (source?, target?, kind?);
-    let (text, directory) = (text?, directory?);
+    );
     // A thread of its own: the working directory of this one alone may change.
-    let made = std::thread::spawn(move || -> io::Result<()> {
-        let call = |flags: u64, data: *const libc::c_char| {
-            // SAFETY: all strings are NUL-terminated and live until the call returns.
-            let status = unsafe {
-                libc::mount(
-                    source.as_ptr(),
-                    target.as_ptr(),
-                    kind.as_ptr(),
-                    flags,
-                    data.cast(),
-                )
-            };
-            check(status)
+    let made = std::thread::spawn(move || -> nix::Result<()> {
+        let call = |flags: u64, data: Option<&str>| {
+            let flags = MsFlags::from_bits_retain(flags);
+            nix::mount::mount(
+                Some(source.as_str()),
+                &target,
+                Some(kind.as_str()),
+                flags,
+                data,
+            )
         };
-        // SAFETY: no pointers; this thread stops sharing its working directory with the others.
-        check(unsafe { libc::unshare(libc::CLONE_FS) })?;
-        // SAFETY: directory is NUL-terminated and outlives the call.
-        check(unsafe { libc::chdir(directory.as_ptr()) })?;
-        call(flags, text.as_ptr())?;
+        nix::sched::unshare(CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(directory.as_str())?;
+        call(flags, Some(&text))?;
         // The kernel ignores MS_RDONLY when it makes a bind mount (mount(2)).
         match is_bind && read_only != 0 {
-            true => call(
-                libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY,
-                std::ptr::null(),
-            ),
+            true => call(libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY, None),
             false => Ok(()),
         }
     });
     made.join()
         .map_err(|_| io::Error::other("the thread that mounts panicked"))?
-}
-
-fn check(status: libc::c_int) -> io::Result<()> {
-    match status {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+        .map_err(io::Error::from)
 }
 
 /// An overlay of many layers has more options than mount(2) takes. Lower directories that have one parent in common are then

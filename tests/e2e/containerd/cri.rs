@@ -15,7 +15,7 @@ use bulkhead_tests::cri::messages::{
 use bulkhead_tests::{Engine, Host, IMAGE, fresh_id, tail};
 use tempfile::TempDir;
 
-use crate::{eventually, processes};
+use crate::{eventually, shims_end};
 
 /// CRI's names of the runtimes in the tests' configuration.
 const HANDLERS: [&str; 2] = ["runc", "bulkhead"];
@@ -189,12 +189,6 @@ fn container(id: &str) -> ContainerRequest {
         timeout: 1,
         ..Default::default()
     }
-}
-
-fn shims_end() {
-    eventually("the shims end", || {
-        processes(&["containerd-shim-"]).is_empty()
-    });
 }
 
 #[test]

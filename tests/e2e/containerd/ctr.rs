@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, Started, fresh_id, tail};
 
-use crate::{Running, eventually};
+use crate::{Running, eventually, shims_end};
 
 /// `ctr run --rm` of a script, to its end.
 fn run(runtime: &str, words: &[&str], script: &str) -> Ran {
@@ -30,9 +30,7 @@ fn a_container_runs_and_nothing_is_left() {
             tail(&Engine::get().log())
         );
         // The shim ends a moment after it was let go.
-        eventually("the shim ends", || {
-            crate::processes(&["containerd-shim-"]).is_empty()
-        });
+        shims_end();
         host.assert_nothing_left();
     }
 }
@@ -128,9 +126,7 @@ fn processes_are_added_to_a_running_container() {
         );
         assert_eq!(running.status().as_deref(), Some("RUNNING"), "{runtime}");
         running.remove();
-        eventually("the shim ends", || {
-            crate::processes(&["containerd-shim-"]).is_empty()
-        });
+        shims_end();
         host.assert_nothing_left();
     }
 }
@@ -351,9 +347,7 @@ fn bad_input_is_refused_with_the_reason_and_nothing_is_left() {
         missing.status != 0 && missing.errors().contains("no such file"),
         "{missing}"
     );
-    eventually("the shims end", || {
-        crate::processes(&["containerd-shim-bulkhead"]).is_empty()
-    });
+    shims_end();
     host.assert_nothing_left();
 }
 

@@ -7,7 +7,7 @@ use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Running, eventually, processes};
+use crate::{Running, eventually, processes, shims_end};
 
 fn kill_one(words: &[&str]) {
     let found = processes(words);
@@ -32,9 +32,7 @@ fn ends_with(words: &[&str], script: &str, statuses: &[i32], end: impl FnOnce(&R
         assert!(statuses.contains(&status), "{status}");
     }
     running.remove();
-    eventually("the shim ends", || {
-        processes(&["containerd-shim-bulkhead"]).is_empty()
-    });
+    shims_end();
     host.assert_nothing_left();
     // `ctr` itself takes its time in an emulated host.
     assert!(took < Duration::from_secs(4), "{took:?}");
@@ -122,9 +120,7 @@ fn a_machine_that_hangs_is_killed_in_the_end() {
     // What containerd asks is answered all the same.
     assert_eq!(running.status().as_deref(), Some("RUNNING"));
     running.remove();
-    eventually("the shim ends", || {
-        processes(&["containerd-shim-bulkhead"]).is_empty()
-    });
+    shims_end();
     host.assert_nothing_left();
 }
 

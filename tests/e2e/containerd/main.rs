@@ -15,6 +15,14 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::{Engine, IMAGE, fresh_id, tail};
 
+/// Waits for the end of every shim, which comes a moment after it was let go.
+#[track_caller]
+fn shims_end() {
+    eventually("the shims end", || {
+        processes(&["containerd-shim-"]).is_empty()
+    });
+}
+
 /// A container that runs detached; it is killed and removed when this is dropped.
 struct Running {
     id: String,

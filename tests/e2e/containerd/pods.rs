@@ -6,7 +6,7 @@ use std::process::Command;
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, fresh_id, soak};
 use tempfile::TempDir;
 
-use crate::{Running, eventually, processes};
+use crate::{Running, eventually, processes, shims_end};
 
 /// A pod: the container that holds it.
 struct Pod {
@@ -77,9 +77,7 @@ impl Pod {
     #[track_caller]
     fn remove(self) {
         self.holder.remove();
-        eventually("the shim ends", || {
-            processes(&["containerd-shim-"]).is_empty()
-        });
+        shims_end();
     }
 }
 
@@ -284,9 +282,7 @@ fn ten_pods_one_after_another_and_ten_at_once_leave_nothing() {
             });
         }
     });
-    eventually("the shims end", || {
-        processes(&["containerd-shim-"]).is_empty()
-    });
+    shims_end();
     host.assert_nothing_left();
 }
 
