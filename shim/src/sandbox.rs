@@ -302,7 +302,7 @@ impl Sandbox {
                 share: taken.share,
                 fs: Arc::new(taken.fs),
                 vm: Arc::new(taken.vm),
-                volumes: kubelet_volume::Owner::new(taken.agent.clone()),
+                volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 next_port: port::FIRST_STREAM,
@@ -595,6 +595,7 @@ struct Taken {
     vm: Vm,
     agent: Agent,
     agent_log: Tail,
+    uid: u32,
 }
 
 impl Taken {
@@ -647,6 +648,7 @@ impl Taken {
             vm,
             agent: Agent::new(rpc)?,
             agent_log: logs::follow(request.id, "agent", log),
+            uid,
         })
     }
 }

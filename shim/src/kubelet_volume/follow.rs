@@ -16,7 +16,7 @@ use std::{
 use bulkhead_agent_protocol::agent::{self as wire, volume_change::Kind};
 use nix::{
     errno::Errno,
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
+    sys::inotify::{AddWatchFlags, Inotify, WatchDescriptor},
 };
 use tokio::{io::Interest, io::unix::AsyncFd, task::AbortHandle};
 
@@ -59,6 +59,8 @@ pub struct Owner(Volumes);
 #[derive(Debug)]
 struct Shared {
     agent: Agent,
+    /// Whose instance of inotify it is.
+    uid: u32,
     table: Mutex<Table>,
 }
 
@@ -70,7 +72,7 @@ struct Table {
     placed: Vec<Placed>,
 }
 
-/// One for the pod: the host's user has few instances of inotify.
+/// One for the pod.
 #[derive(Debug)]
 struct Watcher {
     inotify: Arc<Inotify>,
@@ -98,6 +100,8 @@ struct Volume {
 #[derive(Debug, Default)]
 struct Mirror {
     made: bool,
+    /// It has been what the host's was.
+    filled: bool,
     has: Directory,
     /// The host's directory is not watched any more: it was removed, or unmounted.
     ended: bool,
@@ -116,10 +120,11 @@ impl Drop for Owner {
 }
 
 impl Owner {
-    /// None yet.
-    pub fn new(agent: Agent) -> Owner {
+    /// None yet. The watches count for `uid`.
+    pub fn new(agent: Agent, uid: u32) -> Owner {
         Owner(Volumes(Arc::new(Shared {
             agent,
+            uid,
             table: Mutex::default(),
         })))
     }
@@ -191,7 +196,7 @@ impl Volumes {
     }
 
     fn start_watcher(&self) -> io::Result<Watcher> {
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+        let inotify = sys::inotify_of(self.0.uid)?;
         let readable = sys::watch(inotify.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
         let inotify = Arc::new(inotify);
         let task = tokio::spawn(self.clone().follow(readable, inotify.clone()));
@@ -218,7 +223,8 @@ impl Volumes {
     pub async fn fill(&self, container: &str) -> Result<(), Error> {
         for volume in self.used_by(container) {
             let mut mirror = volume.mirror.lock().await;
-            if mirror.made {
+            // One that could not be followed is not given to another container either.
+            if mirror.filled && mirror.failure.is_none() {
                 continue;
             }
             let filled = volume.fill(&mut mirror, &self.0.agent).await;
@@ -348,16 +354,21 @@ impl Events {
 
 impl Volume {
     async fn fill(&self, mirror: &mut Mirror, agent: &Agent) -> Result<(), Error> {
-        agent.create_volume(self.number).await?;
+        if !mirror.made {
+            agent.create_volume(self.number).await?;
+        }
         // From here on it must be deleted, filled or not.
         mirror.made = true;
-        self.repeat(mirror, agent).await
+        self.repeat(mirror, agent).await?;
+        mirror.filled = true;
+        mirror.failure = None;
+        Ok(())
     }
 
     /// After events. A failure is told once, and the end of it.
     async fn catch_up(&self, agent: &Agent, events: &Events) {
         let mut mirror = self.mirror.lock().await;
-        if !mirror.made || mirror.ended {
+        if !mirror.filled || mirror.ended {
             return;
         }
         mirror.ended = events.ended.contains(&self.watch);
