@@ -375,8 +375,11 @@ impl Volume {
         let repeated = match events.removed.contains(&self.watch) {
             // rmdir(2): it was empty.
             true => {
-                self.send(&mut mirror, agent, None, Directory::default())
-                    .await
+                let empty = Directory {
+                    attributes: mirror.has.attributes,
+                    ..Directory::default()
+                };
+                self.send(&mut mirror, agent, None, empty).await
             }
             false if mirror.ended => Ok(()),
             false => self.repeat(&mut mirror, agent).await,
