@@ -1,9 +1,9 @@
 //! kubelet's configMap, secret, projected and downwardAPI volumes: in the guest's memory, following the host's (docs/adr/0007).
 //!
 //! ```text
-//! kubelet ─► the volume's directory ─ inotify ─► follow ─► host     looks at it
-//!                                                  │ └────► changes  what the guest lacks, in kubelet's order
-//!                                                  └─ ChangeVolume ─► agent ─► tmpfs ─ inotify ─► containers
+//! kubelet ─► the volume's directory ─ inotify ─► follow ─► mirror ─► host     looks at it
+//!                                                            │ └───► changes  what the guest lacks, in kubelet's order
+//!                                                            └─ ChangeVolume ─► agent ─► tmpfs ─ inotify ─► containers
 //! ```
 //!
 //! Nothing wakes up while nothing changes, and nothing of what the guest answers reaches the host's volume.
@@ -11,6 +11,7 @@
 mod changes;
 mod follow;
 mod host;
+mod mirror;
 #[cfg(test)]
 mod tests;
 
