@@ -4,6 +4,7 @@ use ttrpc::Code;
 
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
 use crate::machine::MachineError;
+use crate::volume::VolumeError;
 
 /// An RPC failed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +65,9 @@ pub(crate) enum Error {
     /// The guest as a whole.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// A volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
 }
 
 impl Error {
@@ -90,6 +94,8 @@ impl Error {
             },
             Self::Cgroup(error) => cgroup_code(error),
             Self::Machine(_) => Code::INTERNAL,
+            Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
+            Self::Volume(VolumeError::System { .. }) => Code::INTERNAL,
         }
     }
 }

@@ -22,6 +22,7 @@ mod share;
 mod stdio;
 mod stream;
 mod sys;
+mod volume;
 
 pub use log::install_panic_hook;
 pub use stream::Host;

@@ -10,6 +10,7 @@ use crate::container::{self, Container, Launcher, Process, ProcessError, blockin
 use crate::error::Error;
 use crate::reaper::Exit;
 use crate::share::Share;
+use crate::volume::Volumes;
 use crate::{log, machine};
 
 /// Longest id of a container or process.
@@ -22,6 +23,7 @@ pub(crate) struct Sandbox {
     /// `None` while a container is being made, which is without the lock.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     share: Arc<Share>,
+    volumes: Arc<Volumes>,
     started: AtomicBool,
     init_monotonic_ns: u64,
     /// The agent is PID 1 of a guest and owns clock, name and mounts.
@@ -35,6 +37,7 @@ impl Sandbox {
             launcher,
             containers: Mutex::default(),
             share: Arc::default(),
+            volumes: Arc::default(),
             started: AtomicBool::new(false),
             init_monotonic_ns,
             owns_machine,
@@ -298,6 +301,27 @@ impl Sandbox {
                 .apply(&request.resources)
         })
         .await?)
+    }
+
+    /// Makes an empty volume.
+    pub(crate) async fn create_volume(&self, number: u64) -> Result<(), Error> {
+        let volumes = Arc::clone(&self.volumes);
+        Ok(blocking(move || volumes.create(number)).await?)
+    }
+
+    /// Makes changes in a volume.
+    pub(crate) async fn change_volume(
+        &self,
+        request: agent::ChangeVolumeRequest,
+    ) -> Result<(), Error> {
+        let volumes = Arc::clone(&self.volumes);
+        Ok(blocking(move || volumes.change(request.volume, &request.changes)).await?)
+    }
+
+    /// Forgets a volume.
+    pub(crate) async fn delete_volume(&self, number: u64) -> Result<(), Error> {
+        let volumes = Arc::clone(&self.volumes);
+        Ok(blocking(move || volumes.delete(number)).await?)
     }
 
     /// Ends the machine, or in a test the agent.

@@ -179,6 +179,33 @@ impl agent_ttrpc::Agent for Service {
         empty(to_the_end(async move { sandbox.update_container(request).await }).await)
     }
 
+    async fn create_volume(
+        &self,
+        _: &TtrpcContext,
+        request: agent::VolumeRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.create_volume(request.volume).await }).await)
+    }
+
+    async fn change_volume(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ChangeVolumeRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.change_volume(request).await }).await)
+    }
+
+    async fn delete_volume(
+        &self,
+        _: &TtrpcContext,
+        request: agent::VolumeRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.delete_volume(request.volume).await }).await)
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         let sandbox = Arc::clone(&self.0);
         // Shutting down blocks until everything is dead; not on the thread that the answer needs.

@@ -8,10 +8,10 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CgroupFile, Container, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty,
-        ProcessRequest, ResizeTerminalRequest, Resources, SignalProcessRequest,
-        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest,
-        WaitProcessResponse,
+        CgroupFile, ChangeVolumeRequest, Container, ContainerRequest, CreateContainerRequest,
+        CreateExecRequest, Empty, ProcessRequest, ResizeTerminalRequest, Resources,
+        SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, Stdio,
+        UpdateContainerRequest, VolumeChange, VolumeRequest, WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -83,6 +83,13 @@ fn container(id: &str) -> ContainerRequest {
     ContainerRequest {
         container_id: id.into(),
         ..ContainerRequest::default()
+    }
+}
+
+fn volume(number: u64) -> VolumeRequest {
+    VolumeRequest {
+        volume: number,
+        ..VolumeRequest::default()
     }
 }
 
@@ -289,6 +296,35 @@ impl Agent {
         )
         .await?;
         Ok(answer.files)
+    }
+
+    /// Makes an empty volume.
+    pub async fn create_volume(&self, number: u64) -> Result<(), Error> {
+        let request = volume(number);
+        call("CreateVolume", self.0.create_volume(unbounded(), &request)).await?;
+        Ok(())
+    }
+
+    /// Changes a volume; what comes before a failure stays.
+    pub async fn change_volume(
+        &self,
+        volume: u64,
+        changes: Vec<VolumeChange>,
+    ) -> Result<(), Error> {
+        let request = ChangeVolumeRequest {
+            volume,
+            changes,
+            ..ChangeVolumeRequest::default()
+        };
+        call("ChangeVolume", self.0.change_volume(unbounded(), &request)).await?;
+        Ok(())
+    }
+
+    /// Unmounts a volume.
+    pub async fn delete_volume(&self, number: u64) -> Result<(), Error> {
+        let request = volume(number);
+        call("DeleteVolume", self.0.delete_volume(unbounded(), &request)).await?;
+        Ok(())
     }
 
     /// Powers the guest off. The answer may be lost with the machine, so only a refusal is an error.

@@ -7,6 +7,7 @@
 //!         ─► fs, vm   the two processes (peer, control), their requests and events
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
+//! kubelet_volume   configMaps and the like: in the guest's memory, following the host
 //! io       a container's streams ─► anything
 //!
 //! task     containerd's tasks: one state machine over a sandbox ─► events (one ordered queue), stdio (FIFOs, files, loggers), layers
@@ -23,6 +24,7 @@ pub mod fs;
 pub mod hooks;
 pub mod ids;
 pub mod io;
+pub mod kubelet_volume;
 pub mod layers;
 pub mod ledger;
 pub mod logs;

@@ -201,12 +201,12 @@ impl Share {
 
     /// Puts a container's root and the sources of its bind mounts into the share. After an error, [`Share::remove`] takes out
     /// what got in.
-    pub fn add(
+    pub fn add<'a>(
         &mut self,
         ledger: &mut Ledger,
         container: &str,
         root: &HostRoot,
-        binds: &[HostBind],
+        binds: impl IntoIterator<Item = &'a HostBind>,
     ) -> Result<(), Error> {
         if self.placed(container).is_some() {
             return Err(Error::Exists(container.into()));

@@ -29,9 +29,10 @@ use crate::{
     config::{self, Config},
     fs::{self, Fs},
     io as streams,
+    kubelet_volume::{self, Volumes},
     ledger::{self, Ledger, Leftover, Resource},
     logs::{self, Tail},
-    oci::Plan,
+    oci::{HostBind, Plan},
     peer::Place,
     rootfs::{self, Share},
     sys::{
@@ -93,6 +94,9 @@ pub enum Error {
     /// The machine.
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    /// A volume of kubelet's.
+    #[error(transparent)]
+    Volume(#[from] kubelet_volume::Error),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] agent::Error),
@@ -246,6 +250,7 @@ pub struct Sandbox {
     fs: Arc<Fs>,
     vm: Arc<Vm>,
     agent: Agent,
+    volumes: kubelet_volume::Owner,
     agent_log: Tail,
     next_port: u32,
     shm_bytes: u64,
@@ -297,6 +302,7 @@ impl Sandbox {
                 share: taken.share,
                 fs: Arc::new(taken.fs),
                 vm: Arc::new(taken.vm),
+                volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 next_port: port::FIRST_STREAM,
@@ -440,23 +446,38 @@ impl Sandbox {
         &self.agent
     }
 
+    /// The volumes of kubelet's in the guest: to be filled before a container is made by [`Sandbox::agent`].
+    pub fn volumes(&self) -> &Volumes {
+        self.volumes.volumes()
+    }
+
     /// Puts a container's files into the share. The guest need not be ready.
     ///
     /// # Errors
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
         self.fs.serving().await?;
-        let added = self
+        let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
+        let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
+        let added = match self
             .share
-            .add(&mut self.ledger, container, &plan.root, &plan.binds);
+            .add(&mut self.ledger, container, &plan.root, shared)
+        {
+            Ok(()) => {
+                let volumes = plan.binds.iter().filter(in_guest);
+                let placed = self.volumes.volumes().place(container, volumes);
+                placed.map_err(Error::from)
+            }
+            Err(error @ rootfs::Error::Exists(_)) => return Err(error.into()),
+            Err(error) => Err(error.into()),
+        };
         match added {
             Ok(()) => Ok(()),
-            Err(error @ rootfs::Error::Exists(_)) => Err(error.into()),
             Err(error) => {
                 if let Err(left) = self.withdraw_container(container).await {
                     tracing::warn!(sandbox = %self.id, container, error = %left, "not all of a container's files could be taken out of the pod");
                 }
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -501,7 +522,8 @@ impl Sandbox {
         mut spec: wire::Container,
         stdio: wire::Stdio,
     ) -> Result<(), Error> {
-        self.share.name_sources(container, &mut spec)?;
+        self.name_sources(container, &mut spec)?;
+        self.volumes.volumes().fill(container).await?;
         Ok(self.agent.create_container(container, spec, stdio).await?)
     }
 
@@ -523,11 +545,13 @@ impl Sandbox {
 
     /// Writes the places of a placed container's files into what the agent will be told.
     pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
-        Ok(self.share.name_sources(container, spec)?)
+        self.share.name_sources(container, spec)?;
+        Ok(self.volumes.volumes().name_sources(container, spec)?)
     }
 
     /// Takes a container's files out of the share, whatever the guest thinks of it.
     pub async fn withdraw_container(&mut self, container: &str) -> Result<(), Error> {
+        self.volumes.volumes().leave(container).await;
         Ok(self
             .share
             .remove(&mut self.ledger, container, &self.fs)
@@ -571,6 +595,7 @@ struct Taken {
     vm: Vm,
     agent: Agent,
     agent_log: Tail,
+    uid: u32,
 }
 
 impl Taken {
@@ -623,6 +648,7 @@ impl Taken {
             vm,
             agent: Agent::new(rpc)?,
             agent_log: logs::follow(request.id, "agent", log),
+            uid,
         })
     }
 }

@@ -8,11 +8,13 @@ mod bundle;
 pub mod cri;
 mod engine;
 mod host;
+mod kubelet;
 mod process;
 
 pub use bundle::{Bundle, debian_root, fresh_id};
 pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, tail};
 pub use host::Host;
+pub use kubelet::KubeletVolume;
 pub use process::{Ran, Runtime, Started, sha256};
 
 /// The long versions of the suites were asked for (`make soak`).

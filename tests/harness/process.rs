@@ -97,6 +97,25 @@ impl Started {
         );
     }
 
+    /// Waits for a line of its standard output, counted from 0.
+    ///
+    /// # Panics
+    /// When the output ends without it.
+    #[track_caller]
+    pub fn line(&self, index: usize) -> String {
+        let line = self.stdout.line(index);
+        line.unwrap_or_else(|| {
+            let errors = self.stderr.so_far();
+            let errors = String::from_utf8_lossy(&errors);
+            panic!("the output ended before line {index}: {errors}")
+        })
+    }
+
+    /// What it has written to its standard error so far.
+    pub fn errors(&self) -> String {
+        String::from_utf8_lossy(&self.stderr.so_far()).into_owned()
+    }
+
     /// Its pid on the host.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -245,6 +264,26 @@ impl Output {
                 .0;
         }
         has(&bytes)
+    }
+
+    fn line(&self, index: usize) -> Option<String> {
+        let mut bytes = self.read.0.lock().expect("not poisoned");
+        loop {
+            let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').skip(index);
+            if let Some(line) = lines.next().and_then(|line| line.strip_suffix(b"\n")) {
+                return Some(String::from_utf8_lossy(line).into_owned());
+            }
+            if self.thread.is_finished() {
+                return None;
+            }
+            // As above.
+            bytes = self
+                .read
+                .1
+                .wait_timeout(bytes, Duration::from_millis(100))
+                .expect("not poisoned")
+                .0;
+        }
     }
 
     fn so_far(&self) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! The agent's RPC contract, generated from `agent.proto`; the comments there are the documentation.
 
 /// Version of `agent.proto`, sent in `StartSandboxRequest`. Shim and agent are installed together.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Largest RPC message that either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;

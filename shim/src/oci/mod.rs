@@ -37,6 +37,9 @@ pub const GUEST_SHARE: &str = "/run/bulkhead/share";
 /// Where the agent mounts the memory that the containers of a pod share.
 pub const GUEST_SHM: &str = "/run/bulkhead/shm";
 
+/// Where the agent mounts volumes of its own memory.
+pub const GUEST_VOLUMES: &str = "/run/bulkhead/volumes";
+
 /// Largest config.json, in bytes: a typical one has 10 to 100 KiB, and the agent takes messages of 4 MiB.
 const MAX_CONFIG: u64 = 4 << 20;
 

@@ -10,6 +10,8 @@ use bulkhead_agent_protocol::agent;
 use nix::sys::statfs::{self, FsType};
 use oci_spec::runtime as spec;
 
+use crate::kubelet_volume::is_kubelet_volume;
+
 use super::{
     Bundle, Error, GUEST_SHM, devices, invalid,
     options::{self, Idmap},
@@ -34,6 +36,13 @@ pub struct HostBind {
     pub read_only_whole: bool,
     /// Whether later mounts of the host beneath the source appear.
     pub propagation: HostPropagation,
+}
+
+impl HostBind {
+    /// Whether it is one of kubelet's that the guest keeps in its own memory, and not in the share.
+    pub fn is_kubelet_volume(&self) -> bool {
+        self.directory && is_kubelet_volume(&self.source)
+    }
 }
 
 /// What a mount that the host makes beneath a bind source later does to the container.

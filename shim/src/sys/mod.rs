@@ -9,6 +9,7 @@ pub mod stub;
 
 use std::{io, os::fd::OwnedFd};
 
+use nix::sys::inotify::{InitFlags, Inotify};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// For a process that lives long and does little: one heap for all threads, which [`trim_memory`] can give back.
@@ -25,6 +26,24 @@ pub fn trim_memory() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// An instance of inotify that counts for `uid` and not for root, who may have only fs.inotify.max_user_instances (128) on the
+/// whole host, fewer than a node has pods.
+pub fn inotify_of(uid: u32) -> io::Result<Inotify> {
+    let make = move || {
+        const SAME: libc::c_long = -1;
+        // SAFETY: takes numbers only. By system call, unlike glibc's function it changes this thread alone, which ends right
+        // after. Real and saved uid stay root's: nobody who has `uid` may signal or trace the thread.
+        if unsafe { libc::syscall(libc::SYS_setresuid, SAME, libc::c_long::from(uid), SAME) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Inotify::init(
+            InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC,
+        )?)
+    };
+    let thread = std::thread::Builder::new().spawn(make)?;
+    thread.join().expect("nothing in it panics")
 }
 
 /// Lets the runtime watch a descriptor.

@@ -25,6 +25,7 @@ use crate::{
     ids,
     layers::Layer,
     oci::{self, Bundle, Plan, PodPlan, Role},
+    sandbox,
     stdio::{Ends, Names, Owner, Streams},
 };
 
@@ -374,12 +375,20 @@ async fn create_in_guest(
         ..state(1)
     };
     spec.hook_state = serde_json::to_vec(&inside).expect("a state is made of strings and numbers");
-    tokio::select! {
-        created = pod.agent.create_container(&wanted.id, spec, stdio) => match created {
+    let created = async {
+        pod.volumes
+            .fill(&wanted.id)
+            .await
+            .map_err(sandbox::Error::from)?;
+        let created = pod.agent.create_container(&wanted.id, spec, stdio).await;
+        match created {
             // The machine's own words say why the connection broke.
             Err(crate::agent::Error::Lost { .. }) => Err(pod.watch.trouble().await.into()),
             other => Ok(other?),
-        },
+        }
+    };
+    tokio::select! {
+        created = created => created,
         error = pod.watch.trouble() => Err(error.into()),
     }
 }

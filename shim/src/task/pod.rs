@@ -17,6 +17,7 @@ use super::{Error, metrics::memory_events};
 use crate::{
     agent::{self, Agent},
     config::Config,
+    kubelet_volume::Volumes,
     layers::{Layer, Roots},
     oci::{Plan, PodPlan},
     sandbox::{self, Parts, Request, Sandbox, Watch},
@@ -59,6 +60,8 @@ pub struct Pod {
     pub agent: Agent,
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
+    /// kubelet's volumes in the guest.
+    pub volumes: Volumes,
     /// Sees its end.
     pub watch: Watch,
     ending: AtomicBool,
@@ -190,6 +193,7 @@ impl Pod {
             pid,
             plan,
             agent: held.sandbox.agent().clone(),
+            volumes: held.sandbox.volumes().clone(),
             cgroup: held.sandbox.cgroup().into(),
             watch: held.sandbox.watch(),
             ending: AtomicBool::new(false),

@@ -12,7 +12,7 @@ use bulkhead_tests::cri::messages::{
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxRequest,
     RunPodSandboxRequest, RunPodSandboxResponse,
 };
-use bulkhead_tests::{Engine, Host, IMAGE, fresh_id, tail};
+use bulkhead_tests::{Engine, Host, IMAGE, KubeletVolume, fresh_id, tail};
 use tempfile::TempDir;
 
 use crate::{eventually, shims_end};
@@ -92,6 +92,8 @@ impl<'a> Pod<'a> {
         let mounts = mounts.iter().map(|(host, inside)| Mount {
             host_path: (*host).into(),
             container_path: (*inside).into(),
+            // As kubelet mounts them.
+            readonly: host.contains("/volumes/kubernetes.io~"),
             ..Default::default()
         });
         let config = ContainerConfig {
@@ -235,6 +237,66 @@ fn a_pod_lives_as_kubernetes_wants_it() {
         let _: Empty = cri.ok("RemoveContainer", &container(&first));
         let again = pod.container("exit 5", &[]);
         assert_eq!(pod.wait(&again), (5, "Error".into()), "{handler}");
+        pod.remove();
+        shims_end();
+        host.assert_nothing_left();
+    }
+}
+
+#[test]
+fn config_maps_and_secrets_follow_the_host() {
+    let cri = cri();
+    for handler in HANDLERS {
+        let host = Host::now();
+        let mut config = KubeletVolume::new(
+            "kubernetes.io~configmap",
+            &[("key", b"1", 0o644), ("gone", b"1", 0o644)],
+        );
+        let secret = KubeletVolume::with_group(
+            "kubernetes.io~secret",
+            Some(1234),
+            &[("token", b"secret", 0o400)],
+        );
+        let [at, secret_at] =
+            [&config, &secret].map(|v| v.path().to_str().expect("plain").to_owned());
+        let pod = Pod::start(&cri, handler, NamespaceMode::CONTAINER);
+        let mounts = [(at.as_str(), "/config"), (&secret_at, "/secret")];
+        let ids = [(); 2].map(|()| pod.container("sleep 1000", &mounts));
+        for id in &ids {
+            let seen = pod.exec(id, "cat /config/key; stat -L -c ' %a %u %g' /secret/token");
+            assert_eq!(seen, (0, "1 440 0 1234".into()), "{handler}");
+            assert_ne!(pod.exec(id, "echo x > /config/new").0, 0, "{handler}");
+        }
+        config.write(&[("key", b"2", 0o644), ("new", b"2", 0o600)]);
+        let wait = "until cat /config/new; do sleep 0.01; done 2>/dev/null
+            until [ ! -L /config/gone ]; do sleep 0.01; done
+            cat /config/key; ls /config";
+        for id in &ids {
+            assert_eq!(pod.exec(id, wait), (0, "22key\nnew".into()), "{handler}");
+        }
+        if handler == "bulkhead" {
+            // What cannot be repeated is told, and followed by what can.
+            let logged = Engine::get().log().len();
+            let large = vec![0; 17 << 20];
+            config.write(&[("large", &large, 0o644)]);
+            eventually("the shim tells of it", || {
+                let log = Engine::get().log();
+                log[logged..].contains("more than 16 MiB")
+            });
+            assert_eq!(pod.exec(&ids[0], "cat /config/key"), (0, "2".into()));
+            config.write(&[("key", b"3", 0o644)]);
+            let wait = "until [ $(cat /config/key) = 3 ]; do sleep 0.01; done; ls /config";
+            assert_eq!(pod.exec(&ids[0], wait), (0, "key".into()));
+        }
+        // A restarted container has the volume as it is by then.
+        let _: Empty = cri.ok("StopContainer", &container(&ids[0]));
+        let _: Empty = cri.ok("RemoveContainer", &container(&ids[0]));
+        let again = pod.container("sleep 1000", &mounts);
+        assert_eq!(
+            pod.exec(&again, "ls /config").1,
+            pod.exec(&ids[1], "ls /config").1,
+            "{handler}"
+        );
         pod.remove();
         shims_end();
         host.assert_nothing_left();

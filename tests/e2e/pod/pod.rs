@@ -26,7 +26,7 @@ const LIBEXEC: &str = "/usr/local/libexec/bulkhead";
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// Executes each line of its input, a JSON string of Python, and answers with the JSON of the variable `answer`.
-const DRIVER: &str = r"
+pub const DRIVER: &str = r"
 import json, sys
 scope = {}
 for line in sys.stdin:
@@ -96,6 +96,20 @@ impl Pod {
             Ok(result) => result,
             Err(_) => panic!("not finished within {ANSWER:?}"),
         }
+    }
+
+    /// Runs something beside the library, which goes on meanwhile: this front end has only the caller's thread.
+    pub fn meanwhile<T: Send>(&mut self, work: impl FnOnce() -> T + Send) -> T {
+        let (sender, done) = tokio::sync::oneshot::channel::<()>();
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // Dropped when the work is done, or has panicked.
+                let _sender = sender;
+                work()
+            });
+            let _ = self.runtime.block_on(done);
+            thread.join().expect("no panic")
+        })
     }
 
     /// What the bundle asks for, as the library understands it.
