@@ -7,6 +7,7 @@
 //!         ─► fs, vm   the two processes (peer, control), their requests and events
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
+//! cri      Kubernetes' words about a pod ─► the same
 //! io       a container's streams ─► anything
 //!
 //! task     containerd's tasks: one state machine over a sandbox ─► events (one ordered queue), stdio (FIFOs, files, loggers), layers
@@ -17,6 +18,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
 pub mod control;
+pub mod cri;
 pub mod error;
 pub mod events;
 pub mod fs;

@@ -11,7 +11,7 @@ mod host;
 mod process;
 
 pub use bundle::{Bundle, debian_root, fresh_id};
-pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, tail};
+pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, sandboxer, tail};
 pub use host::Host;
 pub use process::{Ran, Runtime, Started, sha256};
 
