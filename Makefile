@@ -40,6 +40,10 @@ soak: deps ## the long versions of the suites
 bench: stage ## the figures, beside their peers', from one lab run
 	@tests/bench/run
 
+.PHONY: test-containerd2
+test-containerd2: deps stage ## the suite containerd against containerd 2.3, built here (needs Go 1.26)
+	@tests/containerd2
+
 .PHONY: lab
 lab: stage ## a shell in the lab, with this build installed
 	@tests/lab/lab shell --install $(STAGE)

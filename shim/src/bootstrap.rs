@@ -25,6 +25,9 @@ const SOCKET_DIR: &str = "/run/containerd/s";
 /// `typeurl` of the OCI features document.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// `typeurl` of the runtime options that are ours to heed.
+const OPTIONS: &str = "runtimeoptions.v1.Options";
+
 /// What `start` reads from its standard input.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Greeting {
@@ -46,6 +49,17 @@ impl Greeting {
         }
         let any = Any::parse_from_bytes(bytes).ok();
         Greeting::Options(any.filter(|any| !any.type_url.is_empty()))
+    }
+
+    /// Runtime options: the input itself, or its extension of that kind.
+    pub fn options(&self) -> Option<&Any> {
+        match self {
+            Greeting::Options(options) => options.as_ref(),
+            Greeting::Bootstrap(params) => {
+                let mut values = params.extensions.iter().flat_map(|one| one.value.as_ref());
+                values.find(|any| any.type_url.ends_with(OPTIONS))
+            }
+        }
     }
 
     /// Where the socket goes.
@@ -120,7 +134,7 @@ pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>, String> {
     let Some(options) = options.filter(|options| !options.value.is_empty()) else {
         return Ok(None);
     };
-    if !options.type_url.ends_with("runtimeoptions.v1.Options") {
+    if !options.type_url.ends_with(OPTIONS) {
         // runc's, which Docker, nerdctl and `ctr` send to everybody.
         tracing::info!(kind = %options.type_url, "runtime options of another runtime are ignored");
         return Ok(None);
@@ -226,9 +240,19 @@ mod tests {
         };
         assert_eq!(read.containerd_ttrpc_address, "unix:///t");
         assert_eq!(greeting.socket_dir(), Path::new("/run/s"));
+        assert_eq!(greeting.options(), None);
         // BootstrapResult{version = 1, address = 2, protocol = 3}
         let expected = [vec![0x08, 0x03], field(2, b"unix:///x"), field(3, b"ttrpc")].concat();
         assert_eq!(greeting.reply("unix:///x"), expected);
+        // extensions = 8, of Extension{value = 1}
+        let any = [
+            field(1, b"runtimeoptions.v1.Options"),
+            field(2, b"\x12\x02/c"),
+        ];
+        let extension = field(8, &field(1, &any.concat()));
+        let greeting = Greeting::parse(&[params.clone(), extension].concat(), "id", "ns");
+        let path = config_path(greeting.options()).unwrap();
+        assert_eq!(path.as_deref(), Some(Path::new("/c")));
         // The same bytes for another instance are options.
         assert!(matches!(
             Greeting::parse(&params, "other", "ns"),

@@ -7,6 +7,7 @@
 //!         ─► fs, vm   the two processes (peer, control), their requests and events
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
+//! cri      Kubernetes' words about a pod ─► the same
 //! kubelet_volume   configMaps and the like: in the guest's memory, following the host
 //! io       a container's streams ─► anything
 //!
@@ -18,6 +19,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
 pub mod control;
+pub mod cri;
 pub mod error;
 pub mod events;
 pub mod fs;

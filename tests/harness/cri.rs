@@ -6,17 +6,25 @@ use http::{HeaderMap, Request};
 use protobuf::Message;
 use tokio::runtime::Runtime;
 
-/// The messages, generated from `cri/cri.proto`.
+/// The messages, generated from `cri/cri.proto` and the shim's `cri/pod.proto`.
 #[allow(
     missing_docs,
     clippy::all,
     rustdoc::all,
+    ambiguous_glob_reexports,
     non_camel_case_types,
     non_upper_case_globals,
     unused
 )] // generated code
 pub mod messages {
-    include!(concat!(env!("OUT_DIR"), "/cri.rs"));
+    pub use self::{cri::*, pod::*};
+
+    mod cri {
+        include!(concat!(env!("OUT_DIR"), "/cri.rs"));
+    }
+    mod pod {
+        include!(concat!(env!("OUT_DIR"), "/pod.rs"));
+    }
 }
 
 /// A connection to containerd's CRI.

@@ -1,4 +1,6 @@
-//! A containerd of the tests' own: its root, state and sockets are beside nobody else's.
+//! A containerd of the tests' own: its root, state and sockets are beside nobody else's. Which one: Debian's, or what
+//! `make test-containerd2` has built, in the directory that `BULKHEAD_CONTAINERD` names, and there the way to make pods that
+//! `BULKHEAD_SANDBOXER` names.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -22,6 +24,7 @@ pub const IMAGE: &str = "docker.io/library/busybox:test";
 
 /// A running containerd.
 pub struct Engine {
+    programs: Option<PathBuf>,
     root: PathBuf,
     state: PathBuf,
     daemon: Mutex<Child>,
@@ -42,10 +45,15 @@ impl Engine {
                 fs::create_dir_all(Path::new("/sys/fs/cgroup").join(parent)).expect("cgroup v2");
             }
             write_network(&root);
-            let config = configuration(&root, &state);
+            let programs = std::env::var_os("BULKHEAD_CONTAINERD").map(PathBuf::from);
+            let config = match programs {
+                None => configuration(&root, &state),
+                Some(_) => configuration2(&root, &state, sandboxer()),
+            };
             fs::write(root.join("config.toml"), config).expect("a configuration");
-            let daemon = Mutex::new(start_daemon(&root));
+            let daemon = Mutex::new(start_daemon(&root, programs.as_deref()));
             let engine = Engine {
+                programs,
                 root,
                 state,
                 daemon,
@@ -79,7 +87,7 @@ impl Engine {
         let mut daemon = self.daemon();
         daemon.kill().expect("containerd is a child of ours");
         daemon.wait().expect("containerd is a child of ours");
-        *daemon = start_daemon(&self.root);
+        *daemon = start_daemon(&self.root, self.programs.as_deref());
         drop(daemon);
         self.wait_until_it_serves();
     }
@@ -100,10 +108,22 @@ impl Engine {
 
     /// `ctr` with these words.
     pub fn ctr<W: AsRef<OsStr>>(&self, words: &[W]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = match &self.programs {
+            None => Command::new("ctr"),
+            Some(programs) => Command::new(programs.join("ctr")),
+        };
         command.arg("--address").arg(self.state.join("sock"));
         command.args(words);
         command
+    }
+
+    /// `crictl` with these words; `None`: it was not built, Debian's containerd is tested.
+    pub fn crictl<W: AsRef<OsStr>>(&self, words: &[W]) -> Option<Command> {
+        let mut command = Command::new(self.programs.as_ref()?.join("crictl"));
+        let socket = format!("unix://{}", self.socket().display());
+        command.args(["--runtime-endpoint", &socket, "--image-endpoint", &socket]);
+        command.args(words);
+        Some(command)
     }
 
     /// `ctr` with these words, to its end.
@@ -191,6 +211,44 @@ state = {state:?}
     )
 }
 
+/// Who makes CRI's pods of the runtime `bulkhead`: "podsandbox", a pause container, or "shim", the sandbox service of the shim,
+/// which containerd 1.7 does not use.
+pub fn sandboxer() -> &'static str {
+    match std::env::var("BULKHEAD_SANDBOXER").as_deref() {
+        Err(_) | Ok("podsandbox") => "podsandbox",
+        Ok("shim") => "shim",
+        Ok(other) => panic!("BULKHEAD_SANDBOXER is {other:?}: podsandbox and shim are known"),
+    }
+}
+
+/// The same for containerd 2, whose plugins have other names.
+fn configuration2(root: &Path, state: &Path, sandboxer: &str) -> String {
+    let cri = "plugins.\"io.containerd.cri.v1.runtime\"";
+    format!(
+        "version = 3
+root = {root:?}
+state = {state:?}
+[grpc]
+  address = {:?}
+[plugins.\"io.containerd.cri.v1.images\".pinned_images]
+  sandbox = {IMAGE:?}
+[{cri}.cni]
+  bin_dirs = [\"/usr/lib/cni\"]
+  conf_dir = {:?}
+[{cri}.containerd]
+  default_runtime_name = \"runc\"
+[{cri}.containerd.runtimes.runc]
+  runtime_type = {RUNC:?}
+[{cri}.containerd.runtimes.bulkhead]
+  runtime_type = {BULKHEAD:?}
+  privileged_without_host_devices = true
+  sandboxer = {sandboxer:?}
+",
+        state.join("sock"),
+        root.join("cni")
+    )
+}
+
 /// A network for pods that needs nothing of the host.
 fn write_network(root: &Path) {
     let network = json!({
@@ -203,19 +261,26 @@ fn write_network(root: &Path) {
     fs::write(root.join("cni/test.conflist"), network.to_string()).expect("writable");
 }
 
-fn start_daemon(root: &Path) -> Child {
+fn start_daemon(root: &Path, programs: Option<&Path>) -> Child {
     let log = fs::File::options()
         .append(true)
         .create(true)
         .open(root.join("log"))
         .expect("a log");
     let config = root.join("config.toml");
+    // runc's shim is that of the same containerd.
+    let usual = std::env::var("PATH").expect("every process has one here");
+    let path = match programs {
+        None => usual,
+        Some(programs) => format!("{}:{usual}", programs.display()),
+    };
     // Its parent's end is that of the thread that started it: one that stays.
     let (sender, receiver) = std::sync::mpsc::channel();
     thread::spawn(move || {
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "containerd", "--config"])
             .arg(config)
+            .env("PATH", path)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

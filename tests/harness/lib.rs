@@ -12,7 +12,7 @@ mod kubelet;
 mod process;
 
 pub use bundle::{Bundle, debian_root, fresh_id};
-pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, tail};
+pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, sandboxer, tail};
 pub use host::Host;
 pub use kubelet::KubeletVolume;
 pub use process::{Ran, Runtime, Started, sha256};

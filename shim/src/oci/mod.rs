@@ -10,6 +10,7 @@ mod namespaces;
 mod numbers;
 mod options;
 mod pod;
+mod pod_files;
 #[cfg(test)]
 mod pod_tests;
 mod process;
@@ -29,7 +30,9 @@ use oci_spec::runtime as spec;
 
 pub use hooks::{HostHook, HostHooks};
 pub use mounts::{HostBind, HostPropagation};
+pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
+pub use pod_files::PodFiles;
 
 /// Where the agent mounts the share.
 pub const GUEST_SHARE: &str = "/run/bulkhead/share";
@@ -413,11 +416,13 @@ fn paths(field: &str, list: &Option<Vec<String>>) -> Result<Vec<String>, Error> 
 
 fn sysctls(linux: &spec::Linux) -> Result<HashMap<String, String>, Error> {
     let sysctls = linux.sysctl().clone().unwrap_or_default();
-    for name in sysctls.keys() {
-        let climbs = name.split(['/', '.']).any(str::is_empty);
-        if climbs || name.contains('\0') {
-            return Err(invalid("linux.sysctl", format!("has the name {name:?}")));
-        }
+    match sysctls.keys().find(|name| !is_sysctl(name)) {
+        Some(name) => Err(invalid("linux.sysctl", format!("has the name {name:?}"))),
+        None => Ok(sysctls),
     }
-    Ok(sysctls)
+}
+
+/// Whether a sysctl can have this name, which becomes a path beneath /proc/sys.
+pub(crate) fn is_sysctl(name: &str) -> bool {
+    !name.split(['/', '.']).any(str::is_empty) && !name.contains('\0')
 }

@@ -10,7 +10,7 @@ use std::{
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Bundle, Error, invalid, namespaces, unsupported};
+use super::{Bundle, Error, invalid, namespaces, pod_files::PodFiles, unsupported};
 
 /// The annotations by which engines name the pod, the first that is there.
 const SANDBOX_IDS: &[&str] = &[
@@ -88,6 +88,8 @@ pub struct PodPlan {
     pub shm_bytes: u64,
     /// For the namespaces that the members share.
     pub sysctls: HashMap<String, String>,
+    /// What members show without being told; `None`: the engine tells them.
+    pub files: Option<PodFiles>,
 }
 
 /// Reads the pod's part of a sandbox container's or a lone container's configuration.
@@ -124,8 +126,28 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
         },
         shm_bytes,
         sysctls: super::sysctls(linux)?,
+        files: None,
     })
 }
+
+/// What a pod cannot have of the host: Kubernetes' name, and why.
+pub(crate) const HOST_NAMESPACES: [(Type, &str, &str); 3] = [
+    (
+        Type::Network,
+        "hostNetwork",
+        "the host's network cannot be given to a guest",
+    ),
+    (
+        Type::Pid,
+        "hostPID",
+        "the host's processes cannot be shown to a guest",
+    ),
+    (
+        Type::Ipc,
+        "hostIPC",
+        "the host's shared memory cannot be given to a guest",
+    ),
+];
 
 /// Refuses a pod that asks for namespaces of the host, by the words of Kubernetes.
 pub fn check_sandbox(bundle: &Bundle) -> Result<(), Error> {
@@ -139,24 +161,7 @@ pub fn check_sandbox(bundle: &Bundle) -> Result<(), Error> {
             .iter()
             .any(|namespace: &spec::LinuxNamespace| namespace.typ() == kind)
     };
-    let table = [
-        (
-            Type::Network,
-            "hostNetwork",
-            "the host's network cannot be given to a guest",
-        ),
-        (
-            Type::Pid,
-            "hostPID",
-            "the host's processes cannot be shown to a guest",
-        ),
-        (
-            Type::Ipc,
-            "hostIPC",
-            "the host's shared memory cannot be given to a guest",
-        ),
-    ];
-    match table.iter().find(|(kind, _, _)| !has(*kind)) {
+    match HOST_NAMESPACES.iter().find(|(kind, _, _)| !has(*kind)) {
         Some((_, field, reason)) => Err(unsupported(
             *field,
             format!("{reason}; run this pod with another runtime class"),

@@ -168,6 +168,10 @@ impl Tasks {
                 "this shim runs the pod {:?}, and container {:?} is not a member of it",
                 pod.id, wanted.id
             ))),
+            (_, None) if self.api_pod().is_some() => Err(Error::State(format!(
+                "this shim's pod is made by the sandbox service, and container {:?} is not a member of it",
+                wanted.id
+            ))),
             (Role::Sandbox, None) => self.make_sandbox(wanted).await,
             (Role::Alone, None) => self.make_alone(wanted).await,
         }
@@ -236,7 +240,10 @@ impl Tasks {
     }
 
     /// A container of a pod that runs.
-    async fn make_member(&self, wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
+    async fn make_member(&self, mut wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
+        if let Some(files) = &pod.plan.files {
+            files.add_to(&mut wanted.bundle.spec);
+        }
         let mut plan = wanted.plan(&pod.plan)?;
         pod.admit(&plan.container.namespaces)?;
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;

@@ -2,7 +2,7 @@
 
 use ttrpc::Code;
 
-use crate::{agent, config, error::line, hooks, ids, layers, oci, sandbox, stdio};
+use crate::{agent, config, cri, error::line, hooks, ids, layers, oci, sandbox, stdio};
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,9 @@ pub enum Error {
     /// config.json.
     #[error(transparent)]
     Oci(#[from] oci::Error),
+    /// Kubernetes' words about the pod.
+    #[error(transparent)]
+    Cri(#[from] cri::Error),
     /// The root file system.
     #[error(transparent)]
     Layers(#[from] layers::Error),
@@ -66,7 +69,10 @@ impl Error {
             Error::NotFound(_) => Code::NOT_FOUND,
             Error::Exists(_) => Code::ALREADY_EXISTS,
             Error::State(_) => Code::FAILED_PRECONDITION,
-            Error::Invalid(_) | Error::Id(_) | Error::Oci(_) => Code::INVALID_ARGUMENT,
+            Error::Cri(cri::Error::Write { .. }) => Code::UNKNOWN,
+            Error::Invalid(_) | Error::Id(_) | Error::Oci(_) | Error::Cri(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Error::Unimplemented(_) => Code::UNIMPLEMENTED,
             Error::Hung(_) => Code::DEADLINE_EXCEEDED,
             Error::Agent(agent::Error::Refused { code, .. }) => match code {

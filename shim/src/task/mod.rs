@@ -9,6 +9,7 @@
 //!   init's exit comes after those of its exec processes.
 //! - What changes something runs to its end, even when the client that asked goes away.
 
+mod api_pod;
 mod create;
 mod end;
 mod error;
@@ -16,6 +17,7 @@ mod exec;
 mod metrics;
 mod pod;
 mod process;
+mod sandbox_service;
 mod service;
 
 use std::{
@@ -39,6 +41,7 @@ use crate::{
     events::{Event, Events, timestamp},
     oci::{HostHooks, Plan},
 };
+use api_pod::ApiPod;
 use metrics::Usage;
 use pod::{Pod, Trouble, promptly};
 
@@ -138,6 +141,8 @@ pub struct Tasks {
     events: Events,
     tasks: Mutex<HashMap<String, Slot>>,
     pod: Mutex<Option<Arc<Pod>>>,
+    /// When the pod was made by the sandbox service.
+    api_pod: Mutex<Option<Arc<ApiPod>>>,
     shutdown: Notify,
 }
 
@@ -149,6 +154,7 @@ impl Tasks {
             events,
             tasks: Mutex::default(),
             pod: Mutex::default(),
+            api_pod: Mutex::default(),
             shutdown: Notify::new(),
         })
     }
@@ -188,10 +194,16 @@ impl Tasks {
     }
 
     /// Shutdown: heeded when nothing is left to look after.
-    fn shut_down(&self) {
-        if self.slots().is_empty() && self.pod().is_none() {
-            self.shutdown.notify_one();
+    async fn shut_down(&self, id: &str) -> Result<(), Error> {
+        if !self.slots().is_empty() {
+            return Ok(());
         }
+        match self.api_pod() {
+            Some(sandbox) if sandbox.id == id => return self.shut_down_lost(&sandbox).await,
+            None if self.pod().is_none() => self.shutdown.notify_one(),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Ends everything because the shim was told to end.

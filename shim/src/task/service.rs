@@ -12,16 +12,17 @@ use containerd_shim_protos::{
 };
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Error, Phase, Process, Task, Tasks, metrics};
+use super::{Error, Phase, Process, Task, Tasks, metrics, sandbox_service};
 use crate::{
     events::{any, timestamp},
     sys,
 };
 
-/// Both names of the service, for a server.
+/// Both names of the service, and the sandbox service beside them, for a server.
 pub fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
     let service = || create_task(Arc::new(Front(tasks.clone())));
     let mut services = service();
+    services.extend(sandbox_service::service(tasks));
     // The messages of v2 are those of v3.
     for (name, service) in service() {
         services.insert(name.replace(".v3.", ".v2."), service);
@@ -33,7 +34,7 @@ pub fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
 struct Front(Arc<Tasks>);
 
 /// Runs to the end even when the client goes away or its deadline passes.
-async fn to_the_end<T: Send + 'static>(
+pub(super) async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let done = tokio::spawn(work).await;
@@ -308,8 +309,13 @@ impl TaskService for Front {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.0.shut_down();
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        request: api::ShutdownRequest,
+    ) -> ttrpc::Result<Empty> {
+        let tasks = self.0.clone();
+        to_the_end(async move { tasks.shut_down(&request.id).await }).await?;
         Ok(Empty::default())
     }
 }

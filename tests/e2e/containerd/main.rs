@@ -3,11 +3,13 @@
 //! Where it makes sense a case runs under runc too: what runc fails is a bad test.
 
 mod cri;
+mod crictl;
 mod ctr;
 mod ends;
 mod figures;
 mod pods;
 mod rpc;
+mod sandbox;
 
 use std::process::Command;
 use std::thread;

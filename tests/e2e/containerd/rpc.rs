@@ -15,7 +15,7 @@ use ttrpc::{Code, context::with_duration};
 
 use crate::{Running, processes};
 
-fn block_on<T>(work: impl Future<Output = T>) -> T {
+pub(super) fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -31,12 +31,12 @@ async fn shim(running: &Running) -> TaskClient {
     TaskClient::new(Client::new(Socket::new(stream)))
 }
 
-fn context() -> ttrpc::context::Context {
+pub(super) fn context() -> ttrpc::context::Context {
     with_duration(Duration::from_secs(60))
 }
 
 #[track_caller]
-fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Code {
+pub(super) fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Code {
     match answer {
         Err(ttrpc::Error::RpcStatus(status)) => status.code(),
         other => panic!("an RPC status expected, not {other:?}"),
@@ -60,7 +60,7 @@ fn exec(id: &str, exec_id: &str, script: &str) -> api::ExecProcessRequest {
     }
 }
 
-fn start(id: &str, exec_id: &str) -> api::StartRequest {
+pub(super) fn start(id: &str, exec_id: &str) -> api::StartRequest {
     api::StartRequest {
         id: id.into(),
         exec_id: exec_id.into(),
@@ -77,7 +77,7 @@ fn kill_request(id: &str, exec_id: &str, signal: Signal) -> api::KillRequest {
     }
 }
 
-fn delete(id: &str, exec_id: &str) -> api::DeleteRequest {
+pub(super) fn delete(id: &str, exec_id: &str) -> api::DeleteRequest {
     api::DeleteRequest {
         id: id.into(),
         exec_id: exec_id.into(),
@@ -85,7 +85,7 @@ fn delete(id: &str, exec_id: &str) -> api::DeleteRequest {
     }
 }
 
-fn wait(id: &str, exec_id: &str) -> api::WaitRequest {
+pub(super) fn wait(id: &str, exec_id: &str) -> api::WaitRequest {
     api::WaitRequest {
         id: id.into(),
         exec_id: exec_id.into(),
@@ -93,7 +93,7 @@ fn wait(id: &str, exec_id: &str) -> api::WaitRequest {
     }
 }
 
-fn state(id: &str, exec_id: &str) -> api::StateRequest {
+pub(super) fn state(id: &str, exec_id: &str) -> api::StateRequest {
     api::StateRequest {
         id: id.into(),
         exec_id: exec_id.into(),

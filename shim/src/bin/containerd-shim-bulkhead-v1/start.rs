@@ -18,6 +18,7 @@ use bulkhead_shim::{
     bootstrap::{self, Greeting},
     oci::{self, Bundle, Role},
     sys::daemon,
+    task::CONFIG_NAME,
 };
 
 use crate::flags::Flags;
@@ -38,6 +39,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     let path = bootstrap::socket_path(&directory, &flags.address, &flags.namespace, &group);
     let address = format!("unix://{}", path.display());
     if group == flags.id {
+        note_config(&greeting)?;
         if let Some(listener) = bind(&directory, &path)? {
             let started = launch(flags, &greeting, &listener);
             if started.is_err() {
@@ -53,6 +55,14 @@ pub fn start(flags: &Flags) -> Result<()> {
     io::stdout()
         .write_all(&greeting.reply(&address))
         .context("cannot write the address")
+}
+
+/// Writes down which configuration the runtime options name: CreateSandbox is not told again.
+fn note_config(greeting: &Greeting) -> Result<()> {
+    let named = bootstrap::config_path(greeting.options()).map_err(anyhow::Error::msg)?;
+    let Some(path) = named else { return Ok(()) };
+    fs::write(CONFIG_NAME, path.as_os_str().as_encoded_bytes())
+        .with_context(|| format!("cannot write the file {CONFIG_NAME:?} of the bundle"))
 }
 
 /// The pod: by the annotations of config.json, which a sandbox of containerd 2's own kind does not have.

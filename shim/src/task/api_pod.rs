@@ -1,0 +1,274 @@
+//! A pod that containerd makes by its sandbox service (`sandboxer = "shim"`): no container holds it, and nothing but the service ends it.
+//!
+//! ```text
+//! CreateSandbox ──► created ──► StartSandbox ──► ready ──► StopSandbox, or the machine's end ──► stopped
+//!                                                                        ShutdownSandbox, from anywhere ──► the shim ends
+//! ```
+//!
+//! What is refused is refused by CreateSandbox; the machine boots in StartSandbox, when its network is there.
+
+use std::{
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::{cgroups_v2::metrics::Metrics, sandbox_api::CreateSandboxRequest};
+
+use super::{
+    CONFIG_NAME, Error, Exit, Phase, Process, Tasks,
+    metrics::of_pod,
+    pod::{Order, Pod},
+};
+use crate::{
+    config::Config,
+    cri, ids,
+    oci::{PodFiles, PodPlan},
+    stdio::Names,
+};
+
+/// How long the guest of a pod that nobody knows any more may take to end.
+const BRIEF: Duration = Duration::from_secs(1);
+
+/// The pod, from its creation to the shim's end.
+#[derive(Debug)]
+pub(super) struct ApiPod {
+    pub(super) id: String,
+    pub(super) created: SystemTime,
+    config: Config,
+    plan: PodPlan,
+    cgroups_path: Option<PathBuf>,
+    memory: Option<u64>,
+    /// Its phases are those of a process, and whoever waits for its end waits in the same way.
+    life: Process,
+    pod: Mutex<Option<Arc<Pod>>>,
+    /// What it had used when its end was wanted.
+    used: Mutex<Metrics>,
+    /// One end at a time.
+    ending: tokio::sync::Mutex<()>,
+}
+
+impl ApiPod {
+    /// Checks what is asked for and writes the files that the containers will share. Nothing else is taken.
+    fn read(request: &CreateSandboxRequest, otherwise: Option<&Path>) -> Result<ApiPod, Error> {
+        let asked = cri::parse(request.options.as_ref())?;
+        cri::check(&asked)?;
+        let bundle = Path::new(&request.bundle_path);
+        if !bundle.is_absolute() {
+            let text = format!("the bundle's path {bundle:?} is not absolute");
+            return Err(Error::Invalid(text));
+        }
+        // Its runtime options came with `start`.
+        let named = std::fs::read_to_string(bundle.join(CONFIG_NAME)).ok();
+        let config = Config::load(named.as_deref().map(Path::new).or(otherwise))?;
+        let id = &request.sandbox_id;
+        let files = PodFiles::beneath(bundle);
+        let plan = cri::plan(&asked, id, &request.netns_path, files.clone());
+        cri::write_files(&asked, &plan.hostname, &files)?;
+        Ok(ApiPod {
+            id: id.clone(),
+            created: SystemTime::now(),
+            config,
+            plan,
+            cgroups_path: cri::cgroups_path(&asked, id),
+            memory: cri::memory(&asked),
+            life: Process::new("", Names::default(), Phase::Created),
+            pod: Mutex::default(),
+            used: Mutex::default(),
+            ending: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// Where it is.
+    pub(super) fn phase(&self) -> Phase {
+        self.life.phase()
+    }
+
+    /// Waits for its end.
+    pub(super) async fn ended(&self) -> Exit {
+        self.life.ended().await
+    }
+
+    /// The pid that stands for it while it is ready, else 0.
+    pub(super) fn pid(&self) -> u32 {
+        match (self.phase(), self.pod().as_ref()) {
+            (Phase::Running, Some(pod)) => pod.pid.unsigned_abs(),
+            _ => 0,
+        }
+    }
+
+    /// What it uses, or had used at its end, as the host counts it.
+    pub(super) fn metrics(&self) -> Metrics {
+        match (self.phase(), self.pod().as_ref()) {
+            (Phase::Running, Some(pod)) => of_pod(&pod.cgroup),
+            _ => self.used.lock().expect("no panic while it is held").clone(),
+        }
+    }
+
+    /// Refuses with the words of a state error.
+    pub(super) fn refuse(&self, verb: &str) -> Error {
+        let state = match self.phase() {
+            Phase::Added | Phase::Created => "has not been started",
+            Phase::Starting => "is being started",
+            Phase::Running | Phase::Paused => "runs already",
+            Phase::Stopped(_) => "has ended",
+        };
+        Error::State(format!(
+            "cannot {verb} the sandbox {:?}: it {state}",
+            self.id
+        ))
+    }
+
+    fn pod(&self) -> MutexGuard<'_, Option<Arc<Pod>>> {
+        self.pod.lock().expect("no panic while it is held")
+    }
+
+    fn remember_use(&self, pod: &Pod) {
+        *self.used.lock().expect("no panic while it is held") = of_pod(&pod.cgroup);
+    }
+}
+
+impl Tasks {
+    /// The pod of the sandbox service, if there is one.
+    pub(super) fn api_pod(&self) -> Option<Arc<ApiPod>> {
+        let pod = self.api_pod.lock();
+        pod.expect("no panic while it is held").clone()
+    }
+
+    /// The pod with this id.
+    pub(super) fn sandbox(&self, id: &str) -> Result<Arc<ApiPod>, Error> {
+        let found = self.api_pod().filter(|pod| pod.id == id);
+        found.ok_or_else(|| Error::NotFound(format!("no sandbox {id:?}")))
+    }
+
+    /// CreateSandbox.
+    pub(super) fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), Error> {
+        let id = &request.sandbox_id;
+        ids::check("id", id)?;
+        let sandbox = self.api_pod();
+        if sandbox.as_ref().is_some_and(|sandbox| sandbox.id == *id) {
+            let text = format!("there is a sandbox {id:?} already");
+            return Err(Error::Exists(text));
+        }
+        if sandbox.is_some() || self.pod().is_some() || !self.slots().is_empty() {
+            let text = format!("this shim runs another pod and does not make {id:?}");
+            return Err(Error::State(text));
+        }
+        // Nothing waits from the question to the answer: no other request comes between.
+        let pod = ApiPod::read(request, self.place.config.as_deref())?;
+        self.set_api_pod(Some(Arc::new(pod)));
+        Ok(())
+    }
+
+    /// StartSandbox: boots the machine. One that does not boot stays, ended, until it is shut down.
+    pub(super) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Arc<ApiPod>, Error> {
+        if self.api_pod().is_none() {
+            let text = format!("there is no sandbox {id:?} yet: it must be created first");
+            return Err(Error::State(text));
+        }
+        let sandbox = self.sandbox(id)?;
+        sandbox
+            .life
+            .step(&[Phase::Created], Phase::Starting)
+            .map_err(|_| sandbox.refuse("start"))?;
+        let order = Order {
+            namespace: &self.place.namespace,
+            id,
+            plan: &sandbox.plan,
+            cgroups_path: sandbox.cgroups_path.as_deref(),
+            host_limits: &[],
+            memory: sandbox.memory,
+        };
+        let pod = match Pod::boot(&sandbox.config, order, async |_| Ok(())).await {
+            Ok((pod, ())) => Arc::new(pod),
+            Err(error) => {
+                sandbox.life.stop(Exit::now(255));
+                return Err(error);
+            }
+        };
+        *sandbox.pod() = Some(pod.clone());
+        self.set_pod(Some(pod.clone()));
+        sandbox
+            .life
+            .step(&[Phase::Starting], Phase::Running)
+            .map_err(|_| sandbox.refuse("start"))?;
+        tokio::spawn(self.clone().guard_sandbox(sandbox.clone(), pod));
+        Ok(sandbox)
+    }
+
+    /// Watches the machine until its end, and tells of it when nobody wanted it.
+    async fn guard_sandbox(self: Arc<Self>, sandbox: Arc<ApiPod>, pod: Arc<Pod>) {
+        let trouble = pod.trouble().await;
+        let _one = sandbox.ending.lock().await;
+        if pod.is_ending() {
+            return;
+        }
+        tracing::error!(reason = %trouble.reason, "the pod cannot go on");
+        sandbox.remember_use(&pod);
+        self.end_all(trouble.status, trouble.out_of_memory);
+        sandbox.life.stop(Exit::now(trouble.status));
+        pod.destroy().await;
+    }
+
+    /// StopSandbox: ends the machine, and with it all that runs in it. What has ended can still be asked about and deleted.
+    pub(super) async fn stop_sandbox(
+        &self,
+        sandbox: &ApiPod,
+        limit: Option<Duration>,
+    ) -> Result<(), Error> {
+        // Whoever has asked for its start has first to learn what became of it.
+        sandbox.life.settled().await;
+        let _one = sandbox.ending.lock().await;
+        let pod = sandbox.pod().clone();
+        if let Some(pod) = pod.filter(|pod| pod.begin_end()) {
+            if sandbox.phase() == Phase::Running {
+                sandbox.remember_use(&pod);
+            }
+            self.end_all(137, false);
+            let mut end = pin!(pod.end());
+            match limit {
+                None => end.await,
+                Some(limit) => tokio::select! {
+                    () = &mut end => {}
+                    () = tokio::time::sleep(limit) => {
+                        pod.watch.kill();
+                        end.await;
+                    }
+                },
+            }
+            self.set_pod(None);
+        }
+        sandbox.life.stop(Exit::now(0));
+        Ok(())
+    }
+
+    /// ShutdownSandbox: the same, and lets the shim go.
+    pub(super) async fn shut_down_sandbox(&self, id: &str) -> Result<(), Error> {
+        match self.api_pod() {
+            Some(sandbox) if sandbox.id == id => {
+                self.stop_sandbox(&sandbox, None).await?;
+                self.set_api_pod(None);
+            }
+            Some(_) => return self.sandbox(id).map(drop),
+            // One that could not be created leaves its shim to be ended.
+            None if self.pod().is_none() && self.slots().is_empty() => {}
+            None => {
+                let text = format!("no sandbox {id:?}, and this shim runs containers");
+                return Err(Error::NotFound(text));
+            }
+        }
+        self.shutdown.notify_one();
+        Ok(())
+    }
+
+    /// Shutdown of the task service, by the sandbox's own id: containerd has lost its record of it, and nothing else will end it.
+    pub(super) async fn shut_down_lost(&self, sandbox: &ApiPod) -> Result<(), Error> {
+        self.stop_sandbox(sandbox, Some(BRIEF)).await?;
+        self.shut_down_sandbox(&sandbox.id).await
+    }
+
+    fn set_api_pod(&self, pod: Option<Arc<ApiPod>>) {
+        *self.api_pod.lock().expect("no panic while it is held") = pod;
+    }
+}

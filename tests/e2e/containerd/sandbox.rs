@@ -1,0 +1,498 @@
+//! The Sandbox service to the letter, as containerd 2 uses it with `sandboxer = "shim"`: the shim is started beside containerd, in
+//! a bundle without config.json, and spoken to. `make test-containerd2` has the same from containerd itself.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::cri::messages::{NamespaceMode, NamespaceOption, PodSandboxConfig};
+use bulkhead_tests::{Bundle, Host, fresh_id};
+use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, ShutdownRequest};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
+use containerd_shim_protos::sandbox_api as api;
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tempfile::TempDir;
+use ttrpc::Code;
+use ttrpc::r#async::transport::Socket;
+
+use crate::rpc::{block_on, code, context, delete, start, state, wait};
+use crate::{eventually, processes, shims_end};
+
+const SHIM: &str = "containerd-shim-bulkhead-v1";
+
+/// A shim, started as containerd starts one, and the bundle that it was started in.
+struct Shim {
+    bundle: TempDir,
+    id: String,
+    socket: String,
+}
+
+/// What containerd's connection carries.
+struct Services {
+    sandbox: SandboxClient,
+    task: TaskClient,
+}
+
+impl Shim {
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(SHIM);
+        let words = ["-namespace", "sandboxes", "-address", "", "-id", &self.id];
+        command.args(words).arg(verb);
+        command.current_dir(self.bundle.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn start() -> Shim {
+        let mut shim = Shim {
+            bundle: TempDir::with_prefix("sandbox-").expect("a temporary directory"),
+            id: fresh_id(),
+            socket: String::new(),
+        };
+        let started = shim.command("start").output().expect("it is installed");
+        let address = String::from_utf8(started.stdout).expect("an address");
+        let path = address.strip_prefix("unix://");
+        let path = path.unwrap_or_else(|| panic!("no address: {address:?}"));
+        shim.socket = path.into();
+        shim
+    }
+
+    async fn services(&self) -> Services {
+        let stream = tokio::net::UnixStream::connect(&self.socket).await;
+        let client = Client::new(Socket::new(stream.expect("the shim listens")));
+        Services {
+            sandbox: SandboxClient::new(client.clone()),
+            task: TaskClient::new(client),
+        }
+    }
+
+    fn create(&self, config: &PodSandboxConfig) -> api::CreateSandboxRequest {
+        let options = Any {
+            type_url: "runtime.v1.PodSandboxConfig".into(),
+            value: config.write_to_bytes().expect("no required fields"),
+            ..Any::default()
+        };
+        api::CreateSandboxRequest {
+            sandbox_id: self.id.clone(),
+            bundle_path: self.bundle.path().to_str().expect("plain").into(),
+            options: Some(options).into(),
+            ..Default::default()
+        }
+    }
+}
+
+impl Services {
+    /// CreateSandbox and StartSandbox; the pid.
+    async fn boot(&self, shim: &Shim) -> u32 {
+        let config = PodSandboxConfig {
+            hostname: "podname".into(),
+            ..Default::default()
+        };
+        let create = shim.create(&config);
+        let created = self.sandbox.create_sandbox(context(), &create).await;
+        created.expect("created");
+        let started = self.start(&shim.id).await.expect("started");
+        assert!(started.created_at.is_some());
+        started.pid
+    }
+
+    async fn start(&self, id: &str) -> ttrpc::Result<api::StartSandboxResponse> {
+        let request = api::StartSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.start_sandbox(context(), &request).await
+    }
+
+    async fn status(&self, id: &str) -> ttrpc::Result<api::SandboxStatusResponse> {
+        let request = api::SandboxStatusRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.sandbox_status(context(), &request).await
+    }
+
+    async fn ping(&self, id: &str) -> ttrpc::Result<api::PingResponse> {
+        let request = api::PingRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.ping_sandbox(context(), &request).await
+    }
+
+    async fn metrics(&self, id: &str) -> ttrpc::Result<Metrics> {
+        let request = api::SandboxMetricsRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        let answer = self.sandbox.sandbox_metrics(context(), &request).await?;
+        assert_eq!(answer.metrics.id, id);
+        assert_eq!(
+            answer.metrics.data.type_url,
+            "io.containerd.cgroups.v2.Metrics"
+        );
+        let metrics = Metrics::parse_from_bytes(&answer.metrics.data.value);
+        Ok(metrics.expect("the published message"))
+    }
+
+    async fn stop(&self, id: &str) -> ttrpc::Result<api::StopSandboxResponse> {
+        let request = api::StopSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.stop_sandbox(context(), &request).await
+    }
+
+    async fn wait(&self, id: &str) -> ttrpc::Result<api::WaitSandboxResponse> {
+        let request = api::WaitSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.wait_sandbox(context(), &request).await
+    }
+
+    async fn platform(&self, id: &str) -> ttrpc::Result<api::PlatformResponse> {
+        let request = api::PlatformRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.platform(context(), &request).await
+    }
+
+    async fn shut_down(&self, id: &str) -> ttrpc::Result<api::ShutdownSandboxResponse> {
+        let request = api::ShutdownSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        self.sandbox.shutdown_sandbox(context(), &request).await
+    }
+
+    /// Creates and starts a container of the pod; its output goes to a file.
+    async fn container(&self, shim: &Shim, pid: u32, bundle: &Bundle, output: &Path) -> String {
+        bundle.write();
+        let id = fresh_id();
+        let request = CreateTaskRequest {
+            id: id.clone(),
+            bundle: bundle.path().to_str().expect("plain").into(),
+            stdout: format!("file://{}", output.display()),
+            ..Default::default()
+        };
+        let created = self.task.create(context(), &request).await;
+        let created = created.unwrap_or_else(|error| panic!("{}: {error}", shim.id));
+        assert_eq!(created.pid, pid, "one pid a pod");
+        let started = self.task.start(context(), &start(&id, "")).await;
+        started.expect("it starts");
+        id
+    }
+
+    /// The exit status that Wait and Delete agree upon.
+    async fn end(&self, id: &str) -> u32 {
+        let waited = self.task.wait(context(), &wait(id, "")).await;
+        let deleted = self.task.delete(context(), &delete(id, "")).await;
+        let statuses = (
+            waited.expect("ended").exit_status,
+            deleted.expect("deleted").exit_status,
+        );
+        assert_eq!(statuses.0, statuses.1);
+        statuses.0
+    }
+}
+
+/// A member's bundle as CRI makes them: the pod's namespaces by its pid.
+fn member(shim: &Shim, pid: u32, script: &str) -> Bundle {
+    Bundle::busybox().script(script).edit(|config| {
+        config["annotations"] = json!({
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": shim.id,
+        });
+        config["hostname"] = json!(null);
+        let joined = |kind: &str, file: &str| json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")});
+        config["linux"]["namespaces"] = json!([
+            {"type": "mount"}, {"type": "pid"}, {"type": "cgroup"},
+            joined("ipc", "ipc"), joined("uts", "uts"), joined("network", "net"),
+        ]);
+    })
+}
+
+#[test]
+fn a_pod_is_made_asked_about_and_ended_by_its_service() {
+    let host = Host::now();
+    let shim = Shim::start();
+    let id = shim.id.as_str();
+    let output = TempDir::new().expect("a temporary directory");
+    let file = |name: &str| output.path().join(name);
+    block_on(async {
+        let services = shim.services().await;
+        // Before there is one.
+        assert_eq!(code(services.status(id).await), Code::NOT_FOUND);
+        assert_eq!(code(services.stop(id).await), Code::NOT_FOUND);
+        assert_eq!(code(services.start(id).await), Code::FAILED_PRECONDITION);
+
+        let mut config = PodSandboxConfig {
+            hostname: "podname".into(),
+            ..Default::default()
+        };
+        config.dns_config.mut_or_insert_default().servers = vec!["192.0.2.1".into()];
+        let create = shim.create(&config);
+        let created = services.sandbox.create_sandbox(context(), &create).await;
+        created.expect("created");
+        let again = services.sandbox.create_sandbox(context(), &create).await;
+        assert_eq!(code(again), Code::ALREADY_EXISTS);
+        let mut other = create.clone();
+        other.sandbox_id = "other".into();
+        let other = services.sandbox.create_sandbox(context(), &other).await;
+        assert_eq!(code(other), Code::FAILED_PRECONDITION);
+        let status = services.status(id).await.expect("known");
+        assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+        assert_eq!(code(services.ping(id).await), Code::FAILED_PRECONDITION);
+        assert_eq!(code(services.metrics(id).await), Code::FAILED_PRECONDITION);
+
+        let pid = services.start(id).await.expect("it boots").pid;
+        assert_eq!(code(services.start(id).await), Code::FAILED_PRECONDITION);
+        let status = services.status(id).await.expect("known");
+        assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_READY", pid));
+        assert!(pid != 0 && Path::new(&format!("/proc/{pid}/ns/net")).exists());
+        services.ping(id).await.expect("it is there");
+        let platform = services.platform(id).await.expect("known").platform;
+        assert_eq!(
+            (platform.os.as_str(), platform.architecture.as_str()),
+            ("linux", "amd64")
+        );
+        let used = services.metrics(id).await.expect("counted");
+        assert!(used.memory.usage > 0 && used.cpu.usage_usec > 0);
+        for unknown in [
+            code(services.status("other").await),
+            code(services.ping("other").await),
+            code(services.metrics("other").await),
+            code(services.stop("other").await),
+            code(services.wait("other").await),
+            code(services.platform("other").await),
+            code(services.shut_down("other").await),
+        ] {
+            assert_eq!(unknown, Code::NOT_FOUND);
+        }
+        // No task stands for the pod.
+        let pids = PidsRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            code(services.task.pids(context(), &pids).await),
+            Code::NOT_FOUND
+        );
+
+        let script = "hostname; cat /etc/hostname /etc/resolv.conf; grep -c localhost /etc/hosts; echo shared > /dev/shm/x; df -m /dev/shm | tail -n 1 | awk '{print $2}'";
+        let first = member(&shim, pid, script);
+        let first = services.container(&shim, pid, &first, &file("first")).await;
+        assert_eq!(services.end(&first).await, 0);
+        let text = fs::read_to_string(file("first")).expect("it wrote");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[..3],
+            ["podname", "podname", "nameserver 192.0.2.1"],
+            "{text}"
+        );
+        assert!(lines[3].parse::<u32>().expect("a count") > 0, "{text}");
+        assert_eq!(lines[4], "64", "{text}");
+        let second = member(&shim, pid, "cat /dev/shm/x; exit 3");
+        let second = services
+            .container(&shim, pid, &second, &file("second"))
+            .await;
+        assert_eq!(services.end(&second).await, 3);
+        assert_eq!(
+            fs::read_to_string(file("second")).expect("it wrote"),
+            "shared\n"
+        );
+        // What is no member is refused, and the pod goes on when a member's shim is let go.
+        let stranger = Bundle::busybox().script("true");
+        stranger.write();
+        let request = CreateTaskRequest {
+            id: "stranger".into(),
+            bundle: stranger.path().to_str().expect("plain").into(),
+            ..Default::default()
+        };
+        let refused = services.task.create(context(), &request).await;
+        assert_eq!(code(refused), Code::FAILED_PRECONDITION);
+        let shutdown = ShutdownRequest {
+            id: "gone".into(),
+            ..Default::default()
+        };
+        let ignored = services.task.shutdown(context(), &shutdown).await;
+        ignored.expect("ignored");
+
+        let long = member(&shim, pid, "sleep 1000");
+        let long = services.container(&shim, pid, &long, &file("long")).await;
+        let (waited, stopped) = tokio::join!(services.wait(id), services.stop(id));
+        stopped.expect("it stops");
+        let waited = waited.expect("it has ended");
+        assert!(waited.exit_status == 0 && waited.exited_at.is_some());
+        services.stop(id).await.expect("it has stopped");
+        let status = services.status(id).await.expect("known");
+        assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+        assert!(status.exited_at.is_some());
+        assert_eq!(code(services.ping(id).await), Code::FAILED_PRECONDITION);
+        assert!(services.metrics(id).await.expect("kept").cpu.usage_usec > 0);
+        services
+            .task
+            .state(context(), &state(&long, ""))
+            .await
+            .expect("known");
+        assert_eq!(services.end(&long).await, 137);
+        services.shut_down(id).await.expect("it ends");
+    });
+    shims_end();
+    drop(shim);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn what_is_asked_about_a_pod_does_not_wait_for_its_guest() {
+    let host = Host::now();
+    let shim = Shim::start();
+    let id = shim.id.as_str();
+    block_on(async {
+        let services = shim.services().await;
+        services.boot(&shim).await;
+        let machine: Vec<Pid> = processes(&["bulkhead-vmm run"])
+            .into_iter()
+            .map(Pid::from_raw)
+            .collect();
+        let signal = |signal| {
+            for pid in &machine {
+                kill(*pid, signal).expect("it runs");
+            }
+        };
+        let slowest = async |state: &str| {
+            let mut slowest = Duration::ZERO;
+            for _ in 0..5 {
+                let since = Instant::now();
+                let status = services.status(id).await.expect("answered");
+                assert_eq!(status.state, state);
+                slowest = slowest.max(since.elapsed());
+                let since = Instant::now();
+                assert_eq!(services.ping(id).await.is_ok(), state == "SANDBOX_READY");
+                slowest = slowest.max(since.elapsed());
+                let since = Instant::now();
+                services.metrics(id).await.expect("answered");
+                slowest = slowest.max(since.elapsed());
+            }
+            println!("slowest with {state}: {slowest:?}");
+            assert!(slowest < Duration::from_millis(100), "{slowest:?}");
+        };
+        signal(Signal::SIGSTOP);
+        slowest("SANDBOX_READY").await;
+        signal(Signal::SIGKILL);
+        let waited = services.wait(id).await.expect("it has ended");
+        assert_eq!(waited.exit_status, 137);
+        slowest("SANDBOX_NOTREADY").await;
+        services.stop(id).await.expect("nothing is left to stop");
+        services.shut_down(id).await.expect("it ends");
+    });
+    shims_end();
+    drop(shim);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn what_a_machine_cannot_give_is_refused_when_the_pod_is_created() {
+    let host = Host::now();
+    type Ask = fn(&mut NamespaceOption);
+    let cases: [(Ask, &str); 3] = [
+        (
+            |asked| asked.network = NamespaceMode::NODE.into(),
+            "hostNetwork",
+        ),
+        (|asked| asked.pid = NamespaceMode::NODE.into(), "hostPID"),
+        (|asked| asked.ipc = NamespaceMode::NODE.into(), "hostIPC"),
+    ];
+    for (ask, field) in cases {
+        let shim = Shim::start();
+        let mut config = PodSandboxConfig::default();
+        let linux = config.linux.mut_or_insert_default();
+        let context_of = linux.security_context.mut_or_insert_default();
+        ask(context_of.namespace_options.mut_or_insert_default());
+        block_on(async {
+            let services = shim.services().await;
+            let create = shim.create(&config);
+            let refused = services.sandbox.create_sandbox(context(), &create).await;
+            let error = refused.expect_err(field);
+            assert!(error.to_string().contains(field), "{error}");
+            assert_eq!(code::<()>(Err(error)), Code::INVALID_ARGUMENT);
+            assert_eq!(code(services.status(&shim.id).await), Code::NOT_FOUND);
+            // As containerd cleans up.
+            services.shut_down(&shim.id).await.expect("it ends");
+        });
+        shims_end();
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_machine_that_does_not_boot_is_an_error_and_leaves_nothing() {
+    let host = Host::now();
+    let shim = Shim::start();
+    let id = shim.id.as_str();
+    let broken = shim.bundle.path().join("config.toml");
+    fs::write(&broken, "kernel = \"/dev/null\"\n").expect("writable");
+    // Where `start` leaves the name of the configuration that the runtime options have.
+    let note = shim.bundle.path().join("bulkhead-config");
+    fs::write(note, broken.to_str().expect("plain")).expect("writable");
+    block_on(async {
+        let services = shim.services().await;
+        let create = shim.create(&PodSandboxConfig::default());
+        let created = services.sandbox.create_sandbox(context(), &create).await;
+        created.expect("created");
+        let started = services.start(id).await;
+        started.expect_err("there is no kernel");
+        let waited = services.wait(id).await.expect("it has ended");
+        assert_eq!(waited.exit_status, 255);
+        let status = services.status(id).await.expect("known");
+        assert_eq!(status.state, "SANDBOX_NOTREADY");
+        services.shut_down(id).await.expect("it ends");
+    });
+    shims_end();
+    drop(shim);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_leaves_its_pod_to_delete() {
+    let host = Host::now();
+    let shim = Shim::start();
+    block_on(async { shim.services().await.boot(&shim).await });
+    for pid in processes(&[SHIM]) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+    shims_end();
+    let deleted = shim.command("delete").output().expect("it is installed");
+    assert!(deleted.status.success(), "{deleted:?}");
+    eventually("the machine ends", || {
+        processes(&["bulkhead-vmm"]).is_empty()
+    });
+    drop(shim);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_pod_that_containerd_has_lost_ends_by_the_task_service() {
+    let host = Host::now();
+    let shim = Shim::start();
+    block_on(async {
+        let services = shim.services().await;
+        services.boot(&shim).await;
+        let shutdown = ShutdownRequest {
+            id: shim.id.clone(),
+            ..Default::default()
+        };
+        let ended = services.task.shutdown(context(), &shutdown).await;
+        ended.expect("it ends");
+    });
+    shims_end();
+    drop(shim);
+    host.assert_nothing_left();
+}
