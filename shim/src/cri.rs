@@ -218,8 +218,10 @@ mod tests {
     #[test]
     fn options_are_read_and_others_are_refused() {
         assert_eq!(parse(None).unwrap(), PodSandboxConfig::default());
-        let mut config = PodSandboxConfig::default();
-        config.hostname = "h".into();
+        let config = PodSandboxConfig {
+            hostname: "h".into(),
+            ..PodSandboxConfig::default()
+        };
         assert_eq!(parse(Some(&any(&config))).unwrap(), config);
         let prefixed = Any {
             type_url: "type.googleapis.com/runtime.v1.PodSandboxConfig".into(),
