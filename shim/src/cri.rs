@@ -218,8 +218,10 @@ mod tests {
     #[test]
     fn options_are_read_and_others_are_refused() {
         assert_eq!(parse(None).unwrap(), PodSandboxConfig::default());
-        let mut config = PodSandboxConfig::default();
-        config.hostname = "h".into();
+        let config = PodSandboxConfig {
+            hostname: "h".into(),
+            ..Default::default()
+        };
         assert_eq!(parse(Some(&any(&config))).unwrap(), config);
         let prefixed = Any {
             type_url: "type.googleapis.com/runtime.v1.PodSandboxConfig".into(),
@@ -252,7 +254,7 @@ mod tests {
             (|o| o.pid = NamespaceMode::NODE.into(), "hostPID"),
             (|o| o.ipc = NamespaceMode::NODE.into(), "hostIPC"),
             (
-                |o| drop(o.userns_options.mut_or_insert_default()),
+                |o| o.userns_options = Some(Default::default()).into(),
                 "hostUsers",
             ),
         ];
