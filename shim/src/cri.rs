@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(parse(None).unwrap(), PodSandboxConfig::default());
         let config = PodSandboxConfig {
             hostname: "h".into(),
-            ..PodSandboxConfig::default()
+            ..Default::default()
         };
         assert_eq!(parse(Some(&any(&config))).unwrap(), config);
         let prefixed = Any {
@@ -254,7 +254,7 @@ mod tests {
             (|o| o.pid = NamespaceMode::NODE.into(), "hostPID"),
             (|o| o.ipc = NamespaceMode::NODE.into(), "hostIPC"),
             (
-                |o| _ = o.userns_options.mut_or_insert_default(),
+                |o| o.userns_options = Some(Default::default()).into(),
                 "hostUsers",
             ),
         ];

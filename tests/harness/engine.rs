@@ -122,6 +122,8 @@ impl Engine {
         let mut command = Command::new(self.programs.as_ref()?.join("crictl"));
         let socket = format!("unix://{}", self.socket().display());
         command.args(["--runtime-endpoint", &socket, "--image-endpoint", &socket]);
+        // An emulated host takes longer over a pod than the usual 2 s.
+        command.args(["--timeout", "120s"]);
         command.args(words);
         Some(command)
     }

@@ -186,8 +186,10 @@ impl<'a> Pod<'a> {
             pod_sandbox_id: self.id.clone(),
             ..Default::default()
         };
-        let _: Empty = self.cri.ok("StopPodSandbox", &request);
-        let _: Empty = self.cri.ok("RemovePodSandbox", &request);
+        for method in ["StopPodSandbox", "RemovePodSandbox"] {
+            let done: Result<Empty, String> = self.cri.call(method, &request);
+            done.unwrap_or_else(|error| panic!("{error}\n{}", tail(&Engine::get().log())));
+        }
     }
 }
 

@@ -9,12 +9,14 @@ use bulkhead_shim::{
     task::{self, Place, Tasks},
 };
 use tokio::signal::unix::{SignalKind, signal};
-use ttrpc::r#async::{Server, transport::Listener};
+use ttrpc::r#async::Server;
 
-use crate::{flags::Flags, log};
+use crate::{connections::Connections, flags::Flags, log};
 
 /// How long the last events may take to reach containerd.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// How long a client may take to close its connection once it has let the shim go.
+const CLOSING: Duration = Duration::from_secs(1);
 
 /// Runs to its end. The working directory is the bundle of the pod's first container.
 pub fn run(flags: &Flags) -> Result<()> {
@@ -48,8 +50,9 @@ async fn serve(flags: &Flags) -> Result<()> {
         config: None,
     };
     let tasks = Tasks::new(place, events);
+    let (connections, listener) = Connections::of(listener);
     let mut server = Server::new()
-        .add_listener(Listener::from(listener))
+        .add_listener(listener)
         .register_service(task::services(&tasks));
     server.start().await.context("cannot serve the socket")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch signals")?;
@@ -60,7 +63,7 @@ async fn serve(flags: &Flags) -> Result<()> {
         _ = interrupt.recv() => tracing::warn!("interrupted"),
     }
     tasks.close(FAREWELL).await;
-    // The answer to Shutdown is on its way; it ends with the connection.
+    connections.closed(CLOSING).await;
     let _ = server.shutdown().await;
     if let Some(path) = address.as_pathname() {
         let _ = std::fs::remove_file(path);

@@ -6,6 +6,7 @@
 //!            ── delete ─► after a daemon's death: gives back what its ledger names
 //! ```
 
+mod connections;
 mod daemon;
 mod delete;
 mod flags;

@@ -1,0 +1,99 @@
+//! The connections to the shim's socket, counted: the shim ends after its clients have closed them.
+//!
+//! An answer that arrives together with the connection's end may be lost: ttrpc's client in Go takes whichever it sees first. So the
+//! answer to Shutdown and ShutdownSandbox is followed by the client's own close, and only then by the shim's end.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use futures_core::Stream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{UnixListener, UnixStream},
+    sync::watch,
+};
+use ttrpc::r#async::transport::Listener;
+
+/// How many are open.
+pub struct Connections(watch::Sender<usize>);
+
+impl Connections {
+    /// Those that `listener` will accept.
+    pub fn of(listener: UnixListener) -> (Connections, Listener) {
+        let open = watch::Sender::new(0);
+        let accepting = Accepting {
+            listener,
+            open: open.clone(),
+        };
+        (Connections(open), Listener::new(accepting))
+    }
+
+    /// Waits until none is open, at most `limit`: a client that keeps its own holds up nothing.
+    pub async fn closed(&self, limit: Duration) {
+        let mut open = self.0.subscribe();
+        let _ = tokio::time::timeout(limit, open.wait_for(|open| *open == 0)).await;
+    }
+}
+
+struct Accepting {
+    listener: UnixListener,
+    open: watch::Sender<usize>,
+}
+
+impl Stream for Accepting {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let accepted = ready!(self.listener.poll_accept(context));
+        Poll::Ready(Some(accepted.map(|(stream, _)| {
+            self.open.send_modify(|open| *open += 1);
+            Connection {
+                stream,
+                open: self.open.clone(),
+            }
+        })))
+    }
+}
+
+struct Connection {
+    stream: UnixStream,
+    open: watch::Sender<usize>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.open.send_modify(|open| *open -= 1);
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
