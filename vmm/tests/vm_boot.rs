@@ -71,17 +71,6 @@ fn each_way_to_end_is_told_apart() {
     }
 }
 
-/// The most vCPUs that a guest can have here, [`MAX_VCPUS`] but for an emulated host: QEMU's software emulation loses a guest of
-/// 16 or 32 now and then, whatever VMM runs it (tests/lab/README.md, Pitfalls).
-fn most_vcpus() -> u32 {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-    if !processors.contains("QEMU TCG CPU") {
-        return MAX_VCPUS;
-    }
-    println!("the host's processors are emulated: 8 vCPUs at most are tried, not {MAX_VCPUS}");
-    8
-}
-
 #[test]
 fn processors_and_memory_are_as_configured() {
     const MIB: u64 = 1 << 20;
@@ -94,7 +83,7 @@ fn processors_and_memory_are_as_configured() {
         (1, 3072),
         (2, 4096),
         (1, 6144),
-        (most_vcpus(), 512),
+        (MAX_VCPUS, 512),
     ] {
         let Some(kernel) = kernel() else { return };
         let mut setup = Setup::new(&kernel, &initramfs(Act::Tell)).with_serial();

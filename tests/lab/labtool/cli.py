@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from . import debian, disks, image, machine, session
+from .qemu import Size
 from .report import LabError, say
 
 # Like docker's: the tool itself failed, not the command.
@@ -20,22 +21,24 @@ def _parser():
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--share", metavar="DIR", help="a writable copy of DIR appears at /share")
     options.add_argument("--out", metavar="DIR", help="what the command leaves in /out comes back to DIR")
-    options.add_argument("--mem", metavar="MIB", type=_positive(int), default=machine.DEFAULT_MEMORY_MIB,
-                         help="memory of the lab (default %(default)s); each size has a snapshot of its own")
+    size = argparse.ArgumentParser(add_help=False)
+    size.add_argument("--mem", metavar="MIB", type=_positive(int), default=Size().memory_mib,
+                      help="memory of the lab (default %(default)s); each size has a snapshot of its own")
+    size.add_argument("--cpus", metavar="N", type=_positive(int), default=Size().processors,
+                      help="processors of the lab (default %(default)s)")
     options.add_argument("--install", metavar="DIR",
                          help="tree that is merged over /usr/local (default: $BULKHEAD_STAGE, else the checkout's stage/)")
     options.add_argument("--cold", action="store_true", help="boot instead of restoring a snapshot")
 
-    run = verbs.add_parser("exec", parents=[options], help="run a command in a fresh lab",
+    run = verbs.add_parser("exec", parents=[options, size], help="run a command in a fresh lab",
                            description="Runs CMD as root in a fresh lab and exits with its status (128+n for signal n, 124 after "
                                        "a timeout, 125 when the lab itself failed).")
     run.add_argument("--timeout", metavar="SECONDS", type=_positive(float), default=1800,
                      help="kill a command that runs longer (default %(default)s)")
     run.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="after --: the command and its arguments")
-    shell = verbs.add_parser("shell", parents=[options], help="an interactive root shell in a fresh lab")
+    shell = verbs.add_parser("shell", parents=[options, size], help="an interactive root shell in a fresh lab")
     shell.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="after --: instead of bash")
-    build = verbs.add_parser("build", help="prepare the image and the snapshot, run nothing")
-    build.add_argument("--mem", metavar="MIB", type=_positive(int), default=machine.DEFAULT_MEMORY_MIB)
+    verbs.add_parser("build", parents=[size], help="prepare the image and the snapshot, run nothing")
     verbs.add_parser("deps", help="install what this host lacks, by package name, asking nothing")
     root = verbs.add_parser("root", help="print the path of a cached Debian 13 root directory with the packages listed")
     root.add_argument("packages_file", metavar="PACKAGES_FILE", help="package names, # starts a comment")
@@ -79,7 +82,7 @@ def _run(arguments):
     if arguments.out:
         carried.add_out()
     begin = machine.boot if arguments.cold else machine.start
-    lab = begin(image_files, arguments.mem, carried.slots)
+    lab = begin(image_files, Size(arguments.mem, arguments.cpus), carried.slots)
     try:
         timeout = None if terminal else arguments.timeout
         status, out_bytes = session.Session(lab, carried.slots, timeout).run(argv or ["bash", "-l"], terminal)
@@ -99,7 +102,7 @@ def _dispatch(arguments):
     elif arguments.verb == "root":
         print(debian.ensure_root(arguments.packages_file))
     elif arguments.verb == "build":
-        machine.ensure_snapshot(image.ensure(), arguments.mem)
+        machine.ensure_snapshot(image.ensure(), Size(arguments.mem, arguments.cpus))
     else:
         return _run(arguments)
     return 0

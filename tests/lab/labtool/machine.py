@@ -11,7 +11,6 @@ from .report import LabError, say
 
 BOOT_SECONDS = 120
 RESTORE_SECONDS = 20
-DEFAULT_MEMORY_MIB = 4096
 
 
 def scratch_directory():
@@ -53,9 +52,9 @@ class Machine:
             raise self.failure("the lab did not boot") from None
 
 
-def boot(image, memory_mib, slots):
+def boot(image, size, slots):
     """Boots a lab from cold."""
-    machine = Machine(qemu.Qemu(image, memory_mib, slots, scratch_directory(), image.initramfs()))
+    machine = Machine(qemu.Qemu(image, size, slots, scratch_directory(), image.initramfs()))
     try:
         machine.wait_alive(BOOT_SECONDS)
         return machine
@@ -64,15 +63,15 @@ def boot(image, memory_mib, slots):
         raise
 
 
-def start(image, memory_mib, slots):
+def start(image, size, slots):
     """Restores a lab from its snapshot; when that fails, says why and boots."""
     try:
-        return _restore(image, memory_mib, slots, ensure_snapshot(image, memory_mib))
+        return _restore(image, size, slots, ensure_snapshot(image, size))
     except LabError as error:
         # One line: the reason, and the console's last word on it.
         lines = str(error).removesuffix(":").splitlines()
         say("booting a lab, since none came from a snapshot: " + " ".join(dict.fromkeys([lines[0], lines[-1]])))
-        return boot(image, memory_mib, slots)
+        return boot(image, size, slots)
 
 
 def _set_migration(process):
@@ -82,8 +81,8 @@ def _set_migration(process):
     process.execute("migrate-set-parameters", **{"multifd-channels": 2, "max-bandwidth": 1 << 40})
 
 
-def _restore(image, memory_mib, slots, snapshot):
-    machine = Machine(qemu.Qemu(image, memory_mib, slots, scratch_directory(), image.initramfs(), ["-incoming", "defer"]))
+def _restore(image, size, slots, snapshot):
+    machine = Machine(qemu.Qemu(image, size, slots, scratch_directory(), image.initramfs(), ["-incoming", "defer"]))
     try:
         _set_migration(machine.qemu)
         machine.qemu.execute("migrate-incoming", uri=f"file:{snapshot}")
@@ -103,18 +102,18 @@ def _restore(image, memory_mib, slots, snapshot):
         raise
 
 
-def ensure_snapshot(image, memory_mib):
-    """The snapshot file for this image, memory size, command line and host, made when missing."""
-    key = cache.key_of(image.identity, str(memory_mib), _host(), guest_archive(), Path(qemu.__file__), Path(__file__))
-    directory = cache.Entry("lab", f"snapshot-{memory_mib}m", key).ensure(
-        lambda partial: _save(image, memory_mib, partial / "state"))
+def ensure_snapshot(image, size):
+    """The snapshot file for this image, size, command line and host, made when missing."""
+    key = cache.key_of(image.identity, str(size), _host(), guest_archive(), Path(qemu.__file__), Path(__file__))
+    directory = cache.Entry("lab", f"snapshot-{size}", key).ensure(
+        lambda partial: _save(image, size, partial / "state"))
     return directory / "state"
 
 
-def _save(image, memory_mib, target):
-    say(f"booting a lab with {memory_mib} MiB once, for its snapshot")
+def _save(image, size, target):
+    say(f"booting a lab with {size.memory_mib} MiB and {size.processors} processors once, for its snapshot")
     started = time.monotonic()
-    machine = boot(image, memory_mib, {})
+    machine = boot(image, size, {})
     booted = time.monotonic()
     try:
         machine.qemu.execute("stop")

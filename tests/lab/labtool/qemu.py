@@ -6,6 +6,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from typing import NamedTuple
 
 from .report import LabError
 
@@ -13,7 +14,7 @@ from .report import LabError
 # operations are what it has not: it runs REP MOVSB and STOSB byte by byte, where a processor that announces ERMS and FSRM
 # moves whole cache lines. Without the announcement the kernels copy by words, which is nearer to what such a processor costs.
 MACHINE = [
-    "-machine", "q35,smm=off,vmport=off,hpet=off", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-erms,-fsrm", "-smp", "2",
+    "-machine", "q35,smm=off,vmport=off,hpet=off", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-erms,-fsrm",
     "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 ]
 # mitigations=off is for this host only, whose CPUs are emulated; the product's guests boot with theirs on.
@@ -37,10 +38,20 @@ def unlinked_file(directory, data=b""):
         return os.dup(file.fileno())
 
 
+class Size(NamedTuple):
+    """How large a lab is. Each size has a snapshot of its own."""
+
+    memory_mib: int = 4096
+    processors: int = 2
+
+    def __str__(self):
+        return f"{self.memory_mib}m-{self.processors}p"
+
+
 class Qemu:
     """A running QEMU. It dies with this process (parent-death signal); `stop` ends it earlier."""
 
-    def __init__(self, image, memory_mib, slots, scratch, initramfs, extra=()):
+    def __init__(self, image, size, slots, scratch, initramfs, extra=()):
         self._console = unlinked_file(scratch)
         initrd = unlinked_file(scratch, initramfs)
         qmp, qmp_end = socket.socketpair()
@@ -50,7 +61,7 @@ class Qemu:
             # setpriv is part of util-linux, which no Debian lacks.
             "setpriv", "--pdeathsig", "KILL", *image.tools.command("usr/bin/qemu-system-x86_64"),
             "-L", str(image.tools.root / "usr/share/qemu"), "-L", str(image.tools.root / "usr/share/seabios"),
-            *MACHINE, "-m", str(memory_mib),
+            *MACHINE, "-m", str(size.memory_mib), "-smp", str(size.processors),
             "-kernel", str(image.kernel), "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_ARGUMENTS,
             "-chardev", f"file,id=console,path=/proc/self/fd/{self._console}", "-serial", "chardev:console",
             "-chardev", f"socket,id=qmp,fd={qmp_end.fileno()}", "-mon", "chardev=qmp,mode=control",

@@ -2,6 +2,9 @@
 //!
 //! A descriptor of any kind keeps its mount busy. A detach waits for the requests under way, closes every inode and handle in
 //! the tree, and closes the mounts in it to look-ups, so that the guest cannot come back before the host has unmounted.
+//!
+//! A look-up that comes in between finds the mount before it is refused, and keeps it busy for that moment: the host's unmount
+//! may have to be tried again, as the shim does.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
