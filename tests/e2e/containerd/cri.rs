@@ -293,7 +293,8 @@ fn config_maps_and_secrets_follow_the_host() {
             });
             assert_eq!(pod.exec(&ids[0], "cat /config/key"), (0, "2".into()));
             config.write(&[("key", b"3", 0o644)]);
-            let wait = "until [ $(cat /config/key) = 3 ]; do sleep 0.01; done; ls /config";
+            let wait = "until [ $(cat /config/key) = 3 ]; do sleep 0.01; done
+                until [ ! -L /config/large ] && [ ! -L /config/new ]; do sleep 0.01; done; ls /config";
             assert_eq!(pod.exec(&ids[0], wait), (0, "key".into()));
         }
         // A restarted container has the volume as it is by then.

@@ -112,6 +112,7 @@ fn running_out_of_memory_is_told() {
 
 #[test]
 fn a_machine_that_hangs_is_killed_in_the_end() {
+    Engine::get();
     let host = Host::now();
     let running = Running::start(BULKHEAD, &[], "sleep 1000");
     for pid in processes(&["bulkhead-vmm run"]) {
