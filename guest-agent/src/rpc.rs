@@ -8,9 +8,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bulkhead_agent_protocol::agent_ttrpc;
+use bulkhead_agent_protocol::{Watched, agent_ttrpc};
 use futures_core::Stream as FutureStream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
@@ -22,10 +21,7 @@ use crate::stream::Stream;
 /// Serves until the connection ends.
 pub(crate) async fn serve(connection: Stream, sandbox: Arc<Sandbox>) -> ttrpc::Result<()> {
     let (closed, when_closed) = oneshot::channel();
-    let watched = Watched {
-        stream: connection,
-        _closed: closed,
-    };
+    let watched = Watched::new(connection, closed);
     let service = agent_ttrpc::create_agent(Arc::new(Service(sandbox)));
     let mut server = Server::new()
         .add_listener(Listener::new(Once(Some(watched))))
@@ -37,48 +33,16 @@ pub(crate) async fn serve(connection: Stream, sandbox: Arc<Sandbox>) -> ttrpc::R
 }
 
 /// A listener's stream of connections that has one.
-struct Once(Option<Watched>);
+struct Once(Option<Connection>);
+
+type Connection = Watched<Stream, oneshot::Sender<()>>;
 
 impl FutureStream for Once {
-    type Item = io::Result<Watched>;
+    type Item = io::Result<Connection>;
 
     fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0
             .take()
             .map_or(Poll::Pending, |stream| Poll::Ready(Some(Ok(stream))))
-    }
-}
-
-/// A stream whose end is noticed.
-struct Watched {
-    stream: Stream,
-    _closed: oneshot::Sender<()>,
-}
-
-impl AsyncRead for Watched {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Watched {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -22,12 +22,12 @@ use crate::oci::{self, HOST_NAMESPACES, PodFiles, PodPaths, PodPlan};
     non_upper_case_globals,
     unused
 )] // generated code
-mod pod {
-    include!(concat!(env!("OUT_DIR"), "/pod.rs"));
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
-pub use pod::PodSandboxConfig;
-use pod::{DNSConfig, NamespaceMode, NamespaceOption};
+pub use generated::pod::PodSandboxConfig;
+use generated::pod::{DNSConfig, NamespaceMode, NamespaceOption};
 
 /// Size of a pod's /dev/shm, in bytes: what containerd gives a pod with a pause container.
 const SHM_BYTES: u64 = 64 << 20;

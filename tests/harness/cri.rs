@@ -19,12 +19,7 @@ use tokio::runtime::Runtime;
 pub mod messages {
     pub use self::{cri::*, pod::*};
 
-    mod cri {
-        include!(concat!(env!("OUT_DIR"), "/cri.rs"));
-    }
-    mod pod {
-        include!(concat!(env!("OUT_DIR"), "/pod.rs"));
-    }
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
 /// A connection to containerd's CRI.

@@ -200,27 +200,11 @@ state = {state:?}
 [{cri}.cni]
   bin_dir = \"/usr/lib/cni\"
   conf_dir = {:?}
-[{cri}.containerd]
-  default_runtime_name = \"runc\"
-[{cri}.containerd.runtimes.runc]
-  runtime_type = {RUNC:?}
-[{cri}.containerd.runtimes.bulkhead]
-  runtime_type = {BULKHEAD:?}
-  privileged_without_host_devices = true
-",
+{}",
         state.join("sock"),
-        root.join("cni")
+        root.join("cni"),
+        runtimes(cri)
     )
-}
-
-/// Who makes CRI's pods of the runtime `bulkhead`: "podsandbox", a pause container, or "shim", the sandbox service of the shim,
-/// which containerd 1.7 does not use.
-pub fn sandboxer() -> &'static str {
-    match std::env::var("BULKHEAD_SANDBOXER").as_deref() {
-        Err(_) | Ok("podsandbox") => "podsandbox",
-        Ok("shim") => "shim",
-        Ok(other) => panic!("BULKHEAD_SANDBOXER is {other:?}: podsandbox and shim are known"),
-    }
 }
 
 /// The same for containerd 2, whose plugins have other names.
@@ -237,18 +221,36 @@ state = {state:?}
 [{cri}.cni]
   bin_dirs = [\"/usr/lib/cni\"]
   conf_dir = {:?}
-[{cri}.containerd]
+{}  sandboxer = {sandboxer:?}
+",
+        state.join("sock"),
+        root.join("cni"),
+        runtimes(cri)
+    )
+}
+
+/// The runtimes of both; what follows belongs to Bulkhead's.
+fn runtimes(cri: &str) -> String {
+    format!(
+        "[{cri}.containerd]
   default_runtime_name = \"runc\"
 [{cri}.containerd.runtimes.runc]
   runtime_type = {RUNC:?}
 [{cri}.containerd.runtimes.bulkhead]
   runtime_type = {BULKHEAD:?}
   privileged_without_host_devices = true
-  sandboxer = {sandboxer:?}
-",
-        state.join("sock"),
-        root.join("cni")
+"
     )
+}
+
+/// Who makes CRI's pods of the runtime `bulkhead`: "podsandbox", a pause container, or "shim", the sandbox service of the shim,
+/// which containerd 1.7 does not use.
+pub fn sandboxer() -> &'static str {
+    match std::env::var("BULKHEAD_SANDBOXER").as_deref() {
+        Err(_) | Ok("podsandbox") => "podsandbox",
+        Ok("shim") => "shim",
+        Ok(other) => panic!("BULKHEAD_SANDBOXER is {other:?}: podsandbox and shim are known"),
+    }
 }
 
 /// A network for pods that needs nothing of the host.

@@ -1,4 +1,9 @@
-//! The agent's RPC contract, generated from `agent.proto`; the comments there are the documentation.
+//! The agent's RPC contract, generated from `agent.proto`; the comments there are the documentation. And what both sides need to
+//! serve ttrpc.
+
+mod watched;
+
+pub use watched::Watched;
 
 /// Version of `agent.proto`, sent in `StartSandboxRequest`. Shim and agent are installed together.
 pub const PROTOCOL_VERSION: u32 = 3;
@@ -6,7 +11,6 @@ pub const PROTOCOL_VERSION: u32 = 3;
 /// Largest RPC message that either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;
 
-/// The messages.
 #[allow(
     missing_docs,
     clippy::all,
@@ -14,12 +18,11 @@ pub const MAX_MESSAGE: usize = 4 << 20;
     non_upper_case_globals,
     unused
 )] // generated code
-pub mod agent {
-    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+/// The messages.
+pub use generated::agent;
 /// The service: `AgentClient` for the shim, the `Agent` trait and `create_agent` for the agent.
-#[allow(missing_docs, clippy::all, rustdoc::all, unused)] // generated code
-pub mod agent_ttrpc {
-    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
-}
+pub use generated::agent_ttrpc;

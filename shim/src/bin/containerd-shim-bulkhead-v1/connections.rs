@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_agent_protocol::Watched;
 use futures_core::Stream;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
     sync::watch,
 };
@@ -45,55 +45,22 @@ struct Accepting {
 }
 
 impl Stream for Accepting {
-    type Item = io::Result<Connection>;
+    type Item = io::Result<Watched<UnixStream, Open>>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let accepted = ready!(self.listener.poll_accept(context));
         Poll::Ready(Some(accepted.map(|(stream, _)| {
             self.open.send_modify(|open| *open += 1);
-            Connection {
-                stream,
-                open: self.open.clone(),
-            }
+            Watched::new(stream, Open(self.open.clone()))
         })))
     }
 }
 
-struct Connection {
-    stream: UnixStream,
-    open: watch::Sender<usize>,
-}
+/// One that is open.
+struct Open(watch::Sender<usize>);
 
-impl Drop for Connection {
+impl Drop for Open {
     fn drop(&mut self) {
-        self.open.send_modify(|open| *open -= 1);
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        self.0.send_modify(|open| *open -= 1);
     }
 }
