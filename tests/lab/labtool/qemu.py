@@ -42,7 +42,7 @@ class Size(NamedTuple):
     """How large a lab is. Each size has a snapshot of its own."""
 
     memory_mib: int = 4096
-    processors: int = 2
+    processors: int = 1  # README.md, Pitfalls: with more, guests are lost
 
     def __str__(self):
         return f"{self.memory_mib}m-{self.processors}p"
