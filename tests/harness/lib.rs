@@ -21,3 +21,11 @@ pub use process::{Ran, Runtime, Started, sha256};
 pub fn soak() -> bool {
     std::env::var_os("BULKHEAD_SOAK").is_some()
 }
+
+/// How many samples of a figure are taken: `make bench` says.
+pub fn samples() -> usize {
+    match std::env::var("BULKHEAD_SAMPLES") {
+        Err(_) => 3,
+        Ok(text) => text.parse().expect("BULKHEAD_SAMPLES is a number"),
+    }
+}

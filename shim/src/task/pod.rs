@@ -8,6 +8,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
+use bulkhead_vmm_config::{Phase, Stamp};
 use tokio::{
     io::Interest,
     sync::{Mutex, MutexGuard},
@@ -26,6 +27,7 @@ use crate::{
         self,
         stub::{self, Network, Stub},
     },
+    timeline::now_ns,
 };
 
 /// How long the guest may take over something that costs it microseconds.
@@ -141,6 +143,7 @@ impl Pod {
         order: Order<'_>,
         meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, Error>,
     ) -> Result<(Pod, T), Error> {
+        let began = now_ns();
         let parts = Parts::open(config)?;
         let request = Request {
             namespace: order.namespace,
@@ -176,7 +179,10 @@ impl Pod {
             Err(error) => Err(error),
         };
         match done {
-            Ok(done) => Ok((Pod::new(order, held), done)),
+            Ok(done) => {
+                tell_boot(order.id, began, &held.sandbox.stamps());
+                Ok((Pod::new(order, held), done))
+            }
             Err(error) => {
                 held.give_back().await;
                 Err(error)
@@ -326,6 +332,17 @@ impl Trouble {
             reason,
         }
     }
+}
+
+/// Logs what its start took: `boot_ms` from the VMM's first moment to the agent's call, `ready_ms` all of it.
+fn tell_boot(pod: &str, began_ns: u64, stamps: &[Stamp]) {
+    let at = |phase| stamps.iter().find(|stamp| stamp.phase == phase);
+    let boot_ns = match (at(Phase::VmmStart), at(Phase::AgentDialled)) {
+        (Some(first), Some(last)) => last.at_ns.saturating_sub(first.at_ns),
+        _ => 0,
+    };
+    let [boot_ms, ready_ms] = [boot_ns, now_ns().saturating_sub(began_ns)].map(|ns| ns / 1_000_000);
+    tracing::info!(pod, boot_ms, ready_ms, "the pod is ready");
 }
 
 fn start_stub(sandbox: &mut Sandbox, plan: &PodPlan) -> Result<Stub, Error> {

@@ -19,14 +19,14 @@ use crate::{eventually, shims_end};
 
 /// CRI's names of the runtimes in the tests' configuration. Where the shim itself makes the pods there is nothing to compare with:
 /// runc's shim has no sandbox service, and its pods are tested with the other way.
-fn handlers() -> &'static [&'static str] {
+pub(super) fn handlers() -> &'static [&'static str] {
     match sandboxer() {
         "shim" => &["bulkhead"],
         _ => &["runc", "bulkhead"],
     }
 }
 
-fn cri() -> Cri {
+pub(super) fn connect() -> Cri {
     Cri::connect(&Engine::get().socket())
 }
 
@@ -37,8 +37,13 @@ fn namespaces(pid: NamespaceMode) -> NamespaceOption {
     }
 }
 
+/// Every container has processes of its own, as Kubernetes has it by default.
+pub(super) fn private_pids() -> NamespaceMode {
+    NamespaceMode::CONTAINER
+}
+
 /// A pod and the client that made it.
-struct Pod<'a> {
+pub(super) struct Pod<'a> {
     cri: &'a Cri,
     id: String,
     config: PodSandboxConfig,
@@ -82,7 +87,7 @@ fn run(cri: &Cri, handler: &str, config: PodSandboxConfig) -> Result<String, Str
 
 impl<'a> Pod<'a> {
     #[track_caller]
-    fn start(cri: &'a Cri, handler: &str, pid: NamespaceMode) -> Pod<'a> {
+    pub(super) fn start(cri: &'a Cri, handler: &str, pid: NamespaceMode) -> Pod<'a> {
         let config = config(pid);
         let id = run(cri, handler, config.clone());
         let id = id.unwrap_or_else(|error| panic!("{error}\n{}", tail(&Engine::get().log())));
@@ -142,7 +147,7 @@ impl<'a> Pod<'a> {
     }
 
     #[track_caller]
-    fn container(&self, script: &str, mounts: &[(&str, &str)]) -> String {
+    pub(super) fn container(&self, script: &str, mounts: &[(&str, &str)]) -> String {
         let id = self.create(script, mounts).expect("it is created");
         let _: Empty = self.cri.ok("StartContainer", &container(&id));
         id
@@ -181,7 +186,7 @@ impl<'a> Pod<'a> {
     }
 
     #[track_caller]
-    fn remove(self) {
+    pub(super) fn remove(self) {
         let request = PodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
             ..Default::default()
@@ -203,7 +208,7 @@ fn container(id: &str) -> ContainerRequest {
 
 #[test]
 fn a_pod_lives_as_kubernetes_wants_it() {
-    let cri = cri();
+    let cri = connect();
     for &handler in handlers() {
         let host = Host::now();
         let volume = TempDir::new().expect("a temporary directory");
@@ -253,7 +258,7 @@ fn a_pod_lives_as_kubernetes_wants_it() {
 
 #[test]
 fn config_maps_and_secrets_follow_the_host() {
-    let cri = cri();
+    let cri = connect();
     for &handler in handlers() {
         let host = Host::now();
         let mut config = KubeletVolume::new(
@@ -314,7 +319,7 @@ fn config_maps_and_secrets_follow_the_host() {
 
 #[test]
 fn processes_of_a_pod_are_shared_when_asked() {
-    let cri = cri();
+    let cri = connect();
     for &handler in handlers() {
         let pod = Pod::start(&cri, handler, NamespaceMode::POD);
         let first = pod.container("exec sleep 1234", &[]);
@@ -335,7 +340,7 @@ fn processes_of_a_pod_are_shared_when_asked() {
 
 #[test]
 fn running_out_of_memory_is_the_reason() {
-    let cri = cri();
+    let cri = connect();
     for &handler in handlers() {
         let pod = Pod::start(&cri, handler, NamespaceMode::CONTAINER);
         let greedy = pod.container("exec dd if=/dev/zero of=/dev/null bs=200M count=1", &[]);
@@ -348,11 +353,11 @@ fn running_out_of_memory_is_the_reason() {
 fn a_pod_outlives_containerd() {
     for &handler in handlers() {
         let host = Host::now();
-        let first = cri();
+        let first = connect();
         let pod = Pod::start(&first, handler, NamespaceMode::CONTAINER);
         let id = pod.container("sleep 1000", &[]);
         Engine::get().restart();
-        let cri = cri();
+        let cri = connect();
         let pod = Pod { cri: &cri, ..pod };
         assert_eq!(
             pod.status(&id).0,
@@ -369,7 +374,7 @@ fn a_pod_outlives_containerd() {
 
 #[test]
 fn what_a_machine_cannot_give_is_refused_and_nothing_is_left() {
-    let cri = cri();
+    let cri = connect();
     let host = Host::now();
     for (options, reason) in [
         (
@@ -410,7 +415,7 @@ fn what_a_machine_cannot_give_is_refused_and_nothing_is_left() {
 
 #[test]
 fn pods_at_once_leave_nothing() {
-    let cri = cri();
+    let cri = connect();
     let host = Host::now();
     thread::scope(|scope| {
         for n in 0..4 {

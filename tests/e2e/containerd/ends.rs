@@ -1,6 +1,5 @@
 //! However a pod ends, containerd learns it, truly and soon, and nothing is left.
 
-use std::fs;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC};
@@ -123,41 +122,4 @@ fn a_machine_that_hangs_is_killed_in_the_end() {
     running.remove();
     shims_end();
     host.assert_nothing_left();
-}
-
-#[test]
-fn the_shim_stays_small() {
-    let running = Running::start(BULKHEAD, &[], "sleep 1000");
-    for _ in 0..5 {
-        assert_eq!(running.exec("true").status, 0);
-    }
-    let stub = running.pid() as i32;
-    let shims = processes(&["containerd-shim-bulkhead-v1", &running.id]);
-    let pss = |pid: i32| {
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it runs");
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("Pss:"))
-            .expect("the kernel says");
-        line.split_whitespace()
-            .next()
-            .expect("a number")
-            .parse::<u64>()
-            .expect("a number")
-    };
-    for pid in &shims {
-        let what = if *pid == stub {
-            "the pod's pid"
-        } else {
-            "shim"
-        };
-        println!("{what}: {} KiB PSS", pss(*pid));
-        println!(
-            "{}",
-            fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it runs")
-        );
-    }
-    let shim = shims.iter().find(|pid| **pid != stub).expect("a shim");
-    assert!(pss(*shim) <= 6 << 10, "{} KiB", pss(*shim));
-    running.remove();
 }

@@ -137,3 +137,19 @@ fn processes(words: &[&str]) -> Vec<i32> {
         .filter_map(|line| line.split_whitespace().next()?.parse().ok())
         .collect()
 }
+
+/// The shim of a container, which is not the process behind its pid.
+fn shim_of(running: &Running) -> i32 {
+    let stub = running.pid() as i32;
+    let shims = processes(&["containerd-shim-bulkhead-v1", &running.id]);
+    let shim = shims.into_iter().find(|pid| *pid != stub);
+    shim.expect("it lives as long as its container")
+}
+
+/// Proportional set size of a process, in KiB.
+fn pss_kib(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("it runs");
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    word.expect("proc(5)").parse().expect("a number")
+}

@@ -266,15 +266,14 @@ fn what_is_not_the_pods_is_refused() {
 fn ten_pods_one_after_another_and_ten_at_once_leave_nothing() {
     Engine::get();
     let host = Host::now();
-    let count = if soak() { 100 } else { 3 };
+    let count = if soak() { 100 } else { 10 };
     for _ in 0..count {
         let pod = Pod::start(BULKHEAD, &[]);
         assert_eq!(pod.run(&[], "echo ok").ok(), "ok");
         pod.remove();
     }
-    let together = if soak() { 10 } else { 3 };
     std::thread::scope(|scope| {
-        for _ in 0..together {
+        for _ in 0..10 {
             scope.spawn(|| {
                 let pod = Pod::start(BULKHEAD, &[]);
                 assert_eq!(pod.run(&[], "echo ok").ok(), "ok");
@@ -292,7 +291,7 @@ fn many_containers_live_in_one_pod() {
     let host = Host::now();
     let pod = Pod::start(BULKHEAD, &[]);
     let within = Host::now();
-    let count = if soak() { 50 } else { 10 };
+    let count = if soak() { 50 } else { 20 };
     let members: Vec<Running> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..count)
             .map(|_| scope.spawn(|| pod.member(&["ipc", "uts", "network"], "sleep 1000")))
