@@ -49,8 +49,9 @@ fn a_run_and_its_parts_beside_runcs() {
         let part = |runs: &[Run]| middle(runs.iter().map(|run| run.parts[n]));
         print(name, "ms", part(&ours), Some(part(&peer)));
     }
-    for (n, name) in BOOT.iter().enumerate() {
-        print(name, "ms", middle(ours.iter().map(|run| run.boot[n])), None);
+    for (n, (_, name)) in BOOT.iter().enumerate() {
+        let boot = middle(ours.iter().map(|run| run.boot[n]));
+        print(name, "ms", boot, None);
     }
 }
 
@@ -62,8 +63,11 @@ const PARTS: [&str; 4] = [
     "  exited to the command's end (teardown)",
 ];
 
-/// What the shim says of a machine's boot, in its words.
-const BOOT: [&str; 2] = ["boot_ms", "ready_ms"];
+/// What the shim's log says of a machine's boot: its word, and the figure's name.
+const BOOT: [(&str, &str); 2] = [
+    ("boot_ms", "    of it: VMM start to the agent's call"),
+    ("ready_ms", "    of it: the pod, until it is ready"),
+];
 
 struct Run {
     whole: f64,
@@ -98,7 +102,7 @@ fn run(runtime: &str, listen: bool) -> Run {
     }
     moments.push(ended);
     let log = engine.log();
-    let boot = |word: &&str| {
+    let boot = |(word, _): &(&str, &str)| {
         let (_, rest) = log[logged..].rsplit_once(&format!("{word}="))?;
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().ok()
