@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::bundle::{busybox_root, must};
+use crate::bundle::{busybox_root, debian_root, must};
 use crate::process::{Ran, Started, sha256};
 
 /// How containerd names the runtimes.
@@ -162,19 +162,34 @@ impl Engine {
     }
 
     fn import_busybox(&self) {
+        let root = tempfile::TempDir::with_prefix("root-").expect("a temporary directory");
+        busybox_root(root.path());
+        self.import(IMAGE, root.path());
+    }
+
+    /// An image with the whole root of a distribution (`debian.packages`), imported at the first call; its name.
+    pub fn import_debian(&self) -> &'static str {
+        static NAME: OnceLock<&str> = OnceLock::new();
+        NAME.get_or_init(|| {
+            let name = "docker.io/library/debian:test";
+            self.import(name, &debian_root());
+            name
+        })
+    }
+
+    /// Makes an image of one layer.
+    fn import(&self, name: &str, root: &Path) {
         let dir = tempfile::TempDir::with_prefix("image-").expect("a temporary directory");
         let path = |name: &str| dir.path().join(name);
-        fs::create_dir(path("rootfs")).expect("a directory");
-        busybox_root(&path("rootfs"));
-        pack(&path("layer.tar"), &path("rootfs"), &["."]);
+        pack(&path("layer.tar"), root, &["."]);
         let layer = sha256(&fs::read(path("layer.tar")).expect("the layer"));
         let config = json!({
             "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sleep", "1000000"]},
+            "config": {"Env": ["PATH=/usr/bin:/bin"], "Cmd": ["/bin/sleep", "1000000"]},
             "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{layer}")]},
         });
         let manifest =
-            json!([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]);
+            json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
         fs::write(path("config.json"), config.to_string()).expect("writable");
         fs::write(path("manifest.json"), manifest.to_string()).expect("writable");
         let names = ["manifest.json", "config.json", "layer.tar"];
@@ -236,6 +251,8 @@ fn runtimes(cri: &str) -> String {
   default_runtime_name = \"runc\"
 [{cri}.containerd.runtimes.runc]
   runtime_type = {RUNC:?}
+[{cri}.containerd.runtimes.bulkhead-with-host-devices]
+  runtime_type = {BULKHEAD:?}
 [{cri}.containerd.runtimes.bulkhead]
   runtime_type = {BULKHEAD:?}
   privileged_without_host_devices = true

@@ -88,7 +88,22 @@ fn run(cri: &Cri, handler: &str, config: PodSandboxConfig) -> Result<String, Str
 impl<'a> Pod<'a> {
     #[track_caller]
     pub(super) fn start(cri: &'a Cri, handler: &str, pid: NamespaceMode) -> Pod<'a> {
-        let config = config(pid);
+        Pod::of(cri, handler, config(pid), pid)
+    }
+
+    /// One whose containers are privileged.
+    #[track_caller]
+    fn privileged(cri: &'a Cri, handler: &str) -> Pod<'a> {
+        let pid = private_pids();
+        let mut config = config(pid);
+        let linux = config.linux.mut_or_insert_default();
+        let security = linux.security_context.mut_or_insert_default();
+        security.privileged = true;
+        Pod::of(cri, handler, config, pid)
+    }
+
+    #[track_caller]
+    fn of(cri: &'a Cri, handler: &str, config: PodSandboxConfig, pid: NamespaceMode) -> Pod<'a> {
         let id = run(cri, handler, config.clone());
         let id = id.unwrap_or_else(|error| panic!("{error}\n{}", tail(&Engine::get().log())));
         Pod {
@@ -127,6 +142,7 @@ impl<'a> Pod<'a> {
                 })
                 .into(),
                 security_context: Some(LinuxContainerSecurityContext {
+                    privileged: self.config.linux.security_context.privileged,
                     namespace_options: Some(namespaces(self.pid)).into(),
                     ..Default::default()
                 })
@@ -154,7 +170,7 @@ impl<'a> Pod<'a> {
     }
 
     #[track_caller]
-    fn exec(&self, id: &str, script: &str) -> (i32, String) {
+    pub(super) fn exec(&self, id: &str, script: &str) -> (i32, String) {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["/bin/sh", "-c", script].map(String::from).into(),
@@ -409,6 +425,30 @@ fn what_a_machine_cannot_give_is_refused_and_nothing_is_left() {
         let error = run(&cri, "bulkhead", config).expect_err(reason);
         assert!(error.contains(reason), "{error}");
     }
+    shims_end();
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_privileged_container_is_privileged_in_its_machine_and_has_no_device_of_the_host() {
+    let cri = connect();
+    let host = Host::now();
+    let pod = Pod::privileged(&cri, "bulkhead");
+    let id = pod.container("sleep 1000", &[]);
+    let script = "mkdir /new && mount -t tmpfs new /new && echo mounted; ls /dev/vda /dev/kvm 2>&1 | grep -c 'No such'";
+    let seen = pod.exec(&id, script);
+    assert_eq!(seen, (0, "mounted\n2".into()));
+    pod.remove();
+    // An operator who has left privileged_without_host_devices out.
+    let pod = Pod::privileged(&cri, "bulkhead-with-host-devices");
+    let id = pod.create("sleep 1000", &[]).expect("it only notes it");
+    let started: Result<Empty, String> = cri.call("StartContainer", &container(&id));
+    let error = started.expect_err("the host's devices are not in a guest");
+    assert!(
+        error.contains("linux.devices: /dev/") && error.contains("device of the host"),
+        "{error}"
+    );
+    pod.remove();
     shims_end();
     host.assert_nothing_left();
 }

@@ -3,6 +3,7 @@
 use std::fs;
 
 use bulkhead_tests::{Engine, Host, IMAGE, Started, fresh_id};
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -16,7 +17,8 @@ fn crictl(words: &[&str]) -> String {
 
 #[test]
 fn crictl_walks_through_the_life_of_a_pod() {
-    if Engine::get().crictl::<&str>(&[]).is_none() {
+    let engine = Engine::get();
+    if engine.crictl::<&str>(&[]).is_none() {
         println!("NOT RUN: crictl is there by `make test-containerd2` only");
         return;
     }
@@ -42,7 +44,7 @@ fn crictl_walks_through_the_life_of_a_pod() {
         json!({
             "metadata": {"name": "c"},
             "image": {"image": IMAGE},
-            "command": ["/bin/sh", "-c", "echo logged; sleep 1000"],
+            "command": ["/bin/sh", "-c", "echo logged; while :; do sleep 1; [ ! -e /ticks ] || echo tick; done"],
             "log_path": "c.log",
             "linux": {},
         }),
@@ -58,6 +60,15 @@ fn crictl_walks_through_the_life_of_a_pod() {
     // By the streaming server, as `kubectl exec` comes.
     assert_eq!(crictl(&["exec", &id, "echo", "streamed"]), "streamed");
     assert_eq!(crictl(&["logs", &id]), "logged");
+    crictl(&["exec", "--sync", &id, "touch", "/ticks"]);
+    // `kubectl attach`, twice.
+    for _ in 0..2 {
+        let command = engine.crictl(&["attach", &id]).expect("it was built");
+        let attached = Started::spawn(command);
+        attached.wait_for_output("tick");
+        attached.signal(Signal::SIGKILL);
+        attached.finish();
+    }
     crictl(&["stop", "--timeout", "1", &id]);
     crictl(&["rm", &id]);
     crictl(&["stopp", &pod_id]);

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, Started, fresh_id, tail};
+use nix::sys::signal::Signal;
 
 use crate::{Running, eventually, shims_end};
 
@@ -373,5 +374,62 @@ fn a_live_container_outlives_containerd() {
         });
         assert_eq!(running.delete_task(), 6, "{runtime}");
         running.remove();
+    }
+}
+
+#[test]
+fn output_is_attached_to_again() {
+    for runtime in [RUNC, BULKHEAD] {
+        let script = "n=0; while :; do n=$((n+1)); echo line $n.; sleep 0.1; done";
+        let running = Running::start(runtime, &[], script);
+        let last = |text: &str| -> u32 {
+            let line = text
+                .lines()
+                .rev()
+                .find_map(|line| line.strip_prefix("line "));
+            let number = line.and_then(|line| line.strip_suffix('.'));
+            number.expect("a whole line").parse().expect("a number")
+        };
+        let attach = |least: u32| {
+            let attached = Started::spawn(Engine::get().ctr(&["task", "attach", &running.id]));
+            attached.wait_for_output(&format!("line {least}."));
+            // Not a signal that ctr would pass on to the container.
+            attached.signal(Signal::SIGKILL);
+            last(&attached.finish().text())
+        };
+        let first = attach(5);
+        let second = attach(first + 10);
+        assert!(second > first, "{runtime}");
+        assert_eq!(running.status().as_deref(), Some("RUNNING"), "{runtime}");
+        running.remove();
+    }
+}
+
+/// Programs of a distribution, not one static binary.
+#[test]
+fn an_image_of_debian_runs() {
+    let image = Engine::get().import_debian();
+    for runtime in [RUNC, BULKHEAD] {
+        let script = "
+            set -euo pipefail
+            python3 -c 'import sys, hashlib; print(sys.version_info.major, hashlib.sha256(b\"x\").hexdigest()[:8])'
+            seq 1000 | sort -rn | head -n 1
+            printf '%s\\n' b a | tac > /tmp/list; paste -sd, /tmp/list
+            find /usr/lib/python3* -name '*.py' | wc -l
+            (sleep 0.1; exit 3) & wait $! || echo $?
+            cp -a /usr/share/doc /tmp/copy; diff -r /usr/share/doc /tmp/copy; rm -r /tmp/copy /usr/share/doc; ls /usr/share/doc 2>&1 || true";
+        let id = fresh_id();
+        let words = ["run", "--rm", "--runtime", runtime, image, &id];
+        let ran = Engine::get().run(&[&words[..], &["/bin/bash", "-c", script]].concat());
+        let text = ran.ok();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[..3],
+            ["3 2d711642", "1000", "a,b"],
+            "{runtime}: {ran}"
+        );
+        assert!(lines[3].parse::<u32>().expect("a count") > 0, "{runtime}");
+        let gone = "ls: cannot access '/usr/share/doc': No such file or directory";
+        assert_eq!(lines[4..], ["3", gone], "{runtime}");
     }
 }

@@ -1,12 +1,14 @@
 //! However a pod ends, containerd learns it, truly and soon, and nothing is left.
 
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Running, eventually, processes, shims_end};
+use crate::{Running, eventually, guest, processes, shims_end};
 
 fn kill_one(words: &[&str]) {
     let found = processes(words);
@@ -69,6 +71,50 @@ fn the_guest_panics() {
             processes(&["bulkhead-vmm run"]).is_empty()
         });
     });
+}
+
+/// Nothing in the guest can kill its PID 1: its code in the guest's memory becomes an instruction that no processor knows.
+#[test]
+fn the_agent_crashes() {
+    let log = ends_with(&[], "sleep 1000", &[255], |running| {
+        let vmm = processes(&["bulkhead-vmm run"])[0];
+        let spoilt = guest::spoil(vmm, &guest::code_of_the_agent());
+        assert!(spoilt > 0, "no page of the agent was found");
+        // Whoever asks it next is told, and does not wait for ever.
+        assert_ne!(running.exec("true").status, 0);
+    });
+    assert!(log.contains("Attempted to kill init"), "{log}");
+}
+
+#[test]
+fn the_host_kills_the_machine_for_memory() {
+    let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+    ends_with(&[], "sleep 1000", &[137], |_| {
+        let vmm = processes(&["bulkhead-vmm run"])[0];
+        let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
+        let cgroup = cgroup.trim().strip_prefix("0::/").expect("cgroup v2");
+        let limit = Path::new("/sys/fs/cgroup").join(cgroup).join("memory.max");
+        fs::write(limit, "1M").expect("a limit below what it uses");
+    });
+    listener.wait_for_output("/tasks/oom");
+    listener.signal(Signal::SIGINT);
+    listener.finish();
+}
+
+/// No limit of the container's: all memory of the machine.
+#[test]
+fn the_guest_runs_out_of_memory() {
+    let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+    let script = "sleep 2; exec tail /dev/zero";
+    let log = ends_with(&[], script, &[137], |running| {
+        eventually("the kernel of the guest kills it", || {
+            running.status().as_deref() == Some("STOPPED")
+        });
+    });
+    listener.wait_for_output("/tasks/oom");
+    listener.signal(Signal::SIGINT);
+    listener.finish();
+    assert!(!log.contains("the pod cannot go on"), "{log}");
 }
 
 #[test]

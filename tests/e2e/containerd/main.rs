@@ -7,9 +7,11 @@ mod crictl;
 mod ctr;
 mod ends;
 mod figures;
+mod guest;
 mod pods;
 mod rpc;
 mod sandbox;
+mod volumes;
 
 use std::process::Command;
 use std::thread;

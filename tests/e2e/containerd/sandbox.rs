@@ -434,26 +434,49 @@ fn what_a_machine_cannot_give_is_refused_when_the_pod_is_created() {
 
 #[test]
 fn a_machine_that_does_not_boot_is_an_error_and_leaves_nothing() {
+    does_not_start("kernel = \"/dev/null\"\n", || {});
+}
+
+#[test]
+fn a_machine_that_hangs_in_its_boot_is_an_error_in_time() {
+    let since = Instant::now();
+    does_not_start("boot_timeout_secs = 3\n", || {
+        let mut vmm = Vec::new();
+        eventually("the machine is there", || {
+            vmm = processes(&["bulkhead-vmm run"]);
+            !vmm.is_empty()
+        });
+        kill(Pid::from_raw(vmm[0]), Signal::SIGSTOP).expect("it runs");
+    });
+    let took = since.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?}");
+}
+
+/// StartSandbox with this configuration, and `meanwhile` beside it, is an error, and nothing is left.
+fn does_not_start(config: &str, meanwhile: impl FnOnce() + Send) {
     let host = Host::now();
     let shim = Shim::start();
     let id = shim.id.as_str();
-    let broken = shim.bundle.path().join("config.toml");
-    fs::write(&broken, "kernel = \"/dev/null\"\n").expect("writable");
+    let file = shim.bundle.path().join("config.toml");
+    fs::write(&file, config).expect("writable");
     // Where `start` leaves the name of the configuration that the runtime options have.
     let note = shim.bundle.path().join("bulkhead-config");
-    fs::write(note, broken.to_str().expect("plain")).expect("writable");
-    block_on(async {
-        let services = shim.services().await;
-        let create = shim.create(&PodSandboxConfig::default());
-        let created = services.sandbox.create_sandbox(context(), &create).await;
-        created.expect("created");
-        let started = services.start(id).await;
-        started.expect_err("there is no kernel");
-        let waited = services.wait(id).await.expect("it has ended");
-        assert_eq!(waited.exit_status, 255);
-        let status = services.status(id).await.expect("known");
-        assert_eq!(status.state, "SANDBOX_NOTREADY");
-        services.shut_down(id).await.expect("it ends");
+    fs::write(note, file.to_str().expect("plain")).expect("writable");
+    std::thread::scope(|scope| {
+        scope.spawn(meanwhile);
+        block_on(async {
+            let services = shim.services().await;
+            let create = shim.create(&PodSandboxConfig::default());
+            let created = services.sandbox.create_sandbox(context(), &create).await;
+            created.expect("created");
+            let started = services.start(id).await;
+            started.expect_err("it cannot");
+            let waited = services.wait(id).await.expect("it has ended");
+            assert_eq!(waited.exit_status, 255);
+            let status = services.status(id).await.expect("known");
+            assert_eq!(status.state, "SANDBOX_NOTREADY");
+            services.shut_down(id).await.expect("it ends");
+        });
     });
     shims_end();
     drop(shim);
