@@ -232,7 +232,7 @@ impl Tasks {
                 Some(limit) => tokio::select! {
                     () = &mut end => {}
                     () = tokio::time::sleep(limit) => {
-                        pod.watch.kill();
+                        pod.access.kill();
                         end.await;
                     }
                 },

@@ -25,7 +25,6 @@ use crate::{
     ids,
     layers::Layer,
     oci::{self, Bundle, Plan, PodPlan, Role},
-    sandbox,
     stdio::{Ends, Names, Owner, Streams},
 };
 
@@ -282,7 +281,7 @@ impl Tasks {
             .map_err(|phase| init.refuse("start", phase))?;
         if let Some(guest) = &task.guest {
             let started = match init.open_input() {
-                Ok(()) => task.pod.agent.start(&task.id).await.map_err(Error::from),
+                Ok(()) => task.pod.agent().start(&task.id).await.map_err(Error::from),
                 Err(error) => Err(error),
             };
             if let Err(error) = started {
@@ -293,7 +292,7 @@ impl Tasks {
             let state = guest.plan.state(task, "running");
             if let Err(error) = hooks::run("poststart", &guest.hooks.started, &state).await {
                 // OCI runtime.md#lifecycle: a failing poststart hook stops the container.
-                let _ = task.pod.agent.signal(&task.id, libc::SIGKILL).await;
+                let _ = task.pod.agent().signal(&task.id, libc::SIGKILL).await;
                 init.stop(super::Exit::now(255));
                 return Err(error.into());
             }
@@ -382,21 +381,10 @@ async fn create_in_guest(
         ..state(1)
     };
     spec.hook_state = serde_json::to_vec(&inside).expect("a state is made of strings and numbers");
-    let created = async {
-        pod.volumes
-            .fill(&wanted.id)
-            .await
-            .map_err(sandbox::Error::from)?;
-        let created = pod.agent.create_container(&wanted.id, spec, stdio).await;
-        match created {
-            // The machine's own words say why the connection broke.
-            Err(crate::agent::Error::Lost { .. }) => Err(pod.watch.trouble().await.into()),
-            other => Ok(other?),
-        }
-    };
+    let created = pod.access.create_container(&wanted.id, spec, stdio);
     tokio::select! {
-        created = created => created,
-        error = pod.watch.trouble() => Err(error.into()),
+        created = created => Ok(created?),
+        error = pod.access.trouble() => Err(error.into()),
     }
 }
 

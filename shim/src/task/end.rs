@@ -21,7 +21,7 @@ impl Tasks {
             Phase::Stopped(exit) => {
                 exec.process.drain().await;
                 // Gone with its container, or with the guest, is as good.
-                let _ = promptly(task.pod.agent.delete_process(&task.id, exec_id)).await;
+                let _ = promptly(task.pod.agent().delete_process(&task.id, exec_id)).await;
                 exit
             }
             Phase::Added => Exit::now(0),
@@ -99,7 +99,7 @@ impl<'a> Undo<'a> {
 
     /// Past errors: what is left is in the ledger, and goes with the pod.
     pub(super) async fn run(&self) {
-        if let Err(error) = promptly(self.pod.agent.delete(self.id)).await {
+        if let Err(error) = promptly(self.pod.agent().delete(self.id)).await {
             // A container that was never made, or a guest that does not answer: the host lets go all the same.
             tracing::debug!(container = self.id, error = %error.text(), "not deleted in the guest");
         }

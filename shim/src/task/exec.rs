@@ -113,7 +113,7 @@ impl Tasks {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let agent = &task.pod.agent;
+        let agent = task.pod.agent();
         agent.create_exec(&request).await?;
         let exec_id = &exec.process.exec_id;
         if let Err(error) = agent.start_process(&task.id, exec_id).await {

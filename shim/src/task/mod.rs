@@ -229,7 +229,7 @@ impl Tasks {
             self.kill_holder(&task, signal);
             return Ok(());
         }
-        let agent = &task.pod.agent;
+        let agent = task.pod.agent();
         let all = all && exec_id.is_empty();
         match promptly(agent.signal_process(id, exec_id, signal, all)).await {
             // A guest that does not even kill is ended from outside; the watch tells the rest.
@@ -238,7 +238,7 @@ impl Tasks {
                     secs,
                     "the guest does not answer SIGKILL: the machine is killed"
                 );
-                task.pod.watch.kill();
+                task.pod.access.kill();
                 Ok(())
             }
             Err(Error::Agent(agent::Error::Lost { .. })) => {
@@ -272,8 +272,8 @@ impl Tasks {
         let container_id = id.to_string();
         if task.guest.is_some() {
             match paused {
-                true => promptly(task.pod.agent.pause(id)).await?,
-                false => promptly(task.pod.agent.resume(id)).await?,
+                true => promptly(task.pod.agent().pause(id)).await?,
+                false => promptly(task.pod.agent().resume(id)).await?,
             }
         }
         task.init
@@ -306,7 +306,7 @@ impl Tasks {
             // An exec process has no terminal before its start, which will look.
             Phase::Added | Phase::Stopped(_) => Ok(()),
             Phase::Starting if !exec_id.is_empty() => Ok(()),
-            _ => promptly(task.pod.agent.resize_process(id, exec_id, rows, columns)).await,
+            _ => promptly(task.pod.agent().resize_process(id, exec_id, rows, columns)).await,
         }
     }
 
@@ -321,7 +321,7 @@ impl Tasks {
             // Kubernetes resizes a pod: what its containers may use is set on each of them.
             return task.pod.limit(&host);
         }
-        promptly(task.pod.agent.update(id, resources)).await?;
+        promptly(task.pod.agent().update(id, resources)).await?;
         task.pod.limit(&host)
     }
 
@@ -383,7 +383,7 @@ impl Tasks {
     /// Waits for a container's init in the guest and tells of its end.
     async fn attend_init(self: Arc<Self>, task: Arc<Task>) {
         // A connection that breaks is the pod's trouble, which tells of all.
-        let Ok(answer) = task.pod.agent.wait(&task.id).await else {
+        let Ok(answer) = task.pod.agent().wait(&task.id).await else {
             return;
         };
         let exit = Exit::now(answer.exit_status & 0xff);
@@ -401,13 +401,13 @@ impl Tasks {
             self.end_execs(&task, 137);
         }
         self.finish(&task, &task.init, exit, answer.oom_killed);
-        task.usage.refresh(&task.pod.agent, &task.id).await;
+        task.usage.refresh(task.pod.agent(), &task.id).await;
     }
 
     /// The same for an exec process.
     async fn attend_exec(self: Arc<Self>, task: Arc<Task>, exec: Arc<Exec>) {
         let id = &exec.process.exec_id;
-        let Ok(answer) = task.pod.agent.wait_process(&task.id, id).await else {
+        let Ok(answer) = task.pod.agent().wait_process(&task.id, id).await else {
             return;
         };
         let exit = Exit::now(answer.exit_status & 0xff);

@@ -18,10 +18,9 @@ use super::{Error, metrics::memory_events};
 use crate::{
     agent::{self, Agent},
     config::Config,
-    kubelet_volume::Volumes,
     layers::{Layer, Roots},
     oci::{Plan, PodPlan},
-    sandbox::{self, Parts, Request, Sandbox, Watch},
+    sandbox::{self, Access, Parts, Request, Sandbox},
     stdio::{Ends, Streams},
     sys::{
         self,
@@ -58,14 +57,10 @@ pub struct Pod {
     pub pid: i32,
     /// What its members' configurations mean by paths of the host.
     pub plan: PodPlan,
-    /// The guest's agent.
-    pub agent: Agent,
+    /// For calls about its containers, and to see its end.
+    pub access: Access,
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
-    /// kubelet's volumes in the guest.
-    pub volumes: Volumes,
-    /// Sees its end.
-    pub watch: Watch,
     ending: AtomicBool,
     private_pids: AtomicBool,
     held: Mutex<Option<Held>>,
@@ -190,6 +185,11 @@ impl Pod {
         }
     }
 
+    /// The guest's agent.
+    pub fn agent(&self) -> &Agent {
+        self.access.agent()
+    }
+
     fn new(order: Order<'_>, held: Held) -> Pod {
         let pid = held.stub.pid();
         let mut plan = order.plan.clone();
@@ -198,10 +198,8 @@ impl Pod {
             id: order.id.into(),
             pid,
             plan,
-            agent: held.sandbox.agent().clone(),
-            volumes: held.sandbox.volumes().clone(),
+            access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
-            watch: held.sandbox.watch(),
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
             held: Mutex::new(Some(held)),
@@ -227,7 +225,7 @@ impl Pod {
             }
         };
         tokio::select! {
-            error = self.watch.trouble() => Trouble::of(&error, self.out_of_memory()),
+            error = self.access.trouble() => Trouble::of(&error, self.out_of_memory()),
             () = stub => Trouble { status: 137, out_of_memory: self.out_of_memory(), reason: "the process that stands for the pod was killed".into() },
         }
     }
@@ -290,7 +288,7 @@ impl Pod {
 
     /// Ends the machine without asking the guest, and gives everything back.
     pub async fn destroy(&self) {
-        self.watch.kill();
+        self.access.kill();
         let held = self.held.lock().await.take();
         if let Some(held) = held {
             held.give_back().await;

@@ -284,7 +284,7 @@ impl TaskService for Front {
     ) -> ttrpc::Result<api::StatsResponse> {
         let task = self.0.task(&request.id)?;
         let metrics = match task.guest {
-            Some(_) => task.usage.metrics(&task.pod.agent, &task.id).await,
+            Some(_) => task.usage.metrics(task.pod.agent(), &task.id).await,
             // By the host alone.
             None => metrics::of_pod(&task.pod.cgroup),
         };

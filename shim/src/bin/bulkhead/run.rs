@@ -260,15 +260,7 @@ impl Run<'_> {
                 biased;
                 exit = &mut wait => return match exit {
                     Ok(exit) => Ok(exit),
-                    // The connection broke: the machine's own words say why.
-                    Err(error @ agent::Error::Lost { .. }) => {
-                        let limit = std::time::Duration::from_secs(2);
-                        match tokio::time::timeout(limit, trouble).await {
-                            Ok(error) => Err(told(error).into_stop()),
-                            Err(_) => Err(error.into()),
-                        }
-                    }
-                    Err(error) => Err(error.into()),
+                    Err(error) => Err(told(sandbox.access().explain(error).await).into_stop()),
                 },
                 error = &mut trouble => return Err(told(error).into_stop()),
                 arrival = signals.next() => arrival,

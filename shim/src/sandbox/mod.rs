@@ -8,14 +8,14 @@
 //!
 //! Every step writes the ledger first, so that [`Sandbox::give_back`] and, when this process is killed, `bulkhead gc` both end in the same replay.
 
+mod access;
+mod error;
+mod parts;
+mod taken;
+
 use std::{
-    fs::File,
-    io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::{fs::FileExt, net::UnixStream},
-    },
-    path::{Path, PathBuf},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -23,204 +23,29 @@ use std::{
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp, port};
 
+pub use self::{access::Access, error::Error, parts::Parts};
+use self::{access::LAST_WORDS, taken::Taken};
 use crate::{
     agent::{self, Agent},
     cgroup::{self, Cgroup},
-    config::{self, Config},
-    fs::{self, Fs},
-    io as streams,
-    kubelet_volume::{self, Volumes},
+    config::Config,
+    fs::Fs,
+    io as streams, kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
-    logs::{self, Tail},
+    logs::Tail,
     oci::{HostBind, Plan},
-    peer::Place,
     rootfs::{self, Share},
     sys::{
         process::ProcessId,
         stub::{Network, Stub},
     },
-    vm::{self, Hardware, Vm},
+    vm::{self, Vm},
 };
 
 /// The virtio-fs tag of the share.
 const SHARE_TAG: &str = "share";
 /// How long the guest may take to sync and power off, and the VMM to end.
 const FAREWELL: Duration = Duration::from_secs(10);
-/// How long the machine's own words may take after its connection broke.
-const LAST_WORDS: Duration = Duration::from_secs(2);
-
-/// Why there is no pod, or not any more.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Not a regular file, or not there.
-    #[error("cannot use the {what} {path}; {remedy}")]
-    File {
-        /// What it is for.
-        what: &'static str,
-        /// Where it was looked for.
-        path: PathBuf,
-        /// What to do.
-        remedy: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The configuration.
-    #[error(transparent)]
-    Config(#[from] config::Error),
-    /// A record.
-    #[error(transparent)]
-    Ledger(#[from] ledger::Error),
-    /// The cgroup.
-    #[error(transparent)]
-    Cgroup(#[from] cgroup::Error),
-    /// A limit that the host's cgroup does not take.
-    #[error("cannot set {name} = {value:?} on the pod's cgroup")]
-    Limit {
-        /// The control file.
-        name: String,
-        /// The value.
-        value: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The share.
-    #[error(transparent)]
-    Share(#[from] rootfs::Error),
-    /// The fs process.
-    #[error(transparent)]
-    Fs(#[from] fs::Error),
-    /// The machine.
-    #[error(transparent)]
-    Vm(#[from] vm::Error),
-    /// A volume of kubelet's.
-    #[error(transparent)]
-    Volume(#[from] kubelet_volume::Error),
-    /// The agent.
-    #[error(transparent)]
-    Agent(#[from] agent::Error),
-    /// A socketpair.
-    #[error("cannot make a stream")]
-    Stream(#[source] io::Error),
-    /// The process that stands for the pod.
-    #[error("cannot start the process that stands for the pod")]
-    Stub(#[source] io::Error),
-    /// No uid is free.
-    #[error(
-        "all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`"
-    )]
-    NoUid {
-        /// `uid_base`.
-        base: u32,
-        /// `uid_count`.
-        count: u32,
-    },
-    /// The guest ended instead of becoming ready.
-    #[error("{end}; it {reached}")]
-    Boot {
-        /// How it ended.
-        end: vm::End,
-        /// How far the boot got.
-        reached: &'static str,
-    },
-    /// The guest took too long.
-    #[error(
-        "the guest was not ready within {secs} s: it {reached}{last}; boot_timeout_secs in the configuration is the limit"
-    )]
-    Timeout {
-        /// The limit.
-        secs: u64,
-        /// How far the boot got.
-        reached: &'static str,
-        /// `: ` and the last line, or nothing.
-        last: String,
-        /// The last lines of the console.
-        console: Vec<String>,
-    },
-}
-
-impl Error {
-    /// The guest's last words, where the error comes from its end.
-    pub fn last_lines(&self) -> &[String] {
-        match self {
-            Error::Vm(vm::Error::Gone(end)) | Error::Boot { end, .. } => end.last_lines(),
-            Error::Timeout { console, .. } => console,
-            _ => &[],
-        }
-    }
-}
-
-/// What a machine is made from, opened before anything is taken.
-#[derive(Debug)]
-pub struct Parts {
-    executable: PathBuf,
-    kvm: File,
-    kernel: File,
-    initrd: File,
-}
-
-impl Parts {
-    /// Opens the device and the installed files.
-    pub fn open(config: &Config) -> Result<Parts, Error> {
-        const REINSTALL: &str =
-            "install all parts of bulkhead again, or name it in the configuration";
-        let installed = config.installed()?;
-        regular("virtual machine monitor", &installed.vmm, REINSTALL)?;
-        let kvm = File::options()
-            .read(true)
-            .write(true)
-            .open(&config.kvm_device);
-        Ok(Parts {
-            kvm: kvm.map_err(|source| Error::File {
-                what: "KVM device",
-                path: config.kvm_device.clone(),
-                remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
-                source,
-            })?,
-            kernel: executable("guest kernel", &installed.kernel, REINSTALL)?,
-            initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
-            executable: installed.vmm,
-        })
-    }
-}
-
-/// The VMM checks the rest; it has a descriptor and cannot name the file.
-fn executable(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
-    let file = regular(what, path, remedy)?;
-    let mut magic = [0; 4];
-    let read = file.read_exact_at(&mut magic, 0);
-    let checked = read.and_then(|()| match &magic == b"\x7fELF" {
-        true => Ok(file),
-        false => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "not an ELF executable",
-        )),
-    });
-    checked.map_err(|source| Error::File {
-        what,
-        path: path.into(),
-        remedy: "give the uncompressed vmlinux",
-        source,
-    })
-}
-
-fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
-    let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        )),
-    });
-    opened.map_err(|source| Error::File {
-        what,
-        path: path.into(),
-        remedy,
-        source,
-    })
-}
-
 /// What is asked for.
 #[derive(Debug)]
 pub struct Request<'a> {
@@ -256,28 +81,6 @@ pub struct Sandbox {
     shm_bytes: u64,
     // Last: its directory must be open until the processes are gone.
     cgroup: Cgroup,
-}
-
-/// Sees a pod's end, beside whoever uses the pod.
-#[derive(Clone, Debug)]
-pub struct Watch {
-    vm: Arc<Vm>,
-    fs: Arc<Fs>,
-}
-
-impl Watch {
-    /// Waits until the pod cannot go on, and tells why.
-    pub async fn trouble(&self) -> Error {
-        tokio::select! {
-            end = self.vm.ended() => vm::Error::Gone(end).into(),
-            error = self.fs.gone() => error.into(),
-        }
-    }
-
-    /// Ends the machine at once, whatever it does: everyone who waits for it gets an error.
-    pub fn kill(&self) {
-        self.vm.kill();
-    }
 }
 
 impl Sandbox {
@@ -319,19 +122,13 @@ impl Sandbox {
     /// Waits until the guest's agent answers.
     pub async fn ready(&self, hostname: &str) -> Result<StartSandboxResponse, Error> {
         let answer = async {
-            match self
+            let started = self
                 .agent
                 .start_sandbox(&self.id, hostname, SHARE_TAG, self.shm_bytes)
-                .await
-            {
-                // A broken connection: the machine's own words say why.
-                Err(agent::Error::Lost { call, reason }) => {
-                    match tokio::time::timeout(LAST_WORDS, self.trouble()).await {
-                        Ok(error) => Err(error),
-                        Err(_) => Err(agent::Error::Lost { call, reason }.into()),
-                    }
-                }
-                other => Ok(other?),
+                .await;
+            match started {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(self.access().explain(error).await),
             }
         };
         let served = async {
@@ -395,14 +192,16 @@ impl Sandbox {
 
     /// Waits until the pod cannot go on, and tells why.
     pub async fn trouble(&self) -> Error {
-        self.watch().trouble().await
+        self.access().trouble().await
     }
 
-    /// For whoever must see the end while the pod is in use.
-    pub fn watch(&self) -> Watch {
-        Watch {
+    /// For whoever uses the pod beside us.
+    pub fn access(&self) -> Access {
+        Access {
             vm: self.vm.clone(),
             fs: self.fs.clone(),
+            agent: self.agent.clone(),
+            volumes: self.volumes.volumes().clone(),
         }
     }
 
@@ -444,11 +243,6 @@ impl Sandbox {
     /// The agent, for calls about containers.
     pub fn agent(&self) -> &Agent {
         &self.agent
-    }
-
-    /// The volumes of kubelet's in the guest: to be filled before a container is made by [`Sandbox::agent`].
-    pub fn volumes(&self) -> &Volumes {
-        self.volumes.volumes()
     }
 
     /// Puts a container's files into the share. The guest need not be ready.
@@ -523,8 +317,7 @@ impl Sandbox {
         stdio: wire::Stdio,
     ) -> Result<(), Error> {
         self.name_sources(container, &mut spec)?;
-        self.volumes.volumes().fill(container).await?;
-        Ok(self.agent.create_container(container, spec, stdio).await?)
+        self.access().create_container(container, spec, stdio).await
     }
 
     /// Forgets an exited container in the guest and takes its files out of the share. After an error it can be tried again.
@@ -585,92 +378,6 @@ fn report(left: &[Leftover]) {
     for leftover in left {
         tracing::warn!("cannot give back {leftover}");
     }
-}
-
-/// What [`Sandbox::launch`] takes, in this order.
-struct Taken {
-    share: Share,
-    cgroup: Cgroup,
-    fs: Fs,
-    vm: Vm,
-    agent: Agent,
-    agent_log: Tail,
-    uid: u32,
-}
-
-impl Taken {
-    async fn take(
-        config: &Config,
-        parts: &Parts,
-        request: &Request<'_>,
-        cgroup: &Path,
-        ledger: &mut Ledger,
-    ) -> Result<Taken, Error> {
-        let uid = claim_uid(config, request, ledger)?;
-        let share = Share::create(ledger)?;
-        let cgroup = Cgroup::create(ledger, cgroup)?;
-        for (name, value) in request.host_limits {
-            cgroup.write(name, value).map_err(|source| Error::Limit {
-                name: name.clone(),
-                value: value.clone(),
-                source,
-            })?;
-        }
-        let place = Place {
-            sandbox: request.id,
-            executable: &parts.executable,
-            cgroup: cgroup.as_fd(),
-        };
-        let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
-        let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
-        let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
-        // The machine first: it has the longest way to go before it needs the other one.
-        let hardware = Hardware {
-            vcpus: request.vcpus,
-            memory_mib: request.memory_mib,
-            kvm: parts.kvm.as_fd(),
-            kernel: parts.kernel.as_fd(),
-            initrd: parts.initrd.as_fd(),
-            kernel_arguments: config.kernel_arguments.clone(),
-            ports: vec![(port::AGENT, rpc_guest), (port::LOG, log_guest)],
-            share: (SHARE_TAG.into(), front.into(), config.share.queues),
-            serial: request.serial.as_ref().map(AsFd::as_fd),
-            uid,
-        };
-        let vm = Vm::start(place, hardware, ledger).await?;
-        let fs = Fs::start(place, share.path(), &config.share, back.into(), ledger).await?;
-        log.set_nonblocking(true).map_err(Error::Stream)?;
-        let log = tokio::net::UnixStream::from_std(log).map_err(Error::Stream)?;
-        Ok(Taken {
-            share,
-            cgroup,
-            fs,
-            vm,
-            agent: Agent::new(rpc)?,
-            agent_log: logs::follow(request.id, "agent", log),
-            uid,
-        })
-    }
-}
-
-/// A uid of its own for each VMM, so that one that is broken out of its jail cannot touch another one's process.
-fn claim_uid(config: &Config, request: &Request<'_>, ledger: &mut Ledger) -> Result<u32, Error> {
-    let holder = format!("{}/{}", request.namespace, request.id);
-    // FNV-1a: pods spread over the range, so that the first try is nearly always free.
-    let hash = holder.bytes().fold(0x811c_9dc5u32, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
-    for step in 0..config.uid_count {
-        let offset = (u64::from(hash) + u64::from(step)) % u64::from(config.uid_count);
-        let uid = config.uid_base + offset as u32;
-        if ledger.claim(&format!("uid-{uid}"), &holder)? {
-            return Ok(uid);
-        }
-    }
-    Err(Error::NoUid {
-        base: config.uid_base,
-        count: config.uid_count,
-    })
 }
 
 /// For tests and front ends: the resources that a pod holds now.

@@ -1,0 +1,70 @@
+//! What works on a pod beside whoever changes what it holds.
+
+use std::{sync::Arc, time::Duration};
+
+use bulkhead_agent_protocol::agent as wire;
+
+use super::Error;
+use crate::{
+    agent::{self, Agent},
+    fs::Fs,
+    kubelet_volume::Volumes,
+    vm::{self, Vm},
+};
+
+/// How long the machine's own words may take after its connection broke.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// A pod, for calls about its containers and to see its end; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Access {
+    pub(super) vm: Arc<Vm>,
+    pub(super) fs: Arc<Fs>,
+    pub(super) agent: Agent,
+    pub(super) volumes: Volumes,
+}
+
+impl Access {
+    /// The agent, for calls about containers that are there.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Makes a placed container in the guest, up to the point before exec; its files' places are in `spec`
+    /// ([`super::Sandbox::name_sources`]).
+    pub async fn create_container(
+        &self,
+        container: &str,
+        spec: wire::Container,
+        stdio: wire::Stdio,
+    ) -> Result<(), Error> {
+        self.volumes.fill(container).await?;
+        let created = self.agent.create_container(container, spec, stdio).await;
+        match created {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Waits until the pod cannot go on, and tells why.
+    pub async fn trouble(&self) -> Error {
+        tokio::select! {
+            end = self.vm.ended() => vm::Error::Gone(end).into(),
+            error = self.fs.gone() => error.into(),
+        }
+    }
+
+    /// Ends the machine at once, whatever it does: everyone who waits for it gets an error.
+    pub fn kill(&self) {
+        self.vm.kill();
+    }
+
+    /// Of a broken connection the machine's own words say why, if they come soon.
+    pub async fn explain(&self, error: agent::Error) -> Error {
+        if !matches!(error, agent::Error::Lost { .. }) {
+            return error.into();
+        }
+        let trouble = tokio::time::timeout(LAST_WORDS, self.trouble()).await;
+        trouble.unwrap_or_else(|_| error.into())
+    }
+}

@@ -1,0 +1,107 @@
+//! Why a pod could not be made, or cannot go on.
+
+use std::{io, path::PathBuf};
+
+use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, rootfs, vm};
+
+/// Why there is no pod, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a regular file, or not there.
+    #[error("cannot use the {what} {path}; {remedy}")]
+    File {
+        /// What it is for.
+        what: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// A record.
+    #[error(transparent)]
+    Ledger(#[from] ledger::Error),
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// A limit that the host's cgroup does not take.
+    #[error("cannot set {name} = {value:?} on the pod's cgroup")]
+    Limit {
+        /// The control file.
+        name: String,
+        /// The value.
+        value: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The share.
+    #[error(transparent)]
+    Share(#[from] rootfs::Error),
+    /// The fs process.
+    #[error(transparent)]
+    Fs(#[from] fs::Error),
+    /// The machine.
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    /// A volume of kubelet's.
+    #[error(transparent)]
+    Volume(#[from] kubelet_volume::Error),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] agent::Error),
+    /// A socketpair.
+    #[error("cannot make a stream")]
+    Stream(#[source] io::Error),
+    /// The process that stands for the pod.
+    #[error("cannot start the process that stands for the pod")]
+    Stub(#[source] io::Error),
+    /// No uid is free.
+    #[error(
+        "all {count} uids from {base} on are in use by pods; raise uid_count in the configuration, or run `bulkhead gc`"
+    )]
+    NoUid {
+        /// `uid_base`.
+        base: u32,
+        /// `uid_count`.
+        count: u32,
+    },
+    /// The guest ended instead of becoming ready.
+    #[error("{end}; it {reached}")]
+    Boot {
+        /// How it ended.
+        end: vm::End,
+        /// How far the boot got.
+        reached: &'static str,
+    },
+    /// The guest took too long.
+    #[error(
+        "the guest was not ready within {secs} s: it {reached}{last}; boot_timeout_secs in the configuration is the limit"
+    )]
+    Timeout {
+        /// The limit.
+        secs: u64,
+        /// How far the boot got.
+        reached: &'static str,
+        /// `: ` and the last line, or nothing.
+        last: String,
+        /// The last lines of the console.
+        console: Vec<String>,
+    },
+}
+
+impl Error {
+    /// The guest's last words, where the error comes from its end.
+    pub fn last_lines(&self) -> &[String] {
+        match self {
+            Error::Vm(vm::Error::Gone(end)) | Error::Boot { end, .. } => end.last_lines(),
+            Error::Timeout { console, .. } => console,
+            _ => &[],
+        }
+    }
+}

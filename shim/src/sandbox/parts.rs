@@ -1,0 +1,81 @@
+//! The installed files that a machine is made from.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use super::Error;
+use crate::config::Config;
+
+/// What a machine is made from, opened before anything is taken.
+#[derive(Debug)]
+pub struct Parts {
+    pub(super) executable: PathBuf,
+    pub(super) kvm: File,
+    pub(super) kernel: File,
+    pub(super) initrd: File,
+}
+
+impl Parts {
+    /// Opens the device and the installed files.
+    pub fn open(config: &Config) -> Result<Parts, Error> {
+        const REINSTALL: &str =
+            "install all parts of bulkhead again, or name it in the configuration";
+        let installed = config.installed()?;
+        regular("virtual machine monitor", &installed.vmm, REINSTALL)?;
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open(&config.kvm_device);
+        Ok(Parts {
+            kvm: kvm.map_err(|source| Error::File {
+                what: "KVM device",
+                path: config.kvm_device.clone(),
+                remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
+                source,
+            })?,
+            kernel: executable("guest kernel", &installed.kernel, REINSTALL)?,
+            initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
+            executable: installed.vmm,
+        })
+    }
+}
+
+/// The VMM checks the rest; it has a descriptor and cannot name the file.
+fn executable(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
+    let file = regular(what, path, remedy)?;
+    let mut magic = [0; 4];
+    let read = file.read_exact_at(&mut magic, 0);
+    let checked = read.and_then(|()| match &magic == b"\x7fELF" {
+        true => Ok(file),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "not an ELF executable",
+        )),
+    });
+    checked.map_err(|source| Error::File {
+        what,
+        path: path.into(),
+        remedy: "give the uncompressed vmlinux",
+        source,
+    })
+}
+
+fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
+    let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        )),
+    });
+    opened.map_err(|source| Error::File {
+        what,
+        path: path.into(),
+        remedy,
+        source,
+    })
+}
