@@ -333,6 +333,40 @@ fn config_maps_and_secrets_follow_the_host() {
     }
 }
 
+/// The kernel says that it dropped events (IN_Q_OVERFLOW), and then the volume is looked at as a whole.
+#[test]
+fn what_inotify_drops_is_not_lost() {
+    const LIMIT: &str = "/proc/sys/fs/inotify/max_queued_events";
+    let cri = connect();
+    let host = Host::now();
+    let first = [("key", &b"0"[..], 0o644)];
+    let mut volumes = [(); 3].map(|()| KubeletVolume::new("kubernetes.io~configmap", &first));
+    let at: Vec<_> = volumes.iter().map(|v| v.path().to_owned()).collect();
+    let mounts: Vec<_> = ["/a", "/b", "/c"]
+        .iter()
+        .zip(&at)
+        .map(|(inside, at)| (at.to_str().expect("plain"), *inside))
+        .collect();
+    let pod = Pod::start(&cri, "bulkhead", private_pids());
+    let usual = fs::read_to_string(LIMIT).expect("Linux");
+    // Of an instance that is made now: the pod's.
+    fs::write(LIMIT, "1").expect("root may");
+    let id = pod.container("sleep 1000", &mounts);
+    fs::write(LIMIT, usual).expect("root may");
+    for n in 1..=20 {
+        let text = n.to_string();
+        for volume in &mut volumes {
+            volume.write(&[("key", text.as_bytes(), 0o644)]);
+        }
+    }
+    let last = "n=0; until [ $(cat /a/key)$(cat /b/key)$(cat /c/key) = 202020 ]; do
+        n=$((n+1)); [ $n -lt 100 ] || { cat /?/key; exit 1; }; sleep 0.1; done";
+    assert_eq!(pod.exec(&id, last), (0, String::new()));
+    pod.remove();
+    shims_end();
+    host.assert_nothing_left();
+}
+
 #[test]
 fn processes_of_a_pod_are_shared_when_asked() {
     let cri = connect();
