@@ -18,7 +18,7 @@ impl Engine {
 
     fn reply_attributes(&self, call: &mut Call<'_>, inode: &Inode) -> Result<()> {
         let status = sys::status(inode.as_fd())?;
-        let (attr_valid, attr_valid_nsec) = self.attribute_validity();
+        let (attr_valid, attr_valid_nsec) = self.attribute_validity(inode);
         let attr = attributes(inode, &status);
         reply(
             call,

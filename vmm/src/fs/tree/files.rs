@@ -62,7 +62,7 @@ impl Engine {
 
     fn opened(&self, inode: Arc<Inode>, file: OwnedFd, flags: i32) -> Result<OpenOut> {
         let mut open_flags = OPEN_PARALLEL_DIRECT_WRITES;
-        if self.cache.keep_data {
+        if self.cache.keep_data && !inode.is_aliased() {
             // AUTO_INVAL_DATA was agreed: the guest drops the data when it learns of another size or mtime.
             open_flags |= OPEN_KEEP_CACHE;
         }

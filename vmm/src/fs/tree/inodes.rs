@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -42,7 +43,16 @@ pub struct Inode {
     pub submount: bool,
     /// Added (exclusive or) to the inode number that the guest sees: a mounted file shares its parent's device there.
     pub number_tag: u64,
+    /// It is known by another mount too, and so is another inode with a cache of its own to the guest.
+    aliased: AtomicBool,
     fd: OwnedFd,
+}
+
+impl Inode {
+    /// Whether the guest has, or had, the same object as another inode: what it caches of this one may be out of date.
+    pub fn is_aliased(&self) -> bool {
+        self.aliased.load(Ordering::Relaxed)
+    }
 }
 
 impl AsFd for Inode {
@@ -59,8 +69,65 @@ struct Entry {
 #[derive(Default)]
 struct Table {
     by_id: HashMap<u64, Entry>,
-    by_key: HashMap<Key, u64>,
+    by_object: HashMap<(u64, u64), Ids>,
     last: u64,
+}
+
+/// Node ids of one object, by mount. Nearly every object has one, which costs no allocation.
+enum Ids {
+    One(u64, u64),
+    More(Vec<(u64, u64)>),
+}
+
+impl Ids {
+    fn all(&self) -> impl Iterator<Item = (u64, u64)> {
+        let (one, more) = match self {
+            Ids::One(mount, id) => (Some((*mount, *id)), &[][..]),
+            Ids::More(list) => (None, &list[..]),
+        };
+        one.into_iter().chain(more.iter().copied())
+    }
+}
+
+impl Table {
+    fn id_of(&self, key: &Key) -> Option<u64> {
+        let ids = self.by_object.get(&(key.device, key.inode))?;
+        let mut of_mount = ids.all().filter(|(mount, _)| *mount == key.mount);
+        of_mount.next().map(|(_, id)| id)
+    }
+
+    /// Notes the id of a key that has none; whether the object has another one.
+    fn add_id(&mut self, key: &Key, id: u64) -> bool {
+        let new = (key.mount, id);
+        let Some(ids) = self.by_object.get_mut(&(key.device, key.inode)) else {
+            let one = Ids::One(key.mount, id);
+            self.by_object.insert((key.device, key.inode), one);
+            return false;
+        };
+        let others: Vec<_> = ids.all().collect();
+        for (_, other) in &others {
+            if let Some(entry) = self.by_id.get(other) {
+                entry.inode.aliased.store(true, Ordering::Relaxed);
+            }
+        }
+        *ids = Ids::More([others, vec![new]].concat());
+        true
+    }
+
+    fn remove_id(&mut self, key: &Key) {
+        let object = (key.device, key.inode);
+        let Some(ids) = self.by_object.get_mut(&object) else {
+            return;
+        };
+        let rest: Vec<_> = ids.all().filter(|(mount, _)| *mount != key.mount).collect();
+        match rest[..] {
+            [] => {
+                self.by_object.remove(&object);
+            }
+            [(mount, id)] => *ids = Ids::One(mount, id),
+            _ => *ids = Ids::More(rest),
+        }
+    }
 }
 
 /// The table of inodes. Taking one out of it closes its descriptor as soon as no request uses it.
@@ -103,7 +170,7 @@ impl Inodes {
     pub fn reset(&self, root: OwnedFd, status: &Status) {
         let mut table = self.lock();
         let old = std::mem::take(&mut table.by_id);
-        table.by_key.clear();
+        table.by_object.clear();
         insert(
             &mut table,
             ROOT_ID,
@@ -147,11 +214,7 @@ impl Inodes {
         let key = Key::new(&found.status);
         let mut guard = self.lock();
         let table = &mut *guard;
-        if let Some(entry) = table
-            .by_key
-            .get(&key)
-            .and_then(|id| table.by_id.get_mut(id))
-        {
+        if let Some(entry) = table.id_of(&key).and_then(|id| table.by_id.get_mut(&id)) {
             entry.lookups = entry.lookups.saturating_add(1);
             let inode = entry.inode.clone();
             drop(guard);
@@ -181,7 +244,7 @@ impl Inodes {
         if entry.lookups == 0 {
             let gone = table.by_id.remove(&id);
             if let Some(entry) = &gone {
-                table.by_key.remove(&entry.inode.key);
+                table.remove_id(&entry.inode.key);
             }
             drop(guard);
             drop(gone);
@@ -198,7 +261,7 @@ impl Inodes {
             .map(|(_, entry)| entry.inode)
             .collect();
         for inode in &gone {
-            table.by_key.remove(&inode.key);
+            table.remove_id(&inode.key);
         }
         gone
     }
@@ -206,15 +269,16 @@ impl Inodes {
 
 fn insert(table: &mut Table, id: u64, found: Found) -> Arc<Inode> {
     let key = Key::new(&found.status);
+    let aliased = table.add_id(&key, id);
     let inode = Arc::new(Inode {
         id,
         key,
+        aliased: AtomicBool::new(aliased),
         kind: found.status.kind(),
         submount: found.submount,
         number_tag: found.number_tag,
         fd: found.fd,
     });
-    table.by_key.insert(key, id);
     let entry = Entry {
         inode: inode.clone(),
         lookups: 1,
@@ -257,6 +321,34 @@ mod tests {
             first.id,
             "ids are not used again"
         );
+    }
+
+    /// As a part of a volume that is a volume of its own is found.
+    #[test]
+    fn an_object_that_two_mounts_have_is_aliased() {
+        let dir = tempfile::tempdir().unwrap();
+        let inodes = Inodes::new(10);
+        let by = |mount: u64, name: &str| {
+            let mut found = found(&dir, name);
+            found.status.mount = mount;
+            inodes.remember(found).unwrap()
+        };
+        let first = by(1, "a");
+        assert!(!first.is_aliased() && !by(1, "a").is_aliased());
+        let second = by(2, "a");
+        assert_ne!(first.id, second.id);
+        assert!(first.is_aliased() && second.is_aliased());
+        assert!(!by(2, "b").is_aliased());
+        // Each is found and forgotten by itself.
+        let third = by(3, "a");
+        assert_eq!([by(1, "a").id, by(2, "a").id], [first.id, second.id]);
+        inodes.forget(second.id, u64::MAX);
+        assert_eq!([by(1, "a").id, by(3, "a").id], [first.id, third.id]);
+        inodes.take(|inode| inode.key.mount != 3);
+        assert_eq!(by(3, "a").id, third.id);
+        inodes.forget(third.id, u64::MAX);
+        assert!(inodes.lock().by_object.is_empty());
+        assert!(!by(1, "a").is_aliased());
     }
 
     #[test]

@@ -50,8 +50,12 @@ impl Engine {
             submount,
             number_tag,
         })?;
-        let (entry_valid, entry_valid_nsec) = validity(self.cache.entry_ms);
-        let (attr_valid, attr_valid_nsec) = self.attribute_validity();
+        let known_otherwise = parent.is_aliased() || inode.is_aliased();
+        let (entry_valid, entry_valid_nsec) = match known_otherwise {
+            true => (0, 0),
+            false => validity(self.cache.entry_ms),
+        };
+        let (attr_valid, attr_valid_nsec) = self.attribute_validity(&inode);
         let entry = EntryOut {
             nodeid: inode.id,
             generation: 0,
@@ -64,8 +68,13 @@ impl Engine {
         Ok((entry, inode))
     }
 
-    pub(super) fn attribute_validity(&self) -> (u64, u32) {
-        validity(self.cache.attr_ms)
+    /// How long the guest may keep attributes. What it knows as another inode too it has to ask about each time: it may have
+    /// changed it there itself.
+    pub(super) fn attribute_validity(&self, inode: &Inode) -> (u64, u32) {
+        match inode.is_aliased() {
+            true => (0, 0),
+            false => validity(self.cache.attr_ms),
+        }
     }
 }
 
