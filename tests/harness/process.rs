@@ -13,6 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
+/// How long a test waits for output that must come.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// Which runtime runs the bundle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
@@ -86,13 +89,13 @@ impl Started {
     /// Waits until its standard output has `text`.
     ///
     /// # Panics
-    /// When the output ends without it.
+    /// When the output ends without it, or does not come.
     #[track_caller]
     pub fn wait_for_output(&self, text: &str) {
         let found = self.stdout.wait_for(text);
         assert!(
             found,
-            "the output ended without {text:?}: {}",
+            "the output ended, or {PATIENCE:?} passed, without {text:?}: {}",
             String::from_utf8_lossy(&self.stderr.so_far())
         );
     }
@@ -107,7 +110,7 @@ impl Started {
         line.unwrap_or_else(|| {
             let errors = self.stderr.so_far();
             let errors = String::from_utf8_lossy(&errors);
-            panic!("the output ended before line {index}: {errors}")
+            panic!("the output ended, or {PATIENCE:?} passed, before line {index}: {errors}")
         })
     }
 
@@ -254,8 +257,9 @@ impl Output {
                 .any(|window| window == text.as_bytes())
         };
         let mut bytes = self.read.0.lock().expect("not poisoned");
+        let deadline = Instant::now() + PATIENCE;
         // The time-out only notices the end of the stream, which nobody announces.
-        while !has(&bytes) && !self.thread.is_finished() {
+        while !has(&bytes) && !self.thread.is_finished() && Instant::now() < deadline {
             bytes = self
                 .read
                 .1
@@ -267,13 +271,14 @@ impl Output {
     }
 
     fn line(&self, index: usize) -> Option<String> {
+        let deadline = Instant::now() + PATIENCE;
         let mut bytes = self.read.0.lock().expect("not poisoned");
         loop {
             let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').skip(index);
             if let Some(line) = lines.next().and_then(|line| line.strip_suffix(b"\n")) {
                 return Some(String::from_utf8_lossy(line).into_owned());
             }
-            if self.thread.is_finished() {
+            if self.thread.is_finished() || Instant::now() >= deadline {
                 return None;
             }
             // As above.
