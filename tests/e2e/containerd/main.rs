@@ -9,6 +9,7 @@ mod ends;
 mod figures;
 mod guest;
 mod pods;
+mod regressions;
 mod rpc;
 mod sandbox;
 mod volumes;

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::{Running, eventually, processes, pss_kib, shim_of, shims_end};
 
 /// A pod: the container that holds it.
-struct Pod {
+pub(super) struct Pod {
     runtime: &'static str,
     holder: Running,
     pid: u32,
@@ -27,7 +27,7 @@ fn annotations(kind: &str, sandbox: &str) -> Vec<String> {
 
 impl Pod {
     #[track_caller]
-    fn start(runtime: &'static str, words: &[&str]) -> Pod {
+    pub(super) fn start(runtime: &'static str, words: &[&str]) -> Pod {
         let id = fresh_id();
         let mut all: Vec<String> = ["run", "--detach", "--runtime", runtime]
             .map(String::from)
@@ -45,6 +45,11 @@ impl Pod {
         }
     }
 
+    /// The container that holds it.
+    pub(super) fn holder(&self) -> &Running {
+        &self.holder
+    }
+
     /// The words of `ctr run` for a member that shares these namespaces.
     fn words(&self, first: &[&str], shared: &[&str], id: &str, script: &str) -> Vec<String> {
         let mut all: Vec<String> = ["run", "--runtime", self.runtime].map(String::from).into();
@@ -60,7 +65,7 @@ impl Pod {
     }
 
     /// Runs a member to its end.
-    fn run(&self, first: &[&str], script: &str) -> Ran {
+    pub(super) fn run(&self, first: &[&str], script: &str) -> Ran {
         let first = [&["--rm"], first].concat();
         let words = self.words(&first, &["ipc", "uts", "network"], &fresh_id(), script);
         Engine::get().run(&words)
@@ -75,7 +80,7 @@ impl Pod {
     }
 
     #[track_caller]
-    fn remove(self) {
+    pub(super) fn remove(self) {
         self.holder.remove();
         shims_end();
     }

@@ -23,7 +23,7 @@ pub(super) fn block_on<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// A client of a container's shim, beside containerd.
-async fn shim(running: &Running) -> TaskClient {
+pub(super) async fn shim(running: &Running) -> TaskClient {
     let path = Engine::get().shim_socket(&running.id);
     let stream = tokio::net::UnixStream::connect(path)
         .await
