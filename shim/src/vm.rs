@@ -13,8 +13,8 @@ use std::{
 };
 
 use bulkhead_vmm_config::{
-    Event, Fd, FsDevice, GuestEnd, PortOffer, Request, SerialConsole, Stamp, VmConfig, VmStats,
-    WIRE_VERSION,
+    Event, Fd, FsDevice, GuestEnd, NetDevice, PortOffer, RateLimit, Request, SerialConsole, Stamp,
+    VmConfig, VmStats, WIRE_VERSION,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -126,6 +126,29 @@ impl std::fmt::Display for End {
     }
 }
 
+/// A network interface of the machine.
+#[derive(Debug)]
+pub struct Nic {
+    /// Queues of its tap.
+    pub taps: Vec<OwnedFd>,
+    /// Its own address.
+    pub mac: [u8; 6],
+    /// Largest packet in bytes.
+    pub mtu: u16,
+}
+
+impl Nic {
+    fn config(&self, mut index: impl FnMut(i32) -> Fd) -> NetDevice {
+        NetDevice {
+            taps: self.taps.iter().map(|tap| index(tap.as_raw_fd())).collect(),
+            mac: self.mac,
+            mtu: self.mtu,
+            receive_limit: RateLimit::default(),
+            transmit_limit: RateLimit::default(),
+        }
+    }
+}
+
 /// What the machine is made of.
 pub struct Hardware<'a> {
     /// 1 to 32.
@@ -144,6 +167,10 @@ pub struct Hardware<'a> {
     pub ports: Vec<(u32, OwnedFd)>,
     /// Front end of the share: (tag, vhost-user socket, request queues).
     pub share: (String, OwnedFd, u32),
+    /// Network interfaces.
+    pub net: Vec<Nic>,
+    /// Places for more of them.
+    pub net_slots: u32,
     /// Where a debugging console goes.
     pub serial: Option<BorrowedFd<'a>>,
     /// The user and the group that the process becomes.
@@ -227,6 +254,18 @@ impl Vm {
             .map(drop)
     }
 
+    /// Adds a network interface; the guest finds it when it looks again.
+    pub async fn plug(&self, nic: Nic) -> Result<(), Error> {
+        let mut fds = Vec::new();
+        let device = nic.config(|fd| {
+            fds.push(fd);
+            Fd(fds.len() as u32 - 1)
+        });
+        self.request("a network interface", &Request::PlugNet(device), &fds)
+            .await
+            .map(drop)
+    }
+
     /// Kills the process without a word; [`Vm::ended`] tells.
     pub fn kill(&self) {
         self.peer.kill();
@@ -304,6 +343,12 @@ fn config(sandbox: &str, hardware: &Hardware<'_>, peer: &Peer, fds: &mut Vec<i32
             socket: index(hardware.share.1.as_raw_fd()),
             queues: hardware.share.2,
         }],
+        net: hardware
+            .net
+            .iter()
+            .map(|nic| nic.config(&mut index))
+            .collect(),
+        net_slots: hardware.net_slots,
         serial: hardware.serial.map(|fd| SerialConsole {
             output: index(fd.as_raw_fd()),
         }),

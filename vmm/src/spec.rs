@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::arch::x86_64::layout;
 use crate::boot::{Cmdline, CmdlineError};
 use crate::control::{DescriptorError, Descriptors};
+use crate::devices::virtio::net::{Backend, Tap, TapError};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u32 = 32;
@@ -73,8 +74,20 @@ pub enum SpecError {
     #[error("{0} request queues are not possible, 1 to {MAX_FS_QUEUES} are")]
     Queues(u32),
     /// Too many devices.
-    #[error("{0} virtio-fs devices are too many, {max} are possible", max = layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES)]
-    FsDevices(usize),
+    #[error("{0} virtio-fs and network devices are too many, {max} are possible", max = layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES)]
+    Devices(usize),
+    /// A network device has too few or too many queues.
+    #[error("{0} taps for a network device are not possible, 1 to {max} are: one for each vCPU", max = .1)]
+    Taps(usize, usize),
+    /// A network device's address is no address of one station.
+    #[error("{0:02x?} cannot be the address of a network device")]
+    Mac([u8; 6]),
+    /// IPv4 needs more.
+    #[error("an MTU of {0} is not possible, 68 and more are")]
+    Mtu(u16),
+    /// A tap is none.
+    #[error("the descriptor for net cannot be used")]
+    Tap(#[from] TapError),
     /// The command line.
     #[error("bad kernel command line")]
     Cmdline(#[from] CmdlineError),
@@ -113,6 +126,10 @@ pub struct VmSpec {
     pub ports: Vec<(u32, OwnedFd)>,
     /// virtio-fs devices.
     pub fs: Vec<FsSpec>,
+    /// Network devices.
+    pub net: Vec<Backend>,
+    /// Places for more of them.
+    pub net_slots: usize,
     /// Output of the serial console.
     pub serial: Option<File>,
     /// Log lines.
@@ -141,6 +158,11 @@ impl VmSpec {
             .checked_mul(1 << 20)
             .filter(|size| (layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(size))
             .ok_or(SpecError::Memory(config.memory_mib))?;
+        let devices =
+            (config.fs.len() + config.net.len()).saturating_add(config.net_slots as usize);
+        if devices > layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES {
+            return Err(SpecError::Devices(devices));
+        }
         for (what, id) in [("uid", config.uid), ("gid", config.gid)] {
             if id == 0 || id == u32::MAX {
                 return Err(SpecError::Identity { what, id });
@@ -162,6 +184,8 @@ impl VmSpec {
             extra_cmdline: config.extra_cmdline,
             ports: ports(&config.ports, &mut fds)?,
             fs: fs_devices(&config.fs, &mut fds)?,
+            net: net_devices(&config.net, vcpus.into(), &mut fds)?,
+            net_slots: config.net_slots as usize,
             serial: match config.serial {
                 Some(serial) => Some(fds.take(serial.output, "serial")?.into()),
                 None => None,
@@ -253,9 +277,6 @@ fn fs_devices(
     devices: &[bulkhead_vmm_config::FsDevice],
     fds: &mut Descriptors,
 ) -> Result<Vec<FsSpec>, SpecError> {
-    if devices.len() > layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES {
-        return Err(SpecError::FsDevices(devices.len()));
-    }
     let mut tags = BTreeSet::new();
     let mut specs = Vec::new();
     for device in devices {
@@ -276,6 +297,49 @@ fn fs_devices(
         });
     }
     Ok(specs)
+}
+
+fn net_devices(
+    devices: &[bulkhead_vmm_config::NetDevice],
+    vcpus: usize,
+    fds: &mut Descriptors,
+) -> Result<Vec<Backend>, SpecError> {
+    devices
+        .iter()
+        .map(|device| net_device(device, vcpus, fds))
+        .collect()
+}
+
+/// Checks a network device of a machine with this many vCPUs and takes its descriptors.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn net_device(
+    device: &bulkhead_vmm_config::NetDevice,
+    vcpus: usize,
+    fds: &mut Descriptors,
+) -> Result<Backend, SpecError> {
+    const MULTICAST: u8 = 1;
+    if !(1..=vcpus).contains(&device.taps.len()) {
+        return Err(SpecError::Taps(device.taps.len(), vcpus));
+    }
+    if device.mac[0] & MULTICAST != 0 || device.mac == [0; 6] {
+        return Err(SpecError::Mac(device.mac));
+    }
+    if device.mtu < 68 {
+        return Err(SpecError::Mtu(device.mtu));
+    }
+    let mut taps = Vec::new();
+    for tap in &device.taps {
+        taps.push(Tap::new(fds.take(*tap, "net")?)?);
+    }
+    Ok(Backend {
+        taps,
+        mac: device.mac,
+        mtu: device.mtu,
+        receive_limit: device.receive_limit,
+        transmit_limit: device.transmit_limit,
+    })
 }
 
 #[cfg(test)]

@@ -3,10 +3,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use bulkhead_vmm_config::{Event, PortOffer, Request, VmStats};
+use bulkhead_vmm_config::{Event, NetDevice, PortOffer, Request, VmStats};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{ControlError, ControlSocket, Descriptors};
+use crate::devices::virtio::net::NetPorts;
 use crate::devices::virtio::vsock::{Ports, Withdrawn};
 use crate::event_loop::{Handler, Poller};
 use crate::log::{Log, chain};
@@ -36,6 +37,7 @@ pub struct Supervisor {
     reports: Arc<Reports>,
     vcpus: Vcpus,
     ports: Ports,
+    net: NetPorts,
     poller: Poller,
     log: Log,
     outcome: Option<Outcome>,
@@ -47,7 +49,7 @@ impl Supervisor {
         control: ControlSocket,
         reports: Arc<Reports>,
         vcpus: Vcpus,
-        ports: Ports,
+        (ports, net): (Ports, NetPorts),
         poller: Poller,
         log: Log,
     ) -> Supervisor {
@@ -56,6 +58,7 @@ impl Supervisor {
             reports,
             vcpus,
             ports,
+            net,
             poller,
             log,
             outcome: None,
@@ -101,6 +104,7 @@ impl Supervisor {
     pub fn stats(&self) -> VmStats {
         let mut stats = VmStats {
             guest_faults: self.reports.guest_faults(),
+            net: self.net.stats(),
             ..VmStats::default()
         };
         self.vcpus.add_stats(&mut stats.kvm, &mut stats.user_exits);
@@ -134,6 +138,7 @@ impl Supervisor {
     fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) {
         let result = match request {
             Request::OfferPort(offer) => self.offer(offer, fds),
+            Request::PlugNet(device) => self.plug(&device, fds),
             other if !fds.is_empty() => Err(format!(
                 "{other:?} needs no descriptors, {} came",
                 fds.len()
@@ -141,6 +146,10 @@ impl Supervisor {
             Request::WithdrawPort { port } => match self.ports.withdraw(port) {
                 Withdrawn::Nothing => Err(format!("vsock port {port} is not offered")),
                 _ => Ok(()),
+            },
+            Request::SetLink { device, up } => match self.net.set_link(device, up) {
+                true => Ok(()),
+                false => Err(format!("there is no network device {device}")),
             },
             Request::Pause => {
                 self.vcpus.pause();
@@ -160,6 +169,14 @@ impl Supervisor {
             Ok(()) => Event::Done,
             Err(reason) => Event::Refused { reason },
         });
+    }
+
+    fn plug(&mut self, device: &NetDevice, fds: Vec<OwnedFd>) -> Result<(), String> {
+        let mut fds = Descriptors::new(fds);
+        let backend = spec::net_device(device, self.net.most_pairs(), &mut fds)
+            .map_err(|error| chain(&error))?;
+        fds.finish().map_err(|error| chain(&error))?;
+        self.net.plug(backend).map_err(|error| chain(&error))
     }
 
     fn offer(&self, offer: PortOffer, fds: Vec<OwnedFd>) -> Result<(), String> {

@@ -26,6 +26,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::arch::x86_64::{cpu, cpuid, interrupts, layout};
 use crate::boot::{self, BootError, CmdlineError, Image};
 use crate::control::{ControlError, ControlSocket};
+use crate::devices::virtio::net::NetPorts;
 use crate::devices::virtio::vsock::Ports;
 use crate::event_loop::EventLoop;
 use crate::log::Log;
@@ -104,6 +105,7 @@ pub struct Vm {
     buses: Arc<Buses>,
     events: EventLoop,
     ports: Ports,
+    net: NetPorts,
     reports: Arc<Reports>,
     log: Log,
     _vm: Arc<VmFd>,
@@ -146,6 +148,7 @@ impl Vm {
             buses: Arc::new(board.buses),
             events,
             ports: board.ports,
+            net: board.net,
             reports,
             log,
             _vm: vm,
@@ -171,7 +174,7 @@ impl Vm {
             control,
             self.reports.clone(),
             vcpus,
-            self.ports,
+            (self.ports, self.net),
             poller,
             self.log.clone(),
         )));

@@ -68,6 +68,8 @@ impl Taken {
             kernel_arguments: config.kernel_arguments.clone(),
             ports: vec![(port::AGENT, rpc_guest), (port::LOG, log_guest)],
             share: (SHARE_TAG.into(), front.into(), config.share.queues),
+            net: Vec::new(),
+            net_slots: 0,
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
         };

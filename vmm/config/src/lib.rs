@@ -29,7 +29,10 @@ mod vm;
 
 pub use exit::{ExitCode, GuestEnd};
 pub use fs::{CachePolicy, FsConfig, FsEvent, FsRequest};
-pub use vm::{Event, FsDevice, Phase, PortOffer, Request, SerialConsole, Stamp, VmConfig, VmStats};
+pub use vm::{
+    Event, FsDevice, NetDevice, NetStats, Phase, PortOffer, RateLimit, Request, SerialConsole,
+    Stamp, VmConfig, VmStats,
+};
 
 /// Version of these types; a process refuses a config with another one. Shim and VMM are installed together.
 pub const WIRE_VERSION: u32 = 1;
@@ -41,7 +44,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const MAX_PACKET: usize = 64 * 1024;
 
 /// Most file descriptors beside one packet (the kernel's own limit, `SCM_MAX_FD`, is 253).
-pub const MAX_FDS: usize = 64;
+pub const MAX_FDS: usize = 240;
 
 /// An index into the `SCM_RIGHTS` array of the packet that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

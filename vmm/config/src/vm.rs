@@ -29,6 +29,12 @@ pub struct VmConfig {
     /// virtio-fs devices.
     #[serde(default)]
     pub fs: Vec<FsDevice>,
+    /// Network devices.
+    #[serde(default)]
+    pub net: Vec<NetDevice>,
+    /// Network devices that the machine has room for beyond [`VmConfig::net`], for [`Request::PlugNet`].
+    #[serde(default)]
+    pub net_slots: u32,
     /// A serial console, for debugging only: each character costs an exit.
     #[serde(default)]
     pub serial: Option<SerialConsole>,
@@ -65,6 +71,40 @@ pub struct FsDevice {
     pub queues: u32,
 }
 
+/// A network device whose back end is a tap interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetDevice {
+    /// A queue of the tap each, one for each pair of queues of the device: opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with
+    /// IFF_MULTI_QUEUE if there are several.
+    pub taps: Vec<Fd>,
+    /// The guest's own address.
+    pub mac: [u8; 6],
+    /// Largest packet in bytes, at least 68.
+    pub mtu: u16,
+    /// What the guest may receive.
+    #[serde(default)]
+    pub receive_limit: RateLimit,
+    /// What the guest may send.
+    #[serde(default)]
+    pub transmit_limit: RateLimit,
+}
+
+/// Token buckets, full at the start; 0: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes a second.
+    #[serde(default)]
+    pub bytes: u64,
+    /// Packets a second.
+    #[serde(default)]
+    pub packets: u64,
+    /// Milliseconds of the rate that may come at once after silence; 0: 100.
+    #[serde(default)]
+    pub burst_ms: u32,
+}
+
 /// Where the serial console's output goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -83,6 +123,15 @@ pub enum Request {
     WithdrawPort {
         /// The port of the offer.
         port: u32,
+    },
+    /// Put a network device into a free slot; the guest finds it when it looks again. Answered as the others are.
+    PlugNet(NetDevice),
+    /// Tell the guest whether the link of a network device is up.
+    SetLink {
+        /// Which, in the order in which they were given, from 0.
+        device: u32,
+        /// Whether it is.
+        up: bool,
     },
     /// Stop all vCPUs until [`Request::Resume`].
     Pause,
@@ -165,4 +214,27 @@ pub struct VmStats {
     pub user_exits: std::collections::BTreeMap<String, u64>,
     /// Guest's faults that a device refused, by `device.fault` (`vsock.bad_chain`).
     pub guest_faults: std::collections::BTreeMap<String, u64>,
+    /// Of each network device, in the order in which they were given.
+    #[serde(default)]
+    pub net: Vec<NetStats>,
+}
+
+/// Counters of a network device, from the guest's point of view.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetStats {
+    /// Packets that the guest got; one that its kernel will cut up counts once.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Packets for which the guest's buffers were too small.
+    pub receive_dropped: u64,
+    /// Packets that the tap took.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Packets that the tap refused.
+    pub send_dropped: u64,
+    /// Times that a rate limit held packets back.
+    pub throttled: u64,
 }

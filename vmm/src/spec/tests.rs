@@ -1,5 +1,5 @@
 use super::*;
-use bulkhead_vmm_config::{Fd, FsDevice, PortOffer, SerialConsole};
+use bulkhead_vmm_config::{Fd, FsDevice, NetDevice, PortOffer, RateLimit, SerialConsole};
 use nix::sys::socket::{SockFlag, socketpair};
 
 /// A configuration and what is beside it, valid but for what a test changes.
@@ -46,6 +46,8 @@ fn packet() -> Option<Packet> {
                 socket: Fd(5),
                 queues: 1,
             }],
+            net: Vec::new(),
+            net_slots: 0,
             serial: Some(SerialConsole { output: Fd(6) }),
             log: Fd(3),
             uid: 1000,
@@ -169,9 +171,41 @@ fn devices_that_a_guest_could_not_tell_apart_are_refused() {
     for queues in [0, 17] {
         refused!(SpecError::Queues(_), |p| p.config.fs[0].queues = queues);
     }
-    refused!(SpecError::FsDevices(_), |p| {
+    refused!(SpecError::Devices(_), |p| {
         let one = p.config.fs[0].clone();
         p.config.fs = vec![one; 15];
+    });
+    refused!(SpecError::Devices(_), |p| p.config.net_slots = 14);
+    refused!(SpecError::Devices(_), |p| p.config.net_slots = u32::MAX);
+}
+
+#[test]
+fn network_devices_are_checked() {
+    let device = |taps: usize| NetDevice {
+        taps: (0..taps).map(|nth| Fd(7 + nth as u32)).collect(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        receive_limit: RateLimit::default(),
+        transmit_limit: RateLimit::default(),
+    };
+    for taps in [0, 2] {
+        refused!(SpecError::Taps(_, 1), |p| p.config.net.push(device(taps)));
+    }
+    for mac in [[1, 0, 0, 0, 0, 1], [0; 6], [0xff; 6]] {
+        refused!(SpecError::Mac(_), |p| {
+            p.config.net.push(NetDevice { mac, ..device(1) });
+        });
+    }
+    refused!(SpecError::Mtu(67), |p| {
+        p.config.net.push(NetDevice {
+            mtu: 67,
+            ..device(1)
+        });
+    });
+    refused!(SpecError::Descriptor(_), |p| p.config.net.push(device(1)));
+    refused!(SpecError::Tap(TapError::NotATap(_)), |p| {
+        p.config.net.push(device(1));
+        p.fds.push(null());
     });
 }
 

@@ -20,6 +20,7 @@ use crate::devices::serial::SerialConsole;
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Slot};
 use crate::devices::virtio::registers::{self, Registers};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::signal::USED_BUFFER;
@@ -72,6 +73,8 @@ pub struct Board {
     pub pins: Vec<u32>,
     /// The vsock device's ports.
     pub ports: Ports,
+    /// The network devices and places for them.
+    pub net: NetPorts,
 }
 
 /// Makes the devices of `spec`, taking their descriptors out of it and announcing them on its command line.
@@ -86,17 +89,22 @@ pub fn build(
     reports: &Arc<Reports>,
     log: &Log,
 ) -> Result<Board, BoardError> {
-    let (devices, ports) = virtio_devices(spec, events, reports)?;
+    let (devices, ports, counters) = virtio_devices(spec, events, reports)?;
+    let mut net = NetPorts::new(counters, spec.vcpus.into());
     let mut pins = layout::virtio_pins(devices.len(), spec.serial.is_some());
     let mut buses = Buses::default();
     for (index, device) in devices.into_iter().enumerate() {
-        let slot = Slot {
+        let seat = Seat {
             window: layout::virtio_window(index),
             pin: pins[index],
             registers: FIRST_REGISTERS_SLOT + index as u32,
         };
-        attach_virtio(device, slot, vm, memory, reports, &mut buses)?;
-        spec.cmdline.push_virtio(slot.window, slot.pin)?;
+        let is_net = device.name() == net::NAME;
+        let transport = attach_virtio(device, seat, vm, memory, reports, &mut buses)?;
+        if is_net {
+            net.add(transport);
+        }
+        spec.cmdline.push_virtio(seat.window, seat.pin)?;
     }
     if let Some(output) = spec.serial.take() {
         set_nonblocking(&output);
@@ -119,7 +127,12 @@ pub fn build(
     buses
         .mmio
         .insert(layout::IOAPIC, layout::IOAPIC_SIZE, shared(ioapic))?;
-    Ok(Board { buses, pins, ports })
+    Ok(Board {
+        buses,
+        pins,
+        ports,
+        net,
+    })
 }
 
 fn shared<T>(device: T) -> Arc<Mutex<T>> {
@@ -133,7 +146,7 @@ fn virtio_devices(
     spec: &mut VmSpec,
     events: &mut EventLoop,
     reports: &Arc<Reports>,
-) -> Result<(Devices, Ports), BoardError> {
+) -> Result<(Devices, Ports, Vec<Counters>), BoardError> {
     let vsock = Vsock::new(events.next_poller());
     events.attach(vsock.handler());
     let ports = vsock.ports();
@@ -157,14 +170,23 @@ fn virtio_devices(
         events.attach(device.handler());
         devices.push(Box::new(device));
     }
+    let mut counters = Vec::new();
+    for backend in spec.net.drain(..) {
+        let device = Net::new(backend)?;
+        counters.push(device.counters());
+        devices.push(Box::new(device));
+    }
+    for _ in 0..spec.net_slots {
+        devices.push(Box::new(Slot::new(spec.vcpus.into())));
+    }
     let rng = Rng::new(events.next_poller());
     events.attach(rng.handler());
     devices.push(Box::new(rng));
-    Ok((devices, ports))
+    Ok((devices, ports, counters))
 }
 
 #[derive(Clone, Copy)]
-struct Slot {
+struct Seat {
     window: u64,
     pin: u32,
     /// KVM's memory slot for what a driver reads.
@@ -176,39 +198,40 @@ const FIRST_REGISTERS_SLOT: u32 = 16;
 
 fn attach_virtio(
     device: Box<dyn VirtioDevice>,
-    slot: Slot,
+    seat: Seat,
     vm: &VmFd,
     memory: &GuestMemory,
     reports: &Arc<Reports>,
     buses: &mut Buses,
-) -> Result<(), BoardError> {
-    let irq = line(vm, slot.pin)?;
+) -> Result<Arc<Mutex<MmioTransport>>, BoardError> {
+    let irq = line(vm, seat.pin)?;
     let transport = MmioTransport::new(device, memory.clone(), irq, reports.observer())?;
     for (index, kick) in (0_u32..).zip(transport.queue_events()?) {
-        let address = IoEventAddress::Mmio(slot.window + QUEUE_NOTIFY);
+        let address = IoEventAddress::Mmio(seat.window + QUEUE_NOTIFY);
         vm.register_ioevent(&kick, &address, index)
             .map_err(|error| BoardError::EventFd("kick", error))?;
     }
     // An exit less for each interrupt. KVM keeps the eventfd; nobody reads it.
     let unread = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-    let address = IoEventAddress::Mmio(slot.window + INTERRUPT_ACK);
+    let address = IoEventAddress::Mmio(seat.window + INTERRUPT_ACK);
     vm.register_ioevent(&unread, &address, USED_BUFFER)
         .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
-    show(transport.registers(), slot, vm)?;
+    show(transport.registers(), seat, vm)?;
     let size = layout::VIRTIO_MMIO_SIZE;
-    buses.mmio.insert(slot.window, size, shared(transport))?;
-    Ok(())
+    let transport = shared(transport);
+    buses.mmio.insert(seat.window, size, transport.clone())?;
+    Ok(transport)
 }
 
 /// Lets the guest read a transport's registers without an exit. A host that cannot gets the exits.
-fn show(registers: Registers, slot: Slot, vm: &VmFd) -> Result<(), BoardError> {
+fn show(registers: Registers, seat: Seat, vm: &VmFd) -> Result<(), BoardError> {
     if !vm.check_extension(Cap::ReadonlyMem) {
         return Ok(());
     }
     let region = kvm_userspace_memory_region {
-        slot: slot.registers,
+        slot: seat.registers,
         flags: KVM_MEM_READONLY,
-        guest_phys_addr: slot.window,
+        guest_phys_addr: seat.window,
         memory_size: layout::VIRTIO_MMIO_SIZE,
         userspace_addr: registers.host_address(),
     };

@@ -89,6 +89,8 @@ impl Setup {
                 extra_cmdline: Vec::new(),
                 ports: Vec::new(),
                 fs: Vec::new(),
+                net: Vec::new(),
+                net_slots: 0,
                 serial: None,
                 log: Fd(3),
                 uid: 64123,

@@ -64,6 +64,10 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> &[u8];
     /// Takes a write into the configuration space; the offset is inside [`VirtioDevice::config`].
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+    /// Tells a network device whether its link is up. `true`: the configuration has changed.
+    fn set_link(&mut self, _up: bool) -> bool {
+        false
+    }
     /// Whether another process takes the kicks and raises the interrupt.
     fn interrupts_directly(&self) -> bool {
         false

@@ -52,6 +52,12 @@ pub enum Fault {
     /// A packet's header announces more bytes than its chain holds.
     #[error("a packet is longer than its descriptor chain")]
     PacketPastChain,
+    /// A network frame longer than any offload makes it.
+    #[error("a network frame is too long")]
+    FrameTooLong,
+    /// §5.1.6.2.1: the header before a frame asks for what was not negotiated, or points past the frame.
+    #[error("the header before a network frame is wrong")]
+    NetHeader,
     /// A ring that left guest memory (refused at set-up, so a bug of ours if it is ever counted).
     #[error("a ring is not accessible")]
     Ring,
@@ -95,6 +101,8 @@ impl Fault {
             Fault::UnexpectedWritable => "unexpected_writable",
             Fault::ChainTooShort => "chain_too_short",
             Fault::PacketPastChain => "packet_past_chain",
+            Fault::FrameTooLong => "frame_too_long",
+            Fault::NetHeader => "net_header",
             Fault::Ring => "ring",
             Fault::QueueMissing(_) => "queue_missing",
             Fault::Status(..) => "status",

@@ -11,6 +11,7 @@
 //! Kicks do not come here: each queue has an eventfd that KVM signals (ioeventfd on QueueNotify with the queue's index). Nor do
 //! reads, where the host can show the guest the page that they are answered from ([`Registers`]).
 
+use thiserror::Error;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::*;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -46,6 +47,11 @@ const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const FAILED: u8 = 0x80;
+
+/// There is a device already, or its place has too few queues.
+#[derive(Debug, Error)]
+#[error("there is no free place for a device")]
+pub struct PlaceTaken;
 
 /// A queue while the driver sets it up.
 struct QueueSetup {
@@ -131,8 +137,44 @@ impl MmioTransport {
             .collect()
     }
 
-    /// Everything that no write changes. What is not stored reads zero: there is no VIRTIO_F_RING_RESET, and the configuration
-    /// never changes by itself, so its generation stays.
+    /// Puts another device in the place of one that no driver has touched (its id is 0). It has at most as many queues.
+    ///
+    /// # Errors
+    /// The place is taken, or too small.
+    pub fn replace_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), PlaceTaken> {
+        let sizes = device.queue_sizes();
+        if self.device.id() != 0 || sizes.len() > self.queues.len() {
+            return Err(PlaceTaken);
+        }
+        // A driver was not to touch it; what a hostile one has written is forgotten.
+        self.reset();
+        self.queues.truncate(sizes.len());
+        for (queue, &max_size) in self.queues.iter_mut().zip(sizes) {
+            assert!(max_size.is_power_of_two() && max_size <= MAX_SIZE);
+            queue.max_size = max_size;
+        }
+        self.offered = device.features();
+        self.device = device;
+        self.show_constants();
+        self.show_selected();
+        Ok(())
+    }
+
+    /// Tells the driver whether a network device's link is up.
+    pub fn set_link(&mut self, up: bool) {
+        if !self.device.set_link(up) {
+            return;
+        }
+        let registers = self.registers();
+        registers.store_config(self.device.config());
+        let generation = registers.load(VIRTIO_MMIO_CONFIG_GENERATION);
+        registers.store(VIRTIO_MMIO_CONFIG_GENERATION, generation.wrapping_add(1));
+        if self.status & (DRIVER_OK | FAILED) == DRIVER_OK {
+            self.signal.config_changed();
+        }
+    }
+
+    /// Everything that no write changes. What is not stored reads zero: there is no VIRTIO_F_RING_RESET.
     fn show_constants(&self) {
         let registers = self.registers();
         registers.store(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);

@@ -1,8 +1,8 @@
 //! virtio devices over the MMIO transport.
 //!
 //! ```text
-//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs)
-//!        ── kick (ioeventfd) ───────────────────────►   │ on the event loop's thread
+//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs, net)
+//!        ── kick (ioeventfd) ───────────────────────►   │ on the event loop's thread (net: its own)
 //!        ◄─ interrupt (irqfd) ── signal ◄───────────────┘ queue: checked chains, used ring
 //! ```
 //!
@@ -13,6 +13,7 @@ pub mod device;
 pub mod fault;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod registers;
 pub mod rng;

@@ -46,6 +46,14 @@ impl Signal {
         self.raise();
     }
 
+    /// Tells the driver that the configuration space has changed, which has been stored before.
+    pub fn config_changed(&self) {
+        self.0
+            .registers
+            .set(VIRTIO_MMIO_INTERRUPT_STATUS, CONFIG_CHANGE);
+        self.raise();
+    }
+
     /// The guest's fault in a queue: asks for a reset (§2.1.2) and counts.
     pub fn fault(&self, fault: Fault) {
         self.note(fault);

@@ -14,7 +14,8 @@ pub(super) const MAX_BUFFERS: usize = 128;
 
 /// A list of guest buffers for one system call.
 pub(super) struct IoVecs<'m> {
-    vecs: [libc::iovec; MAX_BUFFERS],
+    /// One more than guest buffers, for one of our own.
+    vecs: [libc::iovec; MAX_BUFFERS + 1],
     count: usize,
     memory: PhantomData<&'m ()>,
 }
@@ -26,14 +27,14 @@ impl<'m> IoVecs<'m> {
             iov_len: 0,
         };
         IoVecs {
-            vecs: [empty; MAX_BUFFERS],
+            vecs: [empty; MAX_BUFFERS + 1],
             count: 0,
             memory: PhantomData,
         }
     }
 
     pub(super) fn free(&self) -> usize {
-        MAX_BUFFERS - self.count
+        MAX_BUFFERS.saturating_sub(self.count)
     }
 
     /// Appends a buffer; the caller has asked [`IoVecs::free`].
@@ -43,6 +44,43 @@ impl<'m> IoVecs<'m> {
             iov_len: slice.len(),
         };
         self.count += 1;
+    }
+
+    /// Appends memory of ours, once in a list; the kernel may write to it.
+    pub(super) fn push_own(&mut self, bytes: &'m mut [u8]) {
+        self.vecs[self.count] = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        self.count += 1;
+    }
+
+    /// readv(2) into the buffers.
+    pub(super) fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        retry(|| {
+            // SAFETY: as in `receive`; and memory of ours is borrowed exclusively for 'm.
+            unsafe {
+                libc::readv(
+                    fd.as_raw_fd(),
+                    self.vecs.as_ptr(),
+                    self.count as libc::c_int,
+                )
+            }
+        })
+    }
+
+    /// writev(2) of the buffers.
+    pub(super) fn write(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        retry(|| {
+            // SAFETY: as in `read`; the kernel only reads.
+            unsafe {
+                libc::writev(
+                    fd.as_raw_fd(),
+                    self.vecs.as_ptr(),
+                    self.count as libc::c_int,
+                )
+            }
+        })
     }
 
     /// recvmsg(2) from a socket into the buffers, without blocking. Descriptors sent beside the bytes are closed by the kernel.

@@ -1,0 +1,103 @@
+//! The control queue (VIRTIO 1.2 §5.1.6.5).
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_net::*;
+use vm_memory::GuestMemoryMmap;
+
+use super::offload;
+use super::tap::Tap;
+use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::fault::Fault;
+use crate::devices::virtio::queue::VirtQueue;
+
+/// §5.1.6.5: the only command of its class that sets offloads; the bindings leave it out.
+const GUEST_OFFLOADS_SET: u32 = 0;
+
+/// The queue, and what its commands change.
+pub struct Control {
+    queue: VirtQueue,
+    memory: GuestMemoryMmap,
+    /// One for each pair of queues; the first one's takes part always.
+    taps: Vec<Arc<Tap>>,
+    features: u64,
+    chain: Chain,
+}
+
+impl Control {
+    pub fn new(
+        queue: VirtQueue,
+        memory: GuestMemoryMmap,
+        taps: Vec<Arc<Tap>>,
+        features: u64,
+    ) -> Control {
+        Control {
+            queue,
+            memory,
+            taps,
+            features,
+            chain: Chain::default(),
+        }
+    }
+
+    /// Rings when there is a command.
+    pub fn queue(&self) -> &VirtQueue {
+        &self.queue
+    }
+
+    /// Executes the commands that are there.
+    pub fn serve(&mut self) -> Result<(), Fault> {
+        self.queue.take_kick();
+        while self.queue.pop(&mut self.chain)? {
+            let answer = match self.execute()? {
+                true => VIRTIO_NET_OK,
+                false => VIRTIO_NET_ERR,
+            };
+            // A driver polls for the answer: one command at a time.
+            let writable = self.chain.writable();
+            writable.write(&self.memory, &[answer as u8])?;
+            self.queue.push(&self.chain, 1)?;
+        }
+        self.queue.signal_used()
+    }
+
+    /// Whether the command is one that we know and that can be done.
+    fn execute(&self) -> Result<bool, Fault> {
+        let has = |feature: u32| self.features & 1 << feature != 0;
+        let command = self.chain.readable();
+        let mut words = [0; 2];
+        command.read(&self.memory, &mut words)?;
+        let done = match (u32::from(words[0]), u32::from(words[1])) {
+            // The guest gets all that the interface gets, so that each of these is so already.
+            (VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI)
+            | (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET) => has(VIRTIO_NET_F_CTRL_RX),
+            (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
+                let mut bytes = [0; 4];
+                command.read(&self.memory, &mut bytes)?;
+                let pairs = u16::from_le_bytes([bytes[2], bytes[3]]).into();
+                has(VIRTIO_NET_F_MQ) && self.use_pairs(pairs)
+            }
+            (VIRTIO_NET_CTRL_GUEST_OFFLOADS, GUEST_OFFLOADS_SET) => {
+                let mut bytes = [0; 10];
+                command.read(&self.memory, &mut bytes)?;
+                let wanted: [u8; 8] = bytes[2..].try_into().expect("eight bytes");
+                has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) && self.offload(u64::from_le_bytes(wanted))
+            }
+            _ => false,
+        };
+        Ok(done)
+    }
+
+    fn use_pairs(&self, pairs: usize) -> bool {
+        if !(1..=self.taps.len()).contains(&pairs) {
+            return false;
+        }
+        let set = |(index, tap): (usize, &Arc<Tap>)| tap.attach_queue(index < pairs).is_ok();
+        self.taps.iter().enumerate().skip(1).all(set)
+    }
+
+    /// §5.1.6.5.6.2: only what was negotiated.
+    fn offload(&self, wanted: u64) -> bool {
+        wanted & !self.features == 0 && self.taps[0].set_offloads(offload::flags(wanted)).is_ok()
+    }
+}

@@ -1,0 +1,334 @@
+//! The network device (VIRTIO 1.2 §5.1) on a tap interface.
+//!
+//! ```text
+//!  receiveq1  ◄── receive ──── tap queue 1        one thread for each pair of queues, from its activation on
+//!  transmitq1 ─── transmit ──► tap queue 1        (control: on the first one's)
+//!  receiveq2 ...
+//! ```
+//!
+//! The guest gets every frame that the tap has, in the tap's form: with checksums to be finished and segments to be made where the
+//! driver has agreed. A slot for a device that may come later is a device with the id 0, which drivers ignore (§4.2.2).
+
+mod control;
+mod header;
+mod limit;
+mod offload;
+mod pair;
+mod ports;
+mod receive;
+mod stats;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod transmit;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use bulkhead_vmm_config::{NetStats, RateLimit};
+use virtio_bindings::bindings::virtio_net::*;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+
+pub use self::ports::{NetPorts, PlugError};
+pub use self::tap::{Tap, TapError};
+use self::{
+    control::Control,
+    limit::Limiter,
+    pair::{Pair, Running},
+    receive::Receiver,
+    stats::Stats,
+    transmit::Transmitter,
+};
+use super::device::{ActivateError, Activation, QUEUE_FEATURES, VirtioDevice};
+use super::fault::Fault;
+use crate::event_loop::EventLoop;
+
+/// What counters and logs call it.
+pub const NAME: &str = "net";
+
+/// Buffers that wait for frames; with them the driver's memory is spent.
+const RECEIVE_QUEUE: u16 = 256;
+/// 28 frames of 64 KiB in pages: there are no indirect descriptors.
+const TRANSMIT_QUEUE: u16 = 512;
+const CONTROL_QUEUE: u16 = 64;
+
+/// The configuration space (§5.1.4): mac, status, max_virtqueue_pairs, mtu.
+const CONFIG: usize = 12;
+const STATUS: usize = 6;
+
+/// What a device is on.
+#[derive(Debug)]
+pub struct Backend {
+    /// One for each pair of queues.
+    pub taps: Vec<Tap>,
+    /// The guest's own address.
+    pub mac: [u8; 6],
+    /// Largest packet.
+    pub mtu: u16,
+    /// What the guest may receive.
+    pub receive_limit: RateLimit,
+    /// What the guest may send.
+    pub transmit_limit: RateLimit,
+}
+
+/// Sizes of the queues of a device with this many pairs.
+fn queue_sizes(pairs: usize) -> Vec<u16> {
+    let mut sizes = [RECEIVE_QUEUE, TRANSMIT_QUEUE].repeat(pairs);
+    sizes.push(CONTROL_QUEUE);
+    sizes
+}
+
+/// A place for a device that may come later.
+pub struct Slot(Vec<u16>);
+
+impl Slot {
+    /// A place for a device of at most this many pairs of queues.
+    pub fn new(pairs: usize) -> Slot {
+        Slot(queue_sizes(pairs))
+    }
+}
+
+impl VirtioDevice for Slot {
+    fn id(&self) -> u32 {
+        0
+    }
+
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.0
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        // §4.2.2.2: a driver ignores a device without an id.
+        Err(Fault::QueueMissing(0).into())
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// A thread that begins when it is first needed.
+struct Worker {
+    pair: Arc<Mutex<Pair>>,
+    events: Option<EventLoop>,
+}
+
+impl Worker {
+    fn lock(&self) -> MutexGuard<'_, Pair> {
+        self.pair.lock().expect("a handler does not panic")
+    }
+
+    fn begin(&mut self, index: usize) -> std::io::Result<()> {
+        let Some(mut events) = self.events.take() else {
+            return Ok(());
+        };
+        let thread = std::thread::Builder::new().name(format!("net-{index}"));
+        thread.spawn(move || {
+            events
+                .run(|| false)
+                .expect("epoll_wait(2) on a descriptor that is open does not fail")
+        })?;
+        Ok(())
+    }
+}
+
+/// The device.
+pub struct Net {
+    taps: Vec<Arc<Tap>>,
+    limits: [RateLimit; 2],
+    workers: Vec<Worker>,
+    stats: Arc<Stats>,
+    sizes: Vec<u16>,
+    features: u64,
+    config: [u8; CONFIG],
+}
+
+impl Net {
+    /// A device that was not activated yet, with a thread for each pair of queues.
+    ///
+    /// # Errors
+    /// epoll_create1(2)'s.
+    pub fn new(backend: Backend) -> std::io::Result<Net> {
+        let workers = backend.taps.iter().map(|_| {
+            let mut events = EventLoop::new()?;
+            let pair = Arc::new(Mutex::new(Pair::new(events.next_poller())));
+            events.attach(pair.clone());
+            Ok(Worker {
+                pair,
+                events: Some(events),
+            })
+        });
+        let workers = workers.collect::<std::io::Result<_>>()?;
+        Ok(Net::with_workers(backend, workers))
+    }
+
+    fn with_workers(backend: Backend, workers: Vec<Worker>) -> Net {
+        let taps: Vec<Arc<Tap>> = backend.taps.into_iter().map(Arc::new).collect();
+        let pairs = taps.len() as u16;
+        let mut features = QUEUE_FEATURES | offload::features(&taps[0]);
+        for feature in [
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_CTRL_RX,
+            VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+        ] {
+            features |= 1 << feature;
+        }
+        if pairs > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
+        }
+        let mut config = [0; CONFIG];
+        config[..STATUS].copy_from_slice(&backend.mac);
+        let words = [VIRTIO_NET_S_LINK_UP as u16, pairs, backend.mtu];
+        for (place, word) in config[STATUS..].chunks_mut(2).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        Net {
+            sizes: queue_sizes(taps.len()),
+            taps,
+            limits: [backend.receive_limit, backend.transmit_limit],
+            workers,
+            stats: Arc::default(),
+            features,
+            config,
+        }
+    }
+
+    /// Its counters, from any thread.
+    pub fn counters(&self) -> Counters {
+        Counters(self.stats.clone())
+    }
+
+    /// §5.1.2: the control queue comes behind all pairs, of which a driver without VIRTIO_NET_F_MQ knows one.
+    fn pairs(&self, features: u64) -> usize {
+        match features & 1 << VIRTIO_NET_F_MQ {
+            0 => 1,
+            _ => self.taps.len(),
+        }
+    }
+
+    fn start_pair(
+        &mut self,
+        index: usize,
+        activation: &mut Activation,
+    ) -> Result<(), ActivateError> {
+        let features = activation.features;
+        let pairs = self.pairs(features);
+        let queue = 2 * index as u16;
+        let receive = activation.take_queue(queue)?;
+        let transmit = activation.take_queue(queue + 1)?;
+        let control = match index {
+            0 if features & 1 << VIRTIO_NET_F_CTRL_VQ != 0 => {
+                let queue = activation.take_queue(2 * pairs as u16)?;
+                let taps = self.taps[..pairs].to_vec();
+                let memory = activation.memory.clone();
+                Some(Control::new(queue, memory, taps, features))
+            }
+            _ => None,
+        };
+        let tap = &self.taps[index];
+        let memory = || activation.memory.clone();
+        let now = Instant::now();
+        let limiter = |limit: RateLimit| Limiter::new(limit, pairs, now);
+        let [receive_limit, transmit_limit] = self.limits.map(limiter);
+        let (tap, stats) = (tap.clone(), self.stats.clone());
+        let running = Running::new(
+            Receiver::new(
+                receive,
+                memory(),
+                tap.clone(),
+                stats.clone(),
+                receive_limit,
+                features,
+            ),
+            Transmitter::new(
+                transmit,
+                memory(),
+                tap.clone(),
+                stats,
+                transmit_limit,
+                features,
+            ),
+            control,
+            tap,
+            activation.signal.clone(),
+        );
+        let host = |error| ActivateError::Host(Box::new(error));
+        self.workers[index].begin(index).map_err(host)?;
+        self.workers[index].lock().start(running)
+    }
+}
+
+/// A device's counters.
+#[derive(Clone, Debug)]
+pub struct Counters(Arc<Stats>);
+
+impl Counters {
+    /// As they are now.
+    pub fn snapshot(&self) -> NetStats {
+        self.0.snapshot()
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn set_link(&mut self, up: bool) -> bool {
+        let status = if up { VIRTIO_NET_S_LINK_UP as u8 } else { 0 };
+        std::mem::replace(&mut self.config[STATUS], status) != status
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let host = |error| ActivateError::Host(Box::new(error));
+        let flags = offload::flags(activation.features);
+        self.taps[0].set_offloads(flags).map_err(host)?;
+        for tap in &self.taps[1..] {
+            // §5.1.6.5.5: one pair, until the driver asks for more.
+            tap.attach_queue(false).map_err(host)?;
+        }
+        for index in 0..self.pairs(activation.features) {
+            if let Err(error) = self.start_pair(index, &mut activation) {
+                self.reset();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        for worker in &self.workers {
+            worker.lock().stop();
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! A receive and a transmit queue with their queue of the tap, on one thread.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::control::Control;
+use super::receive::{self, Receiver};
+use super::tap::Tap;
+use super::transmit::{self, Transmitter};
+use crate::devices::virtio::device::ActivateError;
+use crate::devices::virtio::fault::Fault;
+use crate::devices::virtio::signal::Signal;
+use crate::event_loop::{Handler, Poller};
+
+const TAP: u32 = 0;
+const RECEIVE: u32 = 1;
+const TRANSMIT: u32 = 2;
+const CONTROL: u32 = 3;
+const RECEIVE_TIMER: u32 = 4;
+const TRANSMIT_TIMER: u32 = 5;
+
+/// What runs between activation and reset.
+pub struct Running {
+    pub receiver: Receiver,
+    pub transmitter: Transmitter,
+    /// Of the first pair.
+    pub control: Option<Control>,
+    pub tap: Arc<Tap>,
+    pub signal: Signal,
+    timers: Option<[TimerFd; 2]>,
+    /// What the tap is watched for.
+    interest: EventSet,
+    receive_wait: receive::Wait,
+    transmit_wait: transmit::Wait,
+}
+
+impl Running {
+    pub fn new(
+        receiver: Receiver,
+        transmitter: Transmitter,
+        control: Option<Control>,
+        tap: Arc<Tap>,
+        signal: Signal,
+    ) -> Running {
+        Running {
+            receiver,
+            transmitter,
+            control,
+            tap,
+            signal,
+            timers: None,
+            interest: EventSet::IN,
+            receive_wait: receive::Wait::Frame,
+            transmit_wait: transmit::Wait::Kick,
+        }
+    }
+}
+
+/// The pair, running or not; the handler of a thread's event loop.
+pub struct Pair {
+    poller: Poller,
+    running: Option<Running>,
+}
+
+impl Pair {
+    pub fn new(poller: Poller) -> Pair {
+        Pair {
+            poller,
+            running: None,
+        }
+    }
+
+    /// Begins to serve.
+    pub fn start(&mut self, mut running: Running) -> Result<(), ActivateError> {
+        let limited =
+            running.receiver.limiter.is_active() || running.transmitter.limiter.is_active();
+        let watch = || -> std::io::Result<()> {
+            let poller = &self.poller;
+            if limited {
+                let timers = [TimerFd::new()?, TimerFd::new()?];
+                poller.add(&timers[0], RECEIVE_TIMER, EventSet::IN)?;
+                poller.add(&timers[1], TRANSMIT_TIMER, EventSet::IN)?;
+                running.timers = Some(timers);
+            }
+            poller.add(running.receiver.queue().kick(), RECEIVE, EventSet::IN)?;
+            poller.add(running.transmitter.queue().kick(), TRANSMIT, EventSet::IN)?;
+            if let Some(control) = &running.control {
+                poller.add(control.queue().kick(), CONTROL, EventSet::IN)?;
+            }
+            poller.add(&*running.tap, TAP, running.interest)
+        };
+        let watched = { watch }();
+        self.running = Some(running);
+        watched.map_err(|error| {
+            self.stop();
+            ActivateError::Host(Box::new(error))
+        })
+    }
+
+    /// Ends serving: guest memory and the interrupt are not touched any more.
+    pub fn stop(&mut self) {
+        let Some(running) = self.running.take() else {
+            return;
+        };
+        // They are watched as long as the device runs; a failure leaves a key that nobody knows.
+        let poller = &self.poller;
+        let _ = poller.remove(&*running.tap);
+        let _ = poller.remove(running.receiver.queue().kick());
+        let _ = poller.remove(running.transmitter.queue().kick());
+        if let Some(control) = &running.control {
+            let _ = poller.remove(control.queue().kick());
+        }
+        for timer in running.timers.iter().flatten() {
+            let _ = poller.remove(timer);
+        }
+    }
+}
+
+impl Handler for Pair {
+    fn ready(&mut self, key: u32, events: EventSet) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if let Err(fault) = running.serve(key, events, &self.poller) {
+            running.signal.fault(fault);
+            self.stop();
+        }
+    }
+}
+
+impl Running {
+    fn serve(&mut self, key: u32, events: EventSet, poller: &Poller) -> Result<(), Fault> {
+        match key {
+            TAP => {
+                if events.contains(EventSet::OUT) {
+                    self.transmit()?;
+                }
+                // Errors and hang-ups, too: the read says what it is.
+                if events != EventSet::OUT {
+                    self.receive()?;
+                }
+            }
+            RECEIVE => self.receive()?,
+            TRANSMIT => self.transmit()?,
+            CONTROL => return self.control.as_mut().map_or(Ok(()), Control::serve),
+            RECEIVE_TIMER | TRANSMIT_TIMER => {
+                if let Some(timers) = &mut self.timers {
+                    let index = usize::from(key == TRANSMIT_TIMER);
+                    // It has fired, so that the read does not wait.
+                    let _ = timers[index].wait();
+                }
+                match key {
+                    RECEIVE_TIMER => self.receive()?,
+                    _ => self.transmit()?,
+                }
+            }
+            _ => {}
+        }
+        self.watch(poller);
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), Fault> {
+        if self.receive_wait == receive::Wait::Gone {
+            self.receiver.queue().take_kick();
+            return Ok(());
+        }
+        self.receive_wait = self.receiver.serve()?;
+        if let receive::Wait::Time(wait) = self.receive_wait {
+            self.arm(0, wait);
+        }
+        Ok(())
+    }
+
+    fn transmit(&mut self) -> Result<(), Fault> {
+        self.transmit_wait = self.transmitter.serve()?;
+        if let transmit::Wait::Time(wait) = self.transmit_wait {
+            self.arm(1, wait);
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self, index: usize, wait: Duration) {
+        if let Some(timers) = &mut self.timers {
+            // Zero would disarm it. The call fails for durations only that are no such.
+            let wait = wait.max(Duration::from_micros(1));
+            let _ = timers[index].reset(wait, None);
+        }
+    }
+
+    /// Watches the tap for what is waited for: a level that nobody serves would spin.
+    fn watch(&mut self, poller: &Poller) {
+        let mut wanted = EventSet::empty();
+        if self.receive_wait == receive::Wait::Frame {
+            wanted |= EventSet::IN;
+        }
+        if self.transmit_wait == transmit::Wait::Room {
+            wanted |= EventSet::OUT;
+        }
+        if self.receive_wait == receive::Wait::Gone {
+            // Its error cannot be muted.
+            let _ = poller.remove(&*self.tap);
+        } else if wanted != self.interest {
+            // It is watched: the call has no reason to fail.
+            let _ = poller.modify(&*self.tap, TAP, wanted);
+        }
+        self.interest = wanted;
+    }
+}

@@ -1,0 +1,199 @@
+use proptest::prelude::*;
+
+use super::super::super::test_driver::{HIGH_RAM, INDIRECT, NEXT, RAM_SIZE};
+use super::*;
+
+/// Breaks one rule; the device stops, says so, and works again after a reset.
+fn refused(queue: u32, fault: &str, attack: impl FnOnce(&mut Driver)) {
+    let mut guest = Guest::new();
+    guest.wire.send(&frame(100, 1));
+    attack(&mut guest.driver);
+    guest.driver.notify(queue);
+    guest.events.settle();
+    assert!(guest.driver.needs_reset(), "{fault}");
+    let count = guest.driver.notices.count(&format!("net.{fault}"));
+    assert_eq!(
+        count,
+        1,
+        "{fault}: {:?}",
+        guest.driver.notices.faults.snapshot()
+    );
+    // Stopped: nothing that is good is looked at either, and nothing spins.
+    guest.wire.send(&frame(100, 2));
+    guest.driver.notify(0);
+    guest.driver.notify(1);
+    assert!(guest.events.is_quiet(), "{fault}");
+    guest.driver.start();
+    let sent = guest.stats().sent;
+    guest.send(&[0; header::SIZE], &frame(100, 3));
+    assert_eq!(guest.stats().sent, sent + 1, "{fault}");
+    assert_eq!(guest.wire.receive(), Some(frame(100, 3)));
+}
+
+#[test]
+fn chains_to_send_that_break_a_rule() {
+    let send = |fault: &str, pieces: &[(u64, u32, u16)]| {
+        refused(1, fault, |driver| {
+            driver.queues[1].add(pieces);
+        });
+    };
+    send("chain_too_short", &[(BUFFERS, 11, 0)]);
+    send("chain_too_short", &[(BUFFERS, 25, 0)]);
+    send("chain_too_short", &[(BUFFERS, 0, 0)]);
+    send("frame_too_long", &[(BUFFERS, 65571, 0)]);
+    send(
+        "unexpected_writable",
+        &[(BUFFERS, 100, 0), (BUFFERS, 10, WRITE)],
+    );
+    send("indirect", &[(BUFFERS, 16, INDIRECT)]);
+    send(
+        "length_overflow",
+        &[(BUFFERS, 2, 0), (BUFFERS, u32::MAX, 0)],
+    );
+    send("outside_memory", &[(RAM_SIZE - 50, 100, 0)]);
+    send("outside_memory", &[(u64::MAX - 10, 100, 0)]);
+    send("outside_memory", &[(RAM_SIZE + 4096, 100, 0)]);
+    send(
+        "outside_memory",
+        &[(BUFFERS, 40, 0), (HIGH_RAM + RAM_SIZE - 1, 40, 0)],
+    );
+}
+
+#[test]
+fn rings_that_break_a_rule() {
+    for queue in [0, 1, 2] {
+        let index = queue as usize;
+        refused(queue, "available_index", |driver| {
+            let size = driver.queues[index].size;
+            driver.queues[index].set_available(size + 1);
+        });
+        refused(queue, "head_out_of_range", |driver| {
+            let size = driver.queues[index].size;
+            driver.queues[index].publish(size);
+        });
+        refused(queue, "chain_loop", |driver| {
+            let ring = &mut driver.queues[index];
+            ring.descriptor(0, BUFFERS, 64, NEXT | if queue == 0 { WRITE } else { 0 }, 0);
+            ring.publish(0);
+        });
+        refused(queue, "next_out_of_range", |driver| {
+            let ring = &mut driver.queues[index];
+            let flags = NEXT | if queue == 0 { WRITE } else { 0 };
+            ring.descriptor(0, BUFFERS, 64, flags, ring.size);
+            ring.publish(0);
+        });
+    }
+}
+
+#[test]
+fn buffers_to_receive_that_break_a_rule() {
+    let post = |fault: &str, pieces: &[(u64, u32, u16)]| {
+        refused(0, fault, |driver| {
+            driver.queues[0].add(pieces);
+        });
+    };
+    post("unexpected_readable", &[(BUFFERS, 2048, 0)]);
+    post("chain_too_short", &[(BUFFERS, 11, WRITE)]);
+    post("chain_too_short", &[(BUFFERS, 0, WRITE)]);
+    post("outside_memory", &[(RAM_SIZE - 1, 2048, WRITE)]);
+    refused(0, "head_in_flight", |driver| {
+        let head = driver.queues[0].add(&[(BUFFERS, 12, WRITE)]);
+        driver.queues[0].publish(head);
+    });
+}
+
+#[test]
+fn headers_that_break_a_rule() {
+    for header in [
+        [1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 90, 0, 9, 0, 0, 0],
+        [0, 1, 54, 0, 0xa8, 5, 0, 0, 0, 0, 0, 0],
+        [1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0],
+        [1, 2, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
+        [1, 1, 0xff, 0xff, 0xa8, 5, 34, 0, 16, 0, 0, 0],
+    ] {
+        refused(1, "net_header", |driver| {
+            let memory = &driver.memory;
+            memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();
+            let at = GuestAddress(BUFFERS + 12);
+            memory.write_slice(&frame(100, 1), at).unwrap();
+            driver.queues[1].add(&[(BUFFERS, 112, 0)]);
+        });
+    }
+}
+
+#[test]
+fn segments_of_what_cannot_be_segmented_are_the_kernels_to_drop() {
+    let mut guest = Guest::new();
+    // TCP segments of IPv4 in a frame that is none: the header alone is in order.
+    let header = [1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0];
+    guest.send(&header, &frame(1000, 1));
+    guest.send(&[0; header::SIZE], &frame(100, 2));
+    let frames = std::iter::from_fn(|| guest.wire.receive());
+    assert_eq!(frames.last(), Some(frame(100, 2)));
+    let stats = guest.stats();
+    assert_eq!(stats.sent + stats.send_dropped, 2);
+    assert!(!guest.driver.needs_reset());
+}
+
+#[test]
+fn a_frame_in_more_pieces_than_one_call_takes_is_sent_whole() {
+    let mut guest = Guest::new();
+    let out = frame(400, 1);
+    let memory = &guest.driver.memory;
+    memory.write_slice(&[0; 12], GuestAddress(BUFFERS)).unwrap();
+    memory
+        .write_slice(&out, GuestAddress(BUFFERS + 12))
+        .unwrap();
+    let pieces: Vec<_> = (0..206).map(|nth| (BUFFERS + 2 * nth, 2, 0)).collect();
+    guest.driver.queues[1].add(&pieces);
+    guest.driver.notify(1);
+    guest.events.settle();
+    assert_eq!(guest.wire.receive(), Some(out));
+}
+
+#[test]
+fn a_driver_that_touches_its_descriptors_while_the_device_holds_them_changes_nothing() {
+    let mut guest = Guest::new();
+    guest.post([2048]);
+    guest.events.settle();
+    guest.driver.queues[0].descriptor(0, u64::MAX, u32::MAX, WRITE | NEXT, 0xffff);
+    guest.wire.send(&frame(100, 1));
+    guest.events.settle();
+    assert_eq!(guest.driver.queues[0].take_used(), Some((0, 112)));
+    assert!(!guest.driver.needs_reset());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    /// Any bytes for rings and memory: no panic, and the device works after a reset.
+    #[test]
+    fn any_rings_leave_the_host_untouched(
+        descriptors in prop::collection::vec((0..2 * RAM_SIZE, 0..70000_u32, 0..8_u16, 0..300_u16), 1..40),
+        published in prop::collection::vec((0..3_usize, 0..48_u16), 1..30),
+        bytes: [u8; 32],
+    ) {
+        let mut guest = Guest::new();
+        for at in (0..RAM_SIZE / 2).step_by(4096) {
+            guest.driver.memory.write_slice(&bytes, GuestAddress(BUFFERS + at)).unwrap();
+        }
+        for (index, &(address, length, flags, next)) in (0..).zip(&descriptors) {
+            for queue in 0..3 {
+                let address = if address < BUFFERS { address + BUFFERS } else { address };
+                guest.driver.queues[queue].descriptor(index, address, length, flags, next);
+            }
+        }
+        for (nth, &(queue, head)) in published.iter().enumerate() {
+            guest.driver.queues[queue].publish(head);
+            guest.driver.notify(queue as u32);
+            if nth % 3 == 0 {
+                guest.wire.send(&frame(200, nth as u8));
+            }
+            guest.events.settle();
+        }
+        guest.driver.start();
+        let sent = guest.stats().sent;
+        guest.send(&[0; header::SIZE], &frame(100, 3));
+        prop_assert_eq!(guest.stats().sent, sent + 1);
+    }
+}
