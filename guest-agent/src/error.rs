@@ -4,6 +4,7 @@ use ttrpc::Code;
 
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
 use crate::machine::MachineError;
+use crate::network::NetworkError;
 use crate::volume::VolumeError;
 
 /// An RPC failed.
@@ -65,6 +66,9 @@ pub(crate) enum Error {
     /// The guest as a whole.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
@@ -94,6 +98,15 @@ impl Error {
             },
             Self::Cgroup(error) => cgroup_code(error),
             Self::Machine(_) => Code::INTERNAL,
+            Self::Network(error) => match error {
+                NetworkError::Devices { .. } => Code::FAILED_PRECONDITION,
+                NetworkError::ForeignSysctl(_) | NetworkError::Invalid { .. } => {
+                    Code::INVALID_ARGUMENT
+                }
+                NetworkError::Sysctl(_)
+                | NetworkError::Refused { .. }
+                | NetworkError::System { .. } => Code::INTERNAL,
+            },
             Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Volume(VolumeError::System { .. }) => Code::INTERNAL,
         }

@@ -14,6 +14,7 @@ mod error;
 pub mod init;
 mod log;
 mod machine;
+mod network;
 mod reaper;
 mod rpc;
 mod sandbox;

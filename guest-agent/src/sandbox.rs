@@ -8,6 +8,7 @@ use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
 
 use crate::container::{self, Container, Launcher, Process, ProcessError, blocking};
 use crate::error::Error;
+use crate::network;
 use crate::reaper::Exit;
 use crate::share::Share;
 use crate::volume::Volumes;
@@ -24,6 +25,8 @@ pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     share: Arc<Share>,
     volumes: Arc<Volumes>,
+    /// Held while the network is being made: renames of two requests must not meet.
+    network: Arc<Mutex<()>>,
     started: AtomicBool,
     init_monotonic_ns: u64,
     /// The agent is PID 1 of a guest and owns clock, name and mounts.
@@ -38,6 +41,7 @@ impl Sandbox {
             containers: Mutex::default(),
             share: Arc::default(),
             volumes: Arc::default(),
+            network: Arc::default(),
             started: AtomicBool::new(false),
             init_monotonic_ns,
             owns_machine,
@@ -82,6 +86,9 @@ impl Sandbox {
                 machine::mount_shm(request.shm_bytes)?;
             }
         }
+        if let Some(network) = request.network.into_option() {
+            self.configure_network(network).await?;
+        }
         log::info(&format!("sandbox {} started", request.sandbox_id));
         Ok(agent::StartSandboxResponse {
             agent_version: crate::VERSION.to_owned(),
@@ -91,6 +98,18 @@ impl Sandbox {
             init_monotonic_ns: self.init_monotonic_ns,
             ..Default::default()
         })
+    }
+
+    /// Makes the network what it is to be.
+    pub(crate) async fn configure_network(&self, wanted: agent::Network) -> Result<(), Error> {
+        let (lock, owns_machine) = (Arc::clone(&self.network), self.owns_machine);
+        let configured = blocking(move || {
+            let _alone = lock
+                .lock()
+                .expect("no code panics while it holds this lock");
+            network::configure(&wanted, owns_machine)
+        });
+        Ok(configured.await?)
     }
 
     /// Makes a container.

@@ -206,6 +206,15 @@ impl agent_ttrpc::Agent for Service {
         empty(to_the_end(async move { sandbox.delete_volume(request.volume).await }).await)
     }
 
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: agent::Network,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.configure_network(request).await }).await)
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         let sandbox = Arc::clone(&self.0);
         // Shutting down blocks until everything is dead; not on the thread that the answer needs.

@@ -5,6 +5,7 @@
 //! | NEW | clone3 | all at once, the user namespace first, so that it owns the others |
 //! | NEW cgroup, time | the stage, unshare | in its cgroup already; before the offsets can no longer be set |
 //! | SANDBOX | the agent, setns around clone3 | the child is born in them, which is the only way into a pid namespace |
+//! | SANDBOX network | nobody | it is the guest's initial one, where the machine's network devices are |
 //! | exec | the agent for pid, the stage for the rest | by the pidfd of the container's init |
 
 use std::collections::HashMap;
@@ -38,10 +39,10 @@ const USER: u64 = libc::CLONE_NEWUSER as u64;
 const TIME: u64 = libc::CLONE_NEWTIME as u64;
 
 /// The types that the containers of a pod can share.
-const SHAREABLE: u64 = PID | UTS | IPC | NETWORK;
+const SHAREABLE: u64 = PID | UTS | IPC;
 
 /// Type and name in /proc/PID/ns of what a sandbox can share without a process in it.
-const UNSHARED_BY_THREAD: [(u64, &str); 3] = [(UTS, "uts"), (IPC, "ipc"), (NETWORK, "net")];
+const UNSHARED_BY_THREAD: [(u64, &str); 2] = [(UTS, "uts"), (IPC, "ipc")];
 
 impl Plan {
     /// Plans the namespaces of a container; an error says what cannot be.
@@ -61,6 +62,7 @@ impl Plan {
         for (name, flag, kind) in kinds {
             match kind.enum_value() {
                 Ok(Kind::AGENT) => {}
+                Ok(Kind::SANDBOX) if flag == NETWORK => {}
                 Ok(Kind::NEW) if flag & (CGROUP | TIME) != 0 => plan.unshare |= flag,
                 Ok(Kind::NEW) => plan.clone |= flag,
                 Ok(Kind::SANDBOX) if flag & SHAREABLE != 0 => plan.sandbox |= flag,
@@ -213,9 +215,6 @@ impl SandboxNamespaces {
 fn unshare_in_thread(flag: u64, name: &'static str) -> io::Result<OwnedFd> {
     let thread = std::thread::spawn(move || -> io::Result<OwnedFd> {
         sys::unshare(flag)?;
-        if flag == NETWORK {
-            sys::loopback_up()?;
-        }
         Ok(File::open(format!("/proc/thread-self/ns/{name}"))?.into())
     });
     thread
@@ -233,6 +232,7 @@ mod tests {
             pid: Kind::NEW.into(),
             uts: Kind::SANDBOX.into(),
             ipc: Kind::SANDBOX.into(),
+            network: Kind::SANDBOX.into(),
             cgroup: Kind::NEW.into(),
             ..Default::default()
         }

@@ -41,7 +41,7 @@ pub fn context() -> Context {
 }
 
 impl Guest {
-    /// Starts an agent in a mount namespace with a cgroup2 hierarchy, and makes a busybox root for its containers.
+    /// Starts an agent in mount and network namespaces of its own, with a cgroup2 hierarchy, and makes a busybox root for its containers.
     pub async fn start() -> Guest {
         let guest = Guest::before_sandbox().await;
         guest.start_sandbox().await.unwrap();
@@ -64,8 +64,10 @@ impl Guest {
         let listener = UnixListener::bind(directory.path().join("1024")).unwrap();
         let mut command = Command::new(program(directory.path()));
         command.arg("--host").arg(directory.path());
+        let cgroup = directory.path().join("cgroup");
+        std::fs::create_dir(&cgroup).unwrap();
         // SAFETY: only system calls between fork and exec.
-        unsafe { command.pre_exec(|| Ok(private_cgroup2()?)) };
+        unsafe { command.pre_exec(move || Ok(private_system(&cgroup)?)) };
         let process = command.spawn().unwrap();
         let (stream, _) = listener.accept().await.unwrap();
         let client = AgentClient::new(ttrpc::r#async::Client::new(
@@ -296,29 +298,29 @@ fn program(directory: &Path) -> PathBuf {
     directory.join("init")
 }
 
-fn private_cgroup2() -> nix::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )?;
-    if nix::sys::statfs::statfs("/sys/fs/cgroup")?
-        .filesystem_type()
-        .0 as i64
-        != CGROUP2_MAGIC
-    {
-        mount(
-            Some("cgroup2"),
-            "/sys/fs/cgroup",
-            Some("cgroup2"),
-            MsFlags::empty(),
-            None::<&str>,
-        )?;
+/// A /sys that shows a network namespace of our own, whose hierarchy of cgroups is cgroup2; `aside` is an empty directory.
+fn private_system(aside: &Path) -> nix::Result<()> {
+    const CGROUP: &str = "/sys/fs/cgroup";
+    let mount_at = |source: &str, target: &Path, flags| {
+        mount(Some(source), target, Some(source), flags, None::<&str>)
+    };
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
+    mount_at("", Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
+    // The host's own mount where there is one: another one of it would change its options.
+    let kind = nix::sys::statfs::statfs(CGROUP)?.filesystem_type();
+    if kind.0 as i64 == CGROUP2_MAGIC {
+        mount_at(CGROUP, aside, MsFlags::MS_BIND)?;
+    } else {
+        mount_at("cgroup2", aside, MsFlags::empty())?;
     }
-    Ok(())
+    mount_at("sysfs", Path::new("/sys"), MsFlags::empty())?;
+    mount(
+        Some(aside),
+        CGROUP,
+        None::<&str>,
+        MsFlags::MS_MOVE,
+        None::<&str>,
+    )
 }
 
 /// The host's ends of a process' streams.

@@ -2,6 +2,7 @@
 
 mod guest;
 mod lifecycle;
+mod network;
 mod processes;
 mod security;
 mod streams;
