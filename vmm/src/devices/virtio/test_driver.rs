@@ -146,6 +146,13 @@ impl DriverQueue {
         self.memory.write_obj(index, at).unwrap();
     }
 
+    /// Whether the driver has to kick for what it makes available next (§2.7.10.1).
+    pub(crate) fn wants_kick(&self) -> bool {
+        let at = GuestAddress(self.used + 4 + 8 * u64::from(self.size));
+        let event: u16 = self.memory.read_obj(at).unwrap();
+        event == self.next_available
+    }
+
     pub(crate) fn take_used(&mut self) -> Option<(u32, u32)> {
         let at = GuestAddress(self.used + 2);
         let index: u16 = self.memory.load(at, Ordering::Acquire).unwrap();

@@ -48,7 +48,13 @@ impl Control {
     /// Executes the commands that are there.
     pub fn serve(&mut self) -> Result<(), Fault> {
         self.queue.take_kick();
-        while self.queue.pop(&mut self.chain)? {
+        loop {
+            if !self.queue.pop(&mut self.chain)? {
+                match self.queue.ask_for_kick()? {
+                    true => continue,
+                    false => break,
+                }
+            }
             let answer = match self.execute()? {
                 true => VIRTIO_NET_OK,
                 false => VIRTIO_NET_ERR,

@@ -133,6 +133,27 @@ fn a_frame_goes_each_way_and_is_counted() {
 }
 
 #[test]
+fn every_queue_asks_for_its_next_kick() {
+    let mut guest = Guest::new();
+    for round in 0..3 {
+        guest.send(&[0; header::SIZE], &frame(60, round));
+        let answer = BUFFERS + 0x8000;
+        guest.driver.queues[2].add(&[(BUFFERS + 0x7000, 3, 0), (answer, 1, WRITE)]);
+        guest.driver.notify(2);
+        guest.post([256]);
+        for seed in 0..2 {
+            guest.wire.send(&frame(100, seed));
+        }
+        guest.events.settle();
+        for queue in 0..3 {
+            assert!(guest.driver.queues[queue].wants_kick(), "{queue}");
+        }
+        // The second frame waits for the next buffer.
+        assert_eq!(guest.stats().received, u64::from(round) + 1);
+    }
+}
+
+#[test]
 fn the_configuration_says_what_the_device_is() {
     let mut guest = Guest::new();
     assert_eq!(guest.driver.read(8), VIRTIO_ID_NET);
