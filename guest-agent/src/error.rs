@@ -100,9 +100,10 @@ impl Error {
             Self::Machine(_) => Code::INTERNAL,
             Self::Network(error) => match error {
                 NetworkError::Devices { .. } => Code::FAILED_PRECONDITION,
-                NetworkError::ForeignSysctl(_) | NetworkError::Invalid { .. } => {
-                    Code::INVALID_ARGUMENT
-                }
+                NetworkError::ForeignSysctl(_)
+                | NetworkError::Invalid { .. }
+                | NetworkError::Port(_) => Code::INVALID_ARGUMENT,
+                NetworkError::Connect { .. } => Code::UNAVAILABLE,
                 NetworkError::Sysctl(_)
                 | NetworkError::Refused { .. }
                 | NetworkError::System { .. } => Code::INTERNAL,

@@ -3,12 +3,14 @@
 //! ```text
 //!  vsock 1024 ── ttrpc ──► service ──► sandbox ──► container::{create, exec} ── clone3 ──► stage (re-exec of this binary)
 //!  vsock 1026… ── bytes ─► stdio ◄── pipes or a terminal ──────────────────────────────────► the container's process
+//!                          network: interfaces as the shim tells; what listens in the pod, and connections to it
 //!                          reaper ◄── SIGCHLD: the only place that waits for children
 //! ```
 //!
 //! One thread runs everything: the stages that need a process of their own run in `container::stage`.
 
 pub mod announce;
+mod bpf;
 pub mod container;
 mod error;
 pub mod init;

@@ -8,7 +8,7 @@ use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
 
 use crate::container::{self, Container, Launcher, Process, ProcessError, blocking};
 use crate::error::Error;
-use crate::network;
+use crate::network::{self, Watch};
 use crate::reaper::Exit;
 use crate::share::Share;
 use crate::volume::Volumes;
@@ -27,6 +27,7 @@ pub(crate) struct Sandbox {
     volumes: Arc<Volumes>,
     /// Held while the network is being made: renames of two requests must not meet.
     network: Arc<Mutex<()>>,
+    listeners: Watch,
     started: AtomicBool,
     init_monotonic_ns: u64,
     /// The agent is PID 1 of a guest and owns clock, name and mounts.
@@ -42,6 +43,7 @@ impl Sandbox {
             share: Arc::default(),
             volumes: Arc::default(),
             network: Arc::default(),
+            listeners: Watch::default(),
             started: AtomicBool::new(false),
             init_monotonic_ns,
             owns_machine,
@@ -110,6 +112,22 @@ impl Sandbox {
             network::configure(&wanted, owns_machine)
         });
         Ok(configured.await?)
+    }
+
+    /// Waits until other ports are listened on than those that are known.
+    pub(crate) async fn watch_listeners(
+        &self,
+        known: &agent::Listeners,
+    ) -> Result<agent::Listeners, Error> {
+        Ok(self.listeners.differing(known).await?)
+    }
+
+    /// Connects a listener of the pod with a port of the host.
+    pub(crate) async fn connect_listener(
+        &self,
+        request: &agent::ConnectListenerRequest,
+    ) -> Result<(), Error> {
+        Ok(network::connect(&self.launcher.host, request).await?)
     }
 
     /// Makes a container.

@@ -215,6 +215,23 @@ impl agent_ttrpc::Agent for Service {
         empty(to_the_end(async move { sandbox.configure_network(request).await }).await)
     }
 
+    async fn watch_listeners(
+        &self,
+        _: &TtrpcContext,
+        request: agent::Listeners,
+    ) -> ttrpc::Result<agent::Listeners> {
+        Ok(self.0.watch_listeners(&request).await?)
+    }
+
+    async fn connect_listener(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ConnectListenerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.connect_listener(&request).await }).await)
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         let sandbox = Arc::clone(&self.0);
         // Shutting down blocks until everything is dead; not on the thread that the answer needs.

@@ -3,9 +3,13 @@
 //! ```text
 //!  agent.Network ── request: rtnetlink messages, the host's indices replaced ──► interfaces, addresses, routes, rules
 //!                └─ sysctls: those of all interfaces first, those of one when it has its name
+//!
+//!  socket begins or ends to listen ── bell ──► watch ── listeners: what listens now ──► WatchListeners' answer
+//!  ConnectListener ── relay ──► loopback ◄── bytes ──► the host's vsock port
 //! ```
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use bulkhead_agent_protocol::agent;
@@ -14,9 +18,16 @@ use nix::sys::socket::SockProtocol;
 
 use crate::machine;
 
+mod bell;
 mod devices;
+mod listeners;
 mod netlink;
+mod relay;
 mod request;
+mod watch;
+
+pub(crate) use relay::connect;
+pub(crate) use watch::Watch;
 
 use netlink::{Netlink, Refusal};
 use request::{Interfaces, Request, RequestError};
@@ -61,6 +72,18 @@ pub(crate) enum NetworkError {
         what: String,
         /// The kernel's reason.
         refusal: String,
+    },
+    /// No such port.
+    #[error("{0} is no TCP port")]
+    Port(u32),
+    /// Nobody listens there, or not any more.
+    #[error("cannot connect to {address} in the pod")]
+    Connect {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
     },
     /// Anything else.
     #[error("cannot {what}")]

@@ -77,7 +77,6 @@ impl Netlink {
         self.exchange(message, libc::NLM_F_ACK, |_| ())
     }
 
-    #[cfg(test)]
     /// Has everything told that the request asks for: the body of each message, and its end.
     pub(super) fn dump(
         &mut self,

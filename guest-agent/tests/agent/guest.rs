@@ -158,6 +158,13 @@ impl Guest {
         created.map(|_| streams.expect("the agent has dialled every stream of what it made"))
     }
 
+    /// A port of the host, and who listens on it.
+    pub fn listen(&self) -> (u32, UnixListener) {
+        let port = NEXT_PORT.fetch_add(1, Ordering::Relaxed);
+        let path = self.directory.path().join(port.to_string());
+        (port, UnixListener::bind(path).unwrap())
+    }
+
     fn stdio(&self, terminal: bool) -> (agent::Stdio, Vec<UnixListener>) {
         let count = if terminal { 2 } else { 3 };
         let first = NEXT_PORT.fetch_add(count, Ordering::Relaxed);

@@ -2,6 +2,7 @@
 
 mod guest;
 mod lifecycle;
+mod listeners;
 mod network;
 mod processes;
 mod security;

@@ -27,7 +27,8 @@ fn requests() -> Vec<Vec<u8>> {
     ]
 }
 
-fn network(devices: u32, sysctl: (&str, &str)) -> agent::Network {
+/// lo goes up, with an address more, and a sysctl is set.
+pub fn network(devices: u32, sysctl: (&str, &str)) -> agent::Network {
     agent::Network {
         devices,
         requests: requests(),

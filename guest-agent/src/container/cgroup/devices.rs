@@ -21,6 +21,8 @@
 
 use bulkhead_agent_protocol::agent::DeviceRule;
 
+use crate::bpf::{self, code};
+
 /// BPF_DEVCG_ACC_MKNOD.
 pub(super) const MKNOD: u32 = 1;
 /// BPF_DEVCG_ACC_READ.
@@ -176,24 +178,6 @@ fn parse(index: usize, rule: &DeviceRule) -> Result<Rule, RuleError> {
     })
 }
 
-/// Instruction codes of Documentation/bpf/standardization/instruction-set.rst.
-mod code {
-    /// dst = *(u32 *)(src + offset)
-    pub const LOAD_WORD: u8 = 0x61;
-    /// dst = immediate, 32 bits
-    pub const MOVE_IMMEDIATE: u8 = 0xb4;
-    /// dst &= immediate, 32 bits
-    pub const AND_IMMEDIATE: u8 = 0x54;
-    /// pc += offset
-    pub const JUMP: u8 = 0x05;
-    /// pc += offset when (u32)dst == immediate
-    pub const JUMP_IF_EQUAL: u8 = 0x16;
-    /// pc += offset when (u32)dst != immediate
-    pub const JUMP_IF_NOT_EQUAL: u8 = 0x56;
-    /// return R0
-    pub const EXIT: u8 = 0x95;
-}
-
 /// The register of the result.
 const RESULT: u8 = 0;
 /// The register of the context's address.
@@ -206,14 +190,10 @@ const ACCESS_AND_KIND: u32 = 0;
 const MAJOR: u32 = 4;
 const MINOR: u32 = 8;
 
-/// One instruction of 8 bytes, in the machine's byte order (little endian here).
+/// An instruction that ends at most `offset` instructions further.
 fn instruction(code: u8, destination: u8, source: u8, offset: usize, immediate: u32) -> u64 {
     let offset = i16::try_from(offset).expect("MAX_RULES keeps every jump within 16 bits");
-    u64::from(code)
-        | u64::from(destination) << 8
-        | u64::from(source) << 12
-        | u64::from(offset as u16) << 16
-        | u64::from(immediate) << 32
+    bpf::instruction(code, destination, source, offset, immediate)
 }
 
 fn load(offset: u32) -> u64 {

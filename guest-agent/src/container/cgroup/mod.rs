@@ -8,7 +8,6 @@
 //! the cgroup is made, names beneath are only counted, read and removed.
 
 mod devices;
-mod sys;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -19,6 +18,8 @@ use std::time::{Duration, Instant};
 use bulkhead_agent_protocol::agent::{CgroupFile, Resources};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::bpf::{self, Purpose};
 
 pub use devices::RuleError;
 
@@ -315,11 +316,16 @@ impl Cgroup {
             let path = self.path.clone();
             move |errno: Errno| io_error(&path, action, errno.into())
         };
-        let program = sys::load_device_program(&devices::compile(&rules))
+        let program = bpf::load(Purpose::Devices, &devices::compile(&rules))
             .map_err(fail("load of the device program"))?;
         let old = self.devices.as_ref().map(AsFd::as_fd);
-        sys::attach_device_program(self.directory.as_fd(), program.as_fd(), old)
-            .map_err(fail("attachment of the device program"))?;
+        bpf::attach(
+            self.directory.as_fd(),
+            Purpose::Devices,
+            program.as_fd(),
+            old,
+        )
+        .map_err(fail("attachment of the device program"))?;
         self.devices = Some(program);
         Ok(())
     }
