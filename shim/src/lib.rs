@@ -9,6 +9,7 @@
 //! oci      config.json ─► what the agent is told, or a refusal by name
 //! cri      Kubernetes' words about a pod ─► the same
 //! kubelet_volume   configMaps and the like: in the guest's memory, following the host
+//! network  the pod's interfaces ─► taps for the VMM, and what the agent is told of addresses and routes
 //! io       a container's streams ─► anything
 //!
 //! task     containerd's tasks: one state machine over a sandbox ─► events (one ordered queue), stdio (FIFOs, files, loggers), layers
@@ -30,6 +31,7 @@ pub mod kubelet_volume;
 pub mod layers;
 pub mod ledger;
 pub mod logs;
+pub mod network;
 pub mod oci;
 pub mod peer;
 pub mod rootfs;

@@ -30,7 +30,7 @@ use std::{
     time::Duration,
 };
 
-pub use gc::{Collected, Reclaimed, collect, reclaim};
+pub use gc::{Collected, Listed, Reclaimed, collect, list, reclaim};
 pub use record::{Owner, Resource, Ticket};
 pub use teardown::Leftover;
 

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::sys::process::ProcessId;
+use crate::{network::Redirect, sys::process::ProcessId};
 
 /// Directory, beneath the state directory, of claims on numbers that must be unique on the host.
 pub const CLAIMS: &str = ".claims";
@@ -62,6 +62,8 @@ pub enum Resource {
         /// The link's target.
         holder: String,
     },
+    /// An interface of the pod's network namespace, redirected to a tap.
+    Redirect(Redirect),
 }
 
 impl Resource {
@@ -79,6 +81,7 @@ impl Resource {
             Resource::Cgroup { path, .. } => beneath(path, Path::new(crate::cgroup::ROOT)),
             Resource::Process { id, .. } => id.pid > 1,
             Resource::Claim { path, .. } => beneath(path, &state.join(CLAIMS)),
+            Resource::Redirect(redirect) => redirect.is_plausible(),
         }
     }
 }
@@ -92,6 +95,7 @@ impl fmt::Display for Resource {
             Resource::Cgroup { path, .. } => write!(f, "cgroup {}", path.display()),
             Resource::Process { id, role } => write!(f, "process {} ({role})", id.pid),
             Resource::Claim { path, .. } => write!(f, "claim {}", path.display()),
+            Resource::Redirect(redirect) => redirect.fmt(f),
         }
     }
 }

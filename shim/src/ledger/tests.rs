@@ -1,6 +1,7 @@
 use std::{fs, os::unix::fs::symlink, process::Command};
 
 use super::*;
+use crate::network::Redirect;
 
 fn state() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -156,6 +157,38 @@ fn a_symbolic_link_does_not_redirect_a_removal() {
     assert!(victim.join("empty").exists() && victim.join("file").exists());
 }
 
+fn redirect(network: &str, index: u32, tap: &str) -> Resource {
+    Resource::Redirect(Redirect {
+        network: network.into(),
+        inode: 4026532000,
+        interface: "eth0".into(),
+        index,
+        tap: tap.into(),
+        ingress: true,
+        groups: false,
+    })
+}
+
+#[test]
+fn a_redirect_in_a_namespace_that_is_gone_is_no_redirect() {
+    let (dir, state) = state();
+    let mut ledger = Ledger::create(&state, "default", "a").unwrap();
+    // No file; a file that is no namespace; another namespace than the one meant.
+    let file = dir.path().canonicalize().unwrap().join("file");
+    fs::write(&file, "").unwrap();
+    for path in [
+        "/nonexistent/x",
+        file.to_str().unwrap(),
+        "/proc/self/ns/net",
+    ] {
+        ledger.take(redirect(path, 2, "bulkhead0a1b2c")).unwrap();
+    }
+    die(ledger);
+    let collected = collect(&state, false).unwrap();
+    assert_eq!(collected[0].held.len(), 3);
+    assert!(collected[0].left.is_empty(), "{:?}", collected[0].left);
+}
+
 #[test]
 fn only_places_of_a_sandbox_are_recorded_and_replayed() {
     let (_dir, state) = state();
@@ -186,6 +219,10 @@ fn only_places_of_a_sandbox_are_recorded_and_replayed() {
             path: own.join("x"),
             holder: String::new(),
         },
+        redirect("run/netns/x", 2, "bulkhead0a1b2c"),
+        redirect("/run/netns/../x", 2, "bulkhead0a1b2c"),
+        redirect("/run/netns/x", 1, "bulkhead0a1b2c"),
+        redirect("/run/netns/x", 2, "eth0"),
     ] {
         assert!(
             matches!(ledger.take(resource.clone()), Err(Error::Foreign(_))),

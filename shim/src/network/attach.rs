@@ -1,0 +1,252 @@
+//! Giving a guest the interfaces of a namespace.
+
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_agent_protocol::{MAX_MESSAGE, agent};
+
+use super::{
+    Error, Step,
+    guest::{self, Given},
+    link::{self, Link},
+    namespace::Namespace,
+    redirect::{self, Filters, Holder},
+    release::{self, Redirect},
+    snapshot::Snapshot,
+    socket::Socket,
+    tap,
+};
+use crate::ledger::{Ledger, Resource, Ticket};
+
+/// The most that [`Network::for_guest`] may hold: the rest of the agent's message has room beside it.
+const MOST: usize = MAX_MESSAGE / 2;
+
+/// What the VMM needs to give the guest one network device.
+#[derive(Debug)]
+pub struct Device {
+    /// The interface's name in the namespace, which the guest's device gets too.
+    pub name: String,
+    /// Its Ethernet address, the guest's too.
+    pub mac: [u8; 6],
+    /// Largest frame without its Ethernet header, in bytes.
+    pub mtu: u32,
+    /// A descriptor of the tap for each queue pair: non-blocking, a header of 12 bytes before each frame.
+    pub taps: Vec<OwnedFd>,
+}
+
+/// A pod's network.
+#[derive(Debug)]
+pub struct Network {
+    path: PathBuf,
+    inode: u64,
+    queues: u32,
+    given: Vec<Given>,
+    /// How many of them the agent has been told.
+    told: usize,
+    devices: Vec<Device>,
+    description: agent::Network,
+}
+
+impl Network {
+    /// Gives the interfaces of the namespace at `path` to the guest that is about to start; `queues` is the number of queue pairs
+    /// of each device. Nothing stays when it fails.
+    ///
+    /// # Errors
+    /// See [`Error`]: above all, an interface of a kind that a guest cannot have is refused by its name.
+    pub fn attach(path: &Path, queues: u32, ledger: &mut Ledger) -> Result<Network, Error> {
+        let namespace = Namespace::open(path)?;
+        let mut network = Network {
+            path: path.into(),
+            inode: namespace.inode,
+            queues,
+            given: Vec::new(),
+            told: 0,
+            devices: Vec::new(),
+            description: agent::Network::default(),
+        };
+        network.look(&namespace, ledger)?;
+        Ok(network)
+    }
+
+    /// Looks once more: Docker fills a namespace between Create and Start. [`Network::devices`] then has the interfaces that came
+    /// since, and [`Network::for_guest`] tells all.
+    pub fn rescan(&mut self, ledger: &mut Ledger) -> Result<(), Error> {
+        let namespace = self.namespace()?;
+        self.look(&namespace, ledger)
+    }
+
+    /// The devices that nobody has asked for yet, in the guest's order.
+    pub fn devices(&mut self) -> Vec<Device> {
+        std::mem::take(&mut self.devices)
+    }
+
+    /// What the agent is to do, as of the last look. It is given once: nothing of it is kept in memory.
+    pub fn for_guest(&mut self) -> agent::Network {
+        self.told = self.given.len();
+        std::mem::take(&mut self.description)
+    }
+
+    /// Whether there are no interfaces.
+    pub fn is_empty(&self) -> bool {
+        self.given.is_empty()
+    }
+
+    /// The namespace, for as long as it is held.
+    pub fn namespace(&self) -> Result<Namespace, Error> {
+        let namespace = Namespace::find(&self.path, self.inode)?;
+        namespace.ok_or_else(|| Error::Namespace {
+            path: self.path.clone(),
+            source: std::io::Error::from(std::io::ErrorKind::NotFound),
+        })
+    }
+
+    fn look(&mut self, namespace: &Namespace, ledger: &mut Ledger) -> Result<(), Error> {
+        let mut new = Attaching {
+            namespace,
+            queues: self.queues,
+            ledger,
+            tickets: Vec::new(),
+            given: self.given.clone(),
+            devices: Vec::new(),
+        };
+        let told = self.told;
+        match namespace.enter(|socket| new.all(socket, told)) {
+            Ok(description) => {
+                self.given = new.given;
+                self.devices.extend(new.devices);
+                self.description = description;
+                Ok(())
+            }
+            Err(error) => {
+                // The taps first: what redirects to them is then known to be dead.
+                drop(new.devices);
+                for ticket in new.tickets.into_iter().rev() {
+                    if let Err(leftover) = new.ledger.undo(ticket) {
+                        tracing::warn!(%leftover, "left for the pod's end");
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A look at the namespace under way.
+struct Attaching<'a> {
+    namespace: &'a Namespace,
+    queues: u32,
+    ledger: &'a mut Ledger,
+    /// Of what this look has taken.
+    tickets: Vec<Ticket>,
+    given: Vec<Given>,
+    devices: Vec<Device>,
+}
+
+impl Attaching<'_> {
+    fn all(&mut self, socket: &mut Socket, told: usize) -> Result<agent::Network, Error> {
+        let snapshot = Snapshot::take(socket)?;
+        let ours = |link: &Link| self.given.iter().any(|given| given.tap == link.name);
+        if let Some(other) = snapshot
+            .links
+            .iter()
+            .find(|link| link.is_tap_of_a_pod() && !ours(link))
+        {
+            return Err(Error::Taken {
+                interface: other.name.clone(),
+            });
+        }
+        for link in link::for_the_guest(&snapshot.links, &snapshot.addressed())? {
+            if !self.given.iter().any(|given| given.index == link.index) {
+                self.give(socket, link, snapshot.ingress.contains(&link.index))?;
+            }
+        }
+        let description = guest::describe(&snapshot, &self.given, told);
+        let bytes = description.requests.iter().map(Vec::len).sum();
+        match bytes {
+            ..=MOST => Ok(description),
+            _ => Err(Error::TooMuch { bytes, most: MOST }),
+        }
+    }
+
+    fn give(&mut self, socket: &mut Socket, link: &Link, ingress: bool) -> Result<(), Error> {
+        let stale = ingress && must_replace(socket, link)?;
+        let mut random = [0; 4];
+        // SAFETY: writes the four bytes; so few are never cut short (getrandom(2)).
+        unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
+        let redirect = Redirect {
+            network: self.namespace.path.clone(),
+            inode: self.namespace.inode,
+            interface: link.name.clone(),
+            index: link.index,
+            tap: link::tap_name(u32::from_ne_bytes(random)),
+            ingress: !ingress,
+            groups: link.filters_groups(),
+        };
+        let resource = Resource::Redirect(redirect.clone());
+        self.tickets.push(self.ledger.take(resource)?);
+        let taps = tap::create(&redirect.tap, self.queues).map_err(|source| Error::Tap {
+            tap: redirect.tap.clone(),
+            source,
+        })?;
+        let mac = link.mac().expect("what is given to a guest has an address");
+        self.devices.push(Device {
+            name: link.name.clone(),
+            mac,
+            mtu: link.mtu,
+            taps,
+        });
+        self.given.push(Given {
+            index: link.index,
+            name: link.name.clone(),
+            tap: redirect.tap.clone(),
+            groups: redirect.groups,
+        });
+        if stale {
+            redirect::remove(socket, link.index).step("remove a dead redirect of", &link.name)?;
+        }
+        connect(socket, link, &redirect)
+    }
+}
+
+/// Whether a dead pod has left its filter.
+fn must_replace(socket: &mut Socket, link: &Link) -> Result<bool, Error> {
+    let filters = Filters::of(socket, link.index).step("list the filters of", &link.name)?;
+    let interface = || link.name.clone();
+    match filters.holder() {
+        Holder::Nobody => Ok(false),
+        Holder::Dead => Ok(true),
+        Holder::Redirect(_) => Err(Error::Taken {
+            interface: interface(),
+        }),
+        Holder::Other => Err(Error::Preference {
+            interface: interface(),
+        }),
+    }
+}
+
+/// Ties the tap to its interface.
+fn connect(socket: &mut Socket, link: &Link, redirect: &Redirect) -> Result<(), Error> {
+    let (name, tap) = (&link.name, &redirect.tap);
+    let tap_index = release::index_of(socket, tap)
+        .step("find", tap)?
+        .ok_or_else(|| Error::Tap {
+            tap: tap.clone(),
+            source: std::io::ErrorKind::NotFound.into(),
+        })?;
+    redirect::add_ingress(socket, tap_index, tap)?;
+    redirect::add(socket, tap_index, link.index, tap)?;
+    tap::bring_up(socket, tap, tap_index, link.mtu)?;
+    if redirect.groups {
+        let all = libc::IFF_ALLMULTI as u32;
+        socket
+            .request(release::flags(link.index, all, all))
+            .step("open for all groups", name)?;
+    }
+    if redirect.ingress {
+        redirect::add_ingress(socket, link.index, name)?;
+    }
+    // Last: from here on the namespace hears nothing.
+    redirect::add(socket, link.index, tap_index, name)
+}

@@ -1,0 +1,91 @@
+//! Taps: the end of a redirect that the VMM holds.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+};
+
+use super::{Error, Step, message::Message, socket::Socket};
+
+const DEVICE: &str = "/dev/net/tun";
+/// `struct virtio_net_hdr_v1` before each frame (VIRTIO 1.2 §5.1.6).
+static HEADER: libc::c_int = 12;
+/// Frames that wait for the guest; the kernel drops more.
+const QUEUE: u32 = 1000;
+/// Largest MTU that the kernel lets a tap have: 65535 less the Ethernet header. It limits nothing that passes through a redirect.
+const MOST_MTU: u32 = 65535 - 14;
+
+/// Parent of what is attached to a link itself (linux/pkt_sched.h).
+const TC_H_ROOT: u32 = u32::MAX;
+
+/// Makes a tap in the thread's network namespace. It goes when its last descriptor is closed.
+pub(super) fn create(name: &str, queues: u32) -> io::Result<Vec<OwnedFd>> {
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    (0..queues.max(1))
+        .map(|queue| {
+            // The first queue makes the tap: one that exists is somebody's.
+            let exclusive = if queue == 0 { libc::IFF_TUN_EXCL } else { 0 };
+            open_queue(name, flags | exclusive)
+        })
+        .collect()
+}
+
+fn open_queue(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(DEVICE)?;
+    // SAFETY: all zeros are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    assert!(name.len() < libc::IFNAMSIZ, "names of taps are short");
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short; // the flags of TUNSETIFF have 16 bits
+    // SAFETY: TUNSETIFF reads and writes an ifreq.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: TUNSETVNETHDRSZ reads an int.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const HEADER) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(File::into(file))
+}
+
+/// Lets the tap carry frames, and nothing else: no address, no word of its own to the guest.
+pub(super) fn bring_up(socket: &mut Socket, name: &str, index: u32, mtu: u32) -> Result<(), Error> {
+    // Before it is up: or the namespace's kernel greets the guest by router solicitations from a link-local address.
+    let sysctl = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    match fs::write(&sysctl, "1") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other.map_err(|source| Error::Tap {
+            tap: name.into(),
+            source,
+        })?,
+    }
+    // The tap's ring is the queue, which drops what the guest does not take. A qdisc before it would only add a lock, and as
+    // fq_codel 100 KiB of kernel memory a queue.
+    let noqueue = Message::new(libc::RTM_NEWQDISC, libc::NLM_F_CREATE | libc::NLM_F_REPLACE)
+        .with_number(4, index)
+        .with_number(12, TC_H_ROOT)
+        .with_name(libc::TCA_KIND, "noqueue");
+    socket.request(noqueue).step("take the queue from", name)?;
+    let up = libc::IFF_UP as u32;
+    let message = Message::new(libc::RTM_NEWLINK, 0)
+        .with_number(4, index)
+        .with_number(8, up)
+        .with_number(12, up)
+        .with(libc::IFLA_MTU, &mtu.min(MOST_MTU).to_ne_bytes())
+        .with(libc::IFLA_TXQLEN, &QUEUE.to_ne_bytes());
+    socket.request(message).step("bring up", name)
+}
