@@ -8,10 +8,11 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CgroupFile, ChangeVolumeRequest, Container, ContainerRequest, CreateContainerRequest,
-        CreateExecRequest, Empty, ProcessRequest, ResizeTerminalRequest, Resources,
-        SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, Stdio,
-        UpdateContainerRequest, VolumeChange, VolumeRequest, WaitProcessResponse,
+        CgroupFile, ChangeVolumeRequest, ConnectListenerRequest, Container, ContainerRequest,
+        CreateContainerRequest, CreateExecRequest, Empty, Listeners, Network, ProcessRequest,
+        ResizeTerminalRequest, Resources, SignalProcessRequest, StartSandboxRequest,
+        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
+        WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -109,6 +110,7 @@ impl Agent {
         hostname: &str,
         share_tag: &str,
         shm_bytes: u64,
+        network: Option<Network>,
     ) -> Result<StartSandboxResponse, Error> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let request = StartSandboxRequest {
@@ -117,10 +119,47 @@ impl Agent {
             hostname: hostname.into(),
             share_tag: share_tag.into(),
             shm_bytes,
+            network: network.into(),
             realtime_ns: now.map_or(0, |since| since.as_nanos() as u64),
             ..StartSandboxRequest::default()
         };
         call("StartSandbox", self.0.start_sandbox(unbounded(), &request)).await
+    }
+
+    /// Makes the guest's network, once more, with the interfaces that have come.
+    pub async fn configure_network(&self, network: &Network) -> Result<(), Error> {
+        call(
+            "ConfigureNetwork",
+            self.0.configure_network(unbounded(), network),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Answers when the ports that somebody listens on are others than `known`.
+    pub async fn watch_listeners(&self, known: &Listeners) -> Result<Listeners, Error> {
+        call("WatchListeners", self.0.watch_listeners(unbounded(), known)).await
+    }
+
+    /// Connects to a listener in the guest, and joins it to the stream with this port.
+    pub async fn connect_listener(
+        &self,
+        port: u16,
+        ipv6: bool,
+        stream_port: u32,
+    ) -> Result<(), Error> {
+        let request = ConnectListenerRequest {
+            port: port.into(),
+            ipv6,
+            stream_port,
+            ..ConnectListenerRequest::default()
+        };
+        call(
+            "ConnectListener",
+            self.0.connect_listener(unbounded(), &request),
+        )
+        .await?;
+        Ok(())
     }
 
     /// Makes a container up to the point before exec.

@@ -76,6 +76,8 @@ pub struct Config {
     pub kernel_arguments: Vec<String>,
     /// The file share.
     pub share: Share,
+    /// Network interfaces.
+    pub network: Network,
 }
 
 /// Keys of the `[share]` table.
@@ -96,6 +98,50 @@ pub struct Share {
     pub max_handles: u64,
 }
 
+/// Keys of the `[network]` table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// Pairs of queues of each interface, at most one for each vCPU; 0: as many as vCPUs.
+    pub queues: u32,
+    /// What a pod may receive on each interface.
+    pub receive: RateLimit,
+    /// What a pod may send on each interface.
+    pub transmit: RateLimit,
+}
+
+/// Keys of the tables `[network.receive]` and `[network.transmit]`; 0: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    /// Bytes a second.
+    pub bytes: u64,
+    /// Packets a second.
+    pub packets: u64,
+    /// Milliseconds of the rate that may come at once after silence; 0: 100.
+    pub burst_ms: u32,
+}
+
+impl Network {
+    /// Pairs of queues for an interface of a machine with this many vCPUs.
+    pub fn pairs(&self, vcpus: u32) -> u32 {
+        match self.queues {
+            0 => vcpus,
+            most => vcpus.min(most),
+        }
+    }
+}
+
+impl From<RateLimit> for bulkhead_vmm_config::RateLimit {
+    fn from(limit: RateLimit) -> Self {
+        bulkhead_vmm_config::RateLimit {
+            bytes: limit.bytes,
+            packets: limit.packets,
+            burst_ms: limit.burst_ms,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -112,6 +158,7 @@ impl Default for Config {
             uid_count: 65_536,
             kernel_arguments: Vec::new(),
             share: Share::default(),
+            network: Network::default(),
         }
     }
 }

@@ -125,6 +125,7 @@ pub fn plan(config: &PodSandboxConfig, id: &str, network: &str, files: PodFiles)
             pid: None,
             network: (!network.is_empty()).then(|| network.into()),
             shm: Some(files.shm()),
+            alone: false,
         },
         shm_bytes: SHM_BYTES,
         sysctls: sysctls(config),

@@ -19,9 +19,10 @@ use bulkhead_vmm_config::{
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    control,
+    config, control,
     ledger::Ledger,
     logs::printable,
+    network::Device,
     peer::{self, Peer, Place},
     sys::process::Death,
 };
@@ -135,16 +136,32 @@ pub struct Nic {
     pub mac: [u8; 6],
     /// Largest packet in bytes.
     pub mtu: u16,
+    /// What the guest may receive.
+    pub receive: RateLimit,
+    /// What the guest may send.
+    pub transmit: RateLimit,
 }
 
 impl Nic {
+    /// On the taps of an interface of the pod's namespace.
+    pub fn new(device: Device, limits: &config::Network) -> Nic {
+        Nic {
+            taps: device.taps,
+            mac: device.mac,
+            // 65535 is virtio's largest (VIRTIO 1.2 §5.1.4).
+            mtu: device.mtu.try_into().unwrap_or(u16::MAX),
+            receive: limits.receive.into(),
+            transmit: limits.transmit.into(),
+        }
+    }
+
     fn config(&self, mut index: impl FnMut(i32) -> Fd) -> NetDevice {
         NetDevice {
             taps: self.taps.iter().map(|tap| index(tap.as_raw_fd())).collect(),
             mac: self.mac,
             mtu: self.mtu,
-            receive_limit: RateLimit::default(),
-            transmit_limit: RateLimit::default(),
+            receive_limit: self.receive,
+            transmit_limit: self.transmit,
         }
     }
 }
@@ -262,6 +279,14 @@ impl Vm {
             Fd(fds.len() as u32 - 1)
         });
         self.request("a network interface", &Request::PlugNet(device), &fds)
+            .await
+            .map(drop)
+    }
+
+    /// Takes back a port that the guest has not dialled.
+    pub async fn withdraw_port(&self, port: u32) -> Result<(), Error> {
+        let request = Request::WithdrawPort { port };
+        self.request("to forget a stream", &request, &[])
             .await
             .map(drop)
     }

@@ -192,7 +192,18 @@ pub struct HostRoot {
 /// Checks the whole configuration of a container without an engine and converts it.
 pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
     refuse_labels(bundle.spec.process().as_ref(), &[])?;
-    convert(bundle, container_id, &PodPaths::default())
+    let pod = PodPaths {
+        network: network(bundle),
+        alone: true,
+        ..PodPaths::default()
+    };
+    convert(bundle, container_id, &pod)
+}
+
+/// The network namespace that a configuration names.
+pub fn network(bundle: &Bundle) -> Option<PathBuf> {
+    let linux = bundle.spec.linux().as_ref()?;
+    namespaces::path_of(linux, spec::LinuxNamespaceType::Network)
 }
 
 /// The same for a container of an engine, in a pod whose paths of the host are `pod`.

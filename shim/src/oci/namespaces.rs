@@ -49,6 +49,9 @@ pub(super) fn convert(
             return Err(invalid("linux.namespaces", format!("lists {word} twice")));
         }
         listed.push(kind);
+        if kind == Type::Network && pod.alone {
+            shared.push(kind);
+        }
     }
     let kind = |kind: Type| match (listed.contains(&kind), shared.contains(&kind)) {
         (true, true) => Kind::SANDBOX.into(),

@@ -57,6 +57,8 @@ pub struct PodPaths {
     pub network: Option<PathBuf>,
     /// The tmpfs that the engine has made for the pod's /dev/shm.
     pub shm: Option<PathBuf>,
+    /// There is one container: a network namespace that it does not name is the pod's, whose interfaces may come later.
+    pub alone: bool,
 }
 
 impl PodPaths {
@@ -92,6 +94,18 @@ pub struct PodPlan {
     pub files: Option<PodFiles>,
 }
 
+impl PodPlan {
+    /// For how many interfaces its machine has to have room that may come when it runs: an engine fills a namespace that it does not
+    /// name after Create.
+    pub fn later_interfaces(&self) -> u32 {
+        const DOCKERS: u32 = 4;
+        match (self.paths.alone, &self.paths.network) {
+            (true, None) => DOCKERS,
+            _ => 0,
+        }
+    }
+}
+
 /// Reads the pod's part of a sandbox container's or a lone container's configuration.
 pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
     let spec = &bundle.spec;
@@ -123,6 +137,7 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
             pid: None,
             network,
             shm,
+            alone: false,
         },
         shm_bytes,
         sysctls: super::sysctls(linux)?,
@@ -207,7 +222,7 @@ mod tests {
         let paths = PodPaths {
             pid: Some(42),
             network: Some("/run/netns/x".into()),
-            shm: None,
+            ..PodPaths::default()
         };
         assert!(paths.is_own(Type::Ipc, Path::new("/proc/42/ns/ipc")));
         assert!(paths.is_own(Type::Network, Path::new("/run/netns/x")));

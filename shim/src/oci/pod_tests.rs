@@ -30,6 +30,7 @@ fn paths() -> PodPaths {
     PodPaths {
         pid: Some(42),
         network: Some("/run/netns/pod".into()),
+        alone: false,
         shm: Some("/dev".into()),
     }
 }

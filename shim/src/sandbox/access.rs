@@ -1,6 +1,13 @@
 //! What works on a pod beside whoever changes what it holds.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bulkhead_agent_protocol::agent as wire;
 
@@ -8,6 +15,7 @@ use super::Error;
 use crate::{
     agent::{self, Agent},
     fs::Fs,
+    io,
     kubelet_volume::Volumes,
     vm::{self, Vm},
 };
@@ -22,12 +30,27 @@ pub struct Access {
     pub(super) fs: Arc<Fs>,
     pub(super) agent: Agent,
     pub(super) volumes: Volumes,
+    pub(super) next_port: Arc<AtomicU32>,
 }
 
 impl Access {
     /// The agent, for calls about containers that are there.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// A stream that the guest may dial: its port, and our end.
+    pub async fn stream(&self) -> Result<(u32, UnixStream), Error> {
+        let (ours, theirs) = io::stream().map_err(Error::Stream)?;
+        let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        self.vm.offer_port(port, theirs).await?;
+        Ok((port, ours))
+    }
+
+    /// Takes back a stream that the guest has not dialled.
+    pub async fn withdraw(&self, port: u32) {
+        // It has, or it is gone: both ways the stream ends by itself.
+        let _ = self.vm.withdraw_port(port).await;
     }
 
     /// Makes a placed container in the guest, up to the point before exec; its files' places are in `spec`

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, rootfs, vm};
+use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, network, rootfs, vm};
 
 /// Why there is no pod, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,9 @@ pub enum Error {
     /// The fs process.
     #[error(transparent)]
     Fs(#[from] fs::Error),
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// The machine.
     #[error(transparent)]
     Vm(#[from] vm::Error),

@@ -10,13 +10,14 @@
 
 mod access;
 mod error;
+mod localhost;
 mod parts;
 mod taken;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU32},
     time::Duration,
 };
 
@@ -24,22 +25,23 @@ use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp, port};
 
 pub use self::{access::Access, error::Error, parts::Parts};
-use self::{access::LAST_WORDS, taken::Taken};
+use self::{access::LAST_WORDS, localhost::Localhost, taken::Taken};
 use crate::{
     agent::{self, Agent},
     cgroup::{self, Cgroup},
-    config::Config,
+    config::{self, Config},
     fs::Fs,
-    io as streams, kubelet_volume,
+    kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
+    network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
     sys::{
         process::ProcessId,
-        stub::{Network, Stub},
+        stub::{self, Stub},
     },
-    vm::{self, Vm},
+    vm::{self, Nic, Vm},
 };
 
 /// The virtio-fs tag of the share.
@@ -61,6 +63,10 @@ pub struct Request<'a> {
     pub cgroups_path: Option<&'a Path>,
     /// Control files of the pod's cgroup.
     pub host_limits: &'a [(String, String)],
+    /// The network namespace whose interfaces the pod gets.
+    pub network: Option<&'a Path>,
+    /// How many interfaces may come when it runs ([`Sandbox::find_interfaces`]).
+    pub net_slots: u32,
     /// Where a debugging console of the guest goes.
     pub serial: Option<OwnedFd>,
 }
@@ -77,8 +83,13 @@ pub struct Sandbox {
     agent: Agent,
     volumes: kubelet_volume::Owner,
     agent_log: Tail,
-    next_port: u32,
+    next_port: Arc<AtomicU32>,
     shm_bytes: u64,
+    /// Queues of an interface, and what the operator says about them.
+    pairs: u32,
+    limits: config::Network,
+    network: Option<Network>,
+    localhost: Option<Localhost>,
     // Last: its directory must be open until the processes are gone.
     cgroup: Cgroup,
 }
@@ -108,8 +119,12 @@ impl Sandbox {
                 volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
-                next_port: port::FIRST_STREAM,
+                next_port: Arc::new(AtomicU32::new(port::FIRST_STREAM)),
                 shm_bytes: 0,
+                pairs: config.network.pairs(request.vcpus),
+                limits: config.network.clone(),
+                network: taken.network,
+                localhost: None,
                 cgroup: taken.cgroup,
             }),
             Err(error) => {
@@ -120,11 +135,22 @@ impl Sandbox {
     }
 
     /// Waits until the guest's agent answers.
-    pub async fn ready(&self, hostname: &str) -> Result<StartSandboxResponse, Error> {
+    pub async fn ready(&mut self, hostname: &str) -> Result<StartSandboxResponse, Error> {
+        let network = self.network.as_mut().map(Network::for_guest);
+        let answer = self.answer(hostname, network).await?;
+        self.mirror_localhost()?;
+        Ok(answer)
+    }
+
+    async fn answer(
+        &self,
+        hostname: &str,
+        network: Option<wire::Network>,
+    ) -> Result<StartSandboxResponse, Error> {
         let answer = async {
             let started = self
                 .agent
-                .start_sandbox(&self.id, hostname, SHARE_TAG, self.shm_bytes)
+                .start_sandbox(&self.id, hostname, SHARE_TAG, self.shm_bytes, network)
                 .await;
             match started {
                 Ok(answer) => Ok(answer),
@@ -202,7 +228,39 @@ impl Sandbox {
             fs: self.fs.clone(),
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
+            next_port: self.next_port.clone(),
         }
+    }
+
+    /// Gives the guest the interfaces that have come into the pod's network namespace since the last look.
+    pub async fn find_interfaces(&mut self, namespace: &Path) -> Result<(), Error> {
+        let network = match &mut self.network {
+            Some(network) => {
+                network.rescan(&mut self.ledger)?;
+                network
+            }
+            none => none.insert(Network::attach(namespace, self.pairs, &mut self.ledger)?),
+        };
+        let new = network.devices();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for device in new {
+            self.vm.plug(Nic::new(device, &self.limits)).await?;
+        }
+        let description = network.for_guest();
+        self.agent.configure_network(&description).await?;
+        self.mirror_localhost()
+    }
+
+    /// Lets who dials localhost in the pod's namespace reach who listens in the guest. Without interfaces nobody does.
+    fn mirror_localhost(&mut self) -> Result<(), Error> {
+        if let (Some(network), None) = (&self.network, &self.localhost)
+            && !network.is_empty()
+        {
+            self.localhost = Some(Localhost::start(network.namespace()?, self.access()));
+        }
+        Ok(())
     }
 
     /// Gives the containers of the pod a common /dev/shm of this size, at [`crate::oci::GUEST_SHM`]. Before [`Sandbox::ready`].
@@ -211,7 +269,7 @@ impl Sandbox {
     }
 
     /// Forks the process whose pid stands for the pod's (see [`Stub`]).
-    pub fn start_stub(&mut self, network: Network<'_>) -> Result<Stub, Error> {
+    pub fn start_stub(&mut self, network: stub::Network<'_>) -> Result<Stub, Error> {
         let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
         if let Some(id) = ProcessId::of(stub.pid()) {
             let role = "bulkhead-pod".into();
@@ -277,12 +335,8 @@ impl Sandbox {
     }
 
     /// A stream that the guest may dial: its port, and our end.
-    pub async fn stream(&mut self) -> Result<(u32, UnixStream), Error> {
-        let (ours, theirs) = streams::stream().map_err(Error::Stream)?;
-        let port = self.next_port;
-        self.next_port += 1;
-        self.vm.offer_port(port, theirs).await?;
-        Ok((port, ours))
+    pub async fn stream(&self) -> Result<(u32, UnixStream), Error> {
+        self.access().stream().await
     }
 
     /// Those of stdin, stdout and stderr that are wanted: what the agent is told, and our ends in the same order.

@@ -16,9 +16,10 @@ use crate::{
     io as streams,
     ledger::Ledger,
     logs::{self, Tail},
+    network::Network,
     peer::Place,
     rootfs::Share,
-    vm::{Hardware, Vm},
+    vm::{Hardware, Nic, Vm},
 };
 
 /// What [`super::Sandbox::launch`] takes, in this order.
@@ -30,6 +31,7 @@ pub(super) struct Taken {
     pub(super) agent: Agent,
     pub(super) agent_log: Tail,
     pub(super) uid: u32,
+    pub(super) network: Option<Network>,
 }
 
 impl Taken {
@@ -55,6 +57,16 @@ impl Taken {
             executable: &parts.executable,
             cgroup: cgroup.as_fd(),
         };
+        let mut network = match request.network {
+            Some(namespace) => Some({
+                let pairs = config.network.pairs(request.vcpus);
+                Network::attach(namespace, pairs, ledger)?
+            }),
+            None => None,
+        };
+        let devices = network.as_mut().map(Network::devices).unwrap_or_default();
+        let nic = |device| Nic::new(device, &config.network);
+        let nics = devices.into_iter().map(nic).collect();
         let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
         let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
         let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
@@ -68,8 +80,8 @@ impl Taken {
             kernel_arguments: config.kernel_arguments.clone(),
             ports: vec![(port::AGENT, rpc_guest), (port::LOG, log_guest)],
             share: (SHARE_TAG.into(), front.into(), config.share.queues),
-            net: Vec::new(),
-            net_slots: 0,
+            net: nics,
+            net_slots: request.net_slots,
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
         };
@@ -85,6 +97,7 @@ impl Taken {
             agent: Agent::new(rpc)?,
             agent_log: logs::follow(request.id, "agent", log),
             uid,
+            network,
         })
     }
 }

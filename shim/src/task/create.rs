@@ -207,6 +207,7 @@ impl Tasks {
         // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
         pod_plan.shm_bytes = 0;
         pod_plan.paths.shm = None;
+        pod_plan.paths.alone = true;
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
         let cgroups_path = plan.cgroups_path.clone();
@@ -280,6 +281,11 @@ impl Tasks {
         init.step(&[Phase::Created], Phase::Starting)
             .map_err(|phase| init.refuse("start", phase))?;
         if let Some(guest) = &task.guest {
+            // Docker fills the pod's network namespace between create and start.
+            if let Err(error) = task.pod.find_interfaces().await {
+                init.stop(super::Exit::now(exec_status(&error)));
+                return Err(error);
+            }
             let started = match init.open_input() {
                 Ok(()) => task.pod.agent().start(&task.id).await.map_err(Error::from),
                 Err(error) => Err(error),
@@ -374,6 +380,7 @@ async fn create_in_guest(
         annotations: &hook_state.annotations,
     };
     hooks::run("createRuntime", &plan.hooks.create, &state(pod.pid)).await?;
+    pod.find_interfaces().await?;
     let mut spec = plan.container.clone();
     // In the guest the process is the first of its own pid namespace.
     let inside = State {

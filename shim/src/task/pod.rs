@@ -106,7 +106,7 @@ impl Held {
     }
 
     /// Waits until the guest is ready.
-    async fn ready(&self, hostname: &str) -> Result<(), Error> {
+    async fn ready(&mut self, hostname: &str) -> Result<(), Error> {
         let guest = self.sandbox.ready(hostname).await?;
         tracing::info!(kernel = %guest.kernel_release, vcpus = guest.vcpus, memory = guest.memory_bytes, "guest ready");
         Ok(())
@@ -147,6 +147,8 @@ impl Pod {
             memory_mib: memory_mib(config, order.memory),
             cgroups_path: order.cgroups_path,
             host_limits: order.host_limits,
+            network: order.plan.paths.network.as_deref(),
+            net_slots: order.plan.later_interfaces(),
             serial: None,
         };
         let mut sandbox = Sandbox::launch(config, &parts, request).await?;
@@ -261,6 +263,21 @@ impl Pod {
             ));
         }
         Ok(())
+    }
+
+    /// Gives a container that is alone in its pod the interfaces that have come into the pod's network namespace meanwhile.
+    pub async fn find_interfaces(&self) -> Result<(), Error> {
+        if !self.plan.paths.alone {
+            return Ok(());
+        }
+        let namespace = match &self.plan.paths.network {
+            Some(path) => path.clone(),
+            None => format!("/proc/{}/ns/net", self.pid).into(),
+        };
+        match self.held().await.as_mut() {
+            Some(held) => Ok(held.sandbox.find_interfaces(&namespace).await?),
+            None => Err(Error::State(format!("the pod {:?} has ended", self.id))),
+        }
     }
 
     /// From here on its end is wanted. `false`: that was so before.

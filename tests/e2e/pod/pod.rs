@@ -72,10 +72,12 @@ impl Pod {
                 memory_mib,
                 cgroups_path: None,
                 host_limits: &[],
+                network: None,
+                net_slots: 0,
                 serial: None,
             };
             let launched = Sandbox::launch(&config, &parts, request).await;
-            let sandbox = launched.expect("a pod");
+            let mut sandbox = launched.expect("a pod");
             sandbox.ready("pod").await.expect("a guest that is ready");
             sandbox
         });

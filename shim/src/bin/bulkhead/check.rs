@@ -216,10 +216,12 @@ async fn boot(config: &Config) -> Result<String, String> {
         memory_mib: PROOF_MIB,
         cgroups_path: None,
         host_limits: &[],
+        network: None,
+        net_slots: 0,
         serial: None,
     };
     let start = std::time::Instant::now();
-    let sandbox = Sandbox::launch(config, &parts, request)
+    let mut sandbox = Sandbox::launch(config, &parts, request)
         .await
         .map_err(line)?;
     let ready = sandbox.ready("check").await;

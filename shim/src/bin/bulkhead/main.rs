@@ -4,6 +4,7 @@ mod check;
 mod failure;
 mod gc;
 mod install;
+mod network;
 mod probe;
 mod run;
 mod signals;
@@ -57,6 +58,8 @@ enum Command {
     Check(check::Arguments),
     /// Give back what pods held whose owner is dead
     Gc(gc::Arguments),
+    /// Show what has passed through the pods' network interfaces, and what was dropped
+    Network(network::Arguments),
     /// Make Bulkhead known to containerd and write a RuntimeClass for Kubernetes
     Install(install::Arguments),
     /// Undo what `install` has done
@@ -100,6 +103,7 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
         Some(Command::Run(arguments)) => run::run(&arguments, &config, began_ns),
         Some(Command::Check(arguments)) => check::check(&arguments, &config),
         Some(Command::Gc(arguments)) => gc::gc(&arguments, &config),
+        Some(Command::Network(arguments)) => network::network(&arguments, &config),
         Some(Command::Install(arguments)) => install::install(&arguments),
         Some(Command::Uninstall(arguments)) => install::uninstall(&arguments),
         None => Err(Failure::new("what to do? See `bulkhead --help`")),

@@ -88,6 +88,7 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     let run = Run {
         arguments,
         config,
+        network: oci::network(&bundle),
         bundle,
         plan,
         parts,
@@ -114,6 +115,7 @@ struct Run<'a> {
     config: &'a Config,
     bundle: Bundle,
     plan: Plan,
+    network: Option<PathBuf>,
     parts: Parts,
     timeline: Timeline,
 }
@@ -152,6 +154,8 @@ impl Run<'_> {
             memory_mib,
             cgroups_path: self.plan.cgroups_path.as_deref(),
             host_limits: &self.plan.host_limits,
+            network: self.network.as_deref(),
+            net_slots: 0,
             serial,
         };
         let mut sandbox = Sandbox::launch(self.config, &self.parts, request)

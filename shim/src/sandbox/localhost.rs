@@ -1,0 +1,195 @@
+//! 127.0.0.1 and ::1 of the pod's network namespace: who connects there reaches who listens in the guest.
+//!
+//! `kubectl port-forward` and some probes enter the pod's namespace on the host and dial localhost. The interfaces' traffic goes on
+//! to the guest, that of lo does not: its port would be closed. So each port that somebody in the guest listens on gets a
+//! listener here, as long as it is there; a connection to it goes over vsock to the agent, which has connected in the guest. A port
+//! that nobody listens on stays closed, and the host's kernel refuses it.
+//!
+//! Nothing here looks at anything twice: the agent's answer comes when the ports have changed.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use bulkhead_agent_protocol::agent::Listeners;
+use tokio::{
+    io::copy_bidirectional_with_sizes,
+    net::{TcpListener, TcpStream, UnixStream},
+    sync::Semaphore,
+    task::JoinHandle,
+};
+
+use super::{Access, Error};
+use crate::network::Namespace;
+
+/// Most ports of each family that are mirrored: a listener is a descriptor of ours.
+const MOST_PORTS: usize = 256;
+/// Most connections at once; more wait to be accepted.
+const MOST_CONNECTIONS: usize = 256;
+/// Bytes that wait in each direction of a connection.
+const BUFFER: usize = 16 << 10;
+
+/// A task that ends when it is dropped.
+#[derive(Debug)]
+struct Ending(JoinHandle<()>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The listeners of one pod; they close when it is dropped, and connections go with the machine.
+#[derive(Debug)]
+pub(super) struct Localhost(#[allow(dead_code)] /* held for its end */ Ending);
+
+impl Localhost {
+    pub(super) fn start(namespace: Namespace, access: Access) -> Localhost {
+        let mirror = Mirror {
+            namespace,
+            access,
+            room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+            open: BTreeMap::new(),
+        };
+        Localhost(Ending(tokio::spawn(mirror.follow())))
+    }
+}
+
+struct Mirror {
+    namespace: Namespace,
+    access: Access,
+    room: Arc<Semaphore>,
+    /// What is mirrored now.
+    open: BTreeMap<SocketAddr, Ending>,
+}
+
+impl Mirror {
+    async fn follow(mut self) {
+        let mut known = Listeners::default();
+        loop {
+            known = match self.access.agent().watch_listeners(&known).await {
+                Ok(listeners) => listeners,
+                // The pod's end is for others to tell.
+                Err(error) => return tracing::debug!(%error, "nobody is mirrored on localhost"),
+            };
+            self.show(&known);
+        }
+    }
+
+    fn show(&mut self, listeners: &Listeners) {
+        let wanted = addresses(listeners);
+        self.open.retain(|address, _| wanted.contains(address));
+        let new: Vec<SocketAddr> = wanted
+            .into_iter()
+            .filter(|address| !self.open.contains_key(address))
+            .collect();
+        if new.is_empty() {
+            return;
+        }
+        let bound = match self.namespace.listen(&new) {
+            Ok(bound) => bound,
+            Err(error) => return tracing::warn!(%error, "cannot listen on the pod's localhost"),
+        };
+        for (address, listener) in new.into_iter().zip(bound) {
+            let accepted = listener.and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                TcpListener::from_std(listener)
+            });
+            match accepted {
+                Ok(listener) => {
+                    let serve = serve(listener, address, self.access.clone(), self.room.clone());
+                    self.open.insert(address, Ending(tokio::spawn(serve)));
+                }
+                // Somebody on the host has the port already, or the host has no IPv6.
+                Err(error) => tracing::debug!(%address, %error, "a port is not mirrored"),
+            }
+        }
+    }
+}
+
+/// What the guest says, within bounds: ports that are none are left out.
+fn addresses(listeners: &Listeners) -> Vec<SocketAddr> {
+    let of = |ip: IpAddr, ports: &[u32]| {
+        let ports = ports.iter().take(MOST_PORTS);
+        let ports = ports.filter_map(|port| u16::try_from(*port).ok().filter(|port| *port > 0));
+        ports
+            .map(|port| SocketAddr::new(ip, port))
+            .collect::<Vec<_>>()
+    };
+    let mut all = of(Ipv4Addr::LOCALHOST.into(), &listeners.ipv4);
+    all.extend(of(Ipv6Addr::LOCALHOST.into(), &listeners.ipv6));
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+async fn serve(listener: TcpListener, address: SocketAddr, access: Access, room: Arc<Semaphore>) {
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else {
+            return;
+        };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, mostly: the connection stays where it is, and so does its readiness.
+                tracing::warn!(%address, %error, "cannot accept a connection to the pod's localhost");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let access = access.clone();
+        tokio::spawn(async move {
+            if let Err(error) = join(stream, address, &access).await {
+                tracing::debug!(%address, %error, "a connection to the pod's localhost is reset");
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// Joins a connection with one that the agent makes in the guest.
+async fn join(mut stream: TcpStream, address: SocketAddr, access: &Access) -> Result<(), Error> {
+    let joined = async {
+        let mut inside = connect(address, access).await?;
+        copy_bidirectional_with_sizes(&mut stream, &mut inside, BUFFER, BUFFER)
+            .await
+            .map_err(Error::Stream)
+    };
+    let joined = joined.await;
+    if joined.is_err() {
+        // The port has just closed, or one side was reset: so is the other.
+        let _ = stream.set_zero_linger();
+    }
+    joined.map(drop)
+}
+
+async fn connect(address: SocketAddr, access: &Access) -> Result<UnixStream, Error> {
+    let (port, inside) = access.stream().await?;
+    let ipv6 = address.is_ipv6();
+    let agent = access.agent();
+    if let Err(error) = agent.connect_listener(address.port(), ipv6, port).await {
+        access.withdraw(port).await;
+        return Err(error.into());
+    }
+    inside.set_nonblocking(true).map_err(Error::Stream)?;
+    UnixStream::from_std(inside).map_err(Error::Stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_says_is_bounded() {
+        let listeners = Listeners {
+            ipv4: (0..100_000).collect(),
+            ipv6: vec![80, 80, 65_535, 65_536, u32::MAX],
+            ..Listeners::default()
+        };
+        let all = addresses(&listeners);
+        assert_eq!(all.len(), MOST_PORTS - 1 + 2);
+        assert!(all.iter().all(|address| address.port() != 0));
+    }
+}
