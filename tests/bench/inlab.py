@@ -321,7 +321,132 @@ def files_qemu():
     return figures.finish()
 
 
-MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu)}
+PEER, POD = "10.99.0.1", "10.99.0.2"
+
+
+def wire():
+    """The namespaces `pod` and `peer` with a pair of interfaces between them, and iperf3's server at the far end."""
+    script = f"""ip netns add pod && ip netns add peer && ip -n pod link add eth0 type veth peer name peer0 netns peer
+        ip -n pod addr add {POD}/24 dev eth0 && ip -n peer addr add {PEER}/24 dev peer0
+        ip -n pod link set eth0 up && ip -n peer link set peer0 up && ip -n peer link set lo up
+        ip netns exec peer iperf3 --server --daemon"""
+    subprocess.run(["sh", "-ec", script], check=True)
+
+
+def net_tools():
+    """A root with the lab's programs and the workload."""
+    root = "/tmp/net-root"
+    for name in ("usr", "data", "proc", "sys", "dev", "tmp", "etc"):
+        os.makedirs(f"{root}/{name}")
+    for name in ("bin", "sbin", "lib", "lib64"):
+        os.symlink(f"usr/{name}", f"{root}/{name}")
+    subprocess.run(["mount", "--bind", "/usr", f"{root}/usr"], check=True)
+    shutil.copy("/src/tests/bench/net.sh", f"{root}/data/net.sh")
+    return root
+
+
+class NetFigures:
+    """The workload's lines."""
+
+    def __init__(self):
+        self.figures, self.last = {}, ""
+
+    def take(self, line):
+        words, self.last = line.split(), line
+        if len(words) == 3:
+            self.figures[words[0]] = float(words[1])
+
+    def finish(self):
+        if len(self.figures) < 5:
+            raise SystemExit(f"only {self.figures}; the last line was {self.last!r}")
+        return self.figures
+
+
+def in_pod_network(config):
+    for namespace in config["linux"]["namespaces"]:
+        if namespace["type"] == "network":
+            namespace["path"] = "/run/netns/pod"
+
+
+def net_bulkhead():
+    root = net_tools()
+    wire()
+
+    def change(config):
+        in_pod_network(config)
+        config["root"] = {"path": root, "readonly": False}
+        for capabilities in ("bounding", "effective", "permitted"):
+            config["process"]["capabilities"][capabilities] += ["CAP_NET_RAW"]
+
+    directory = bundle(["/bin/sh", "/data/net.sh", PEER], extra=change)
+    command = ["bulkhead", "run", "--memory", "512", "--bundle", directory, "bench"]
+    figures = NetFigures()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            figures.take(line)
+    return figures.finish()
+
+
+def net_qemu():
+    """QEMU's own user-space device on a tap, redirected to the same interface in the same way."""
+    line = command_line()
+    root = net_tools()
+    wire()
+    script = """ip -n pod tuntap add tap0 mode tap vnet_hdr && ip -n pod link set tap0 up
+        for pair in "tap0 eth0" "eth0 tap0"; do set -- $pair
+            ip netns exec pod tc qdisc add dev $1 ingress
+            ip netns exec pod tc filter add dev $1 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev $2
+        done"""
+    subprocess.run(["sh", "-ec", script], check=True)
+    mac = subprocess.run(["ip", "netns", "exec", "pod", "cat", "/sys/class/net/eth0/address"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    init = "/tmp/init"
+    os.makedirs(f"{init}/mnt")
+    shutil.copy("/bin/busybox", f"{init}/busybox")
+    with open(f"{init}/init", "w") as file:
+        file.write(
+            "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
+            "/busybox mount -t tmpfs tmp /mnt/tmp\n"
+            f"/busybox ip link set lo up; /busybox ip addr add {POD}/24 dev eth0; /busybox ip link set eth0 up\n"
+            f"/busybox chroot /mnt /bin/sh /data/net.sh {PEER} > /mnt/data/result 2>&1\n/busybox sync; /busybox reboot -f\n"
+        )
+    os.chmod(f"{init}/init", 0o755)
+    subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/net-initramfs 2>/dev/null"], check=True)
+    socket_path = "/tmp/virtiofsd.sock"
+    daemon = subprocess.Popen(
+        ["/usr/libexec/virtiofsd", f"--socket-path={socket_path}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
+        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not os.path.exists(socket_path):
+        time.sleep(0.05)
+    devices = [
+        "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
+        "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
+        "-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no,vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}",
+    ]  # fmt: skip
+    command = ["ip", "netns", "exec", "pod", *qemu_command(line, "/tmp/marker", devices, initramfs="/tmp/net-initramfs", memory=512)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=300)
+    daemon.wait(timeout=30)
+    figures = NetFigures()
+    with open(f"{root}/data/result") as file:
+        for text in file:
+            figures.take(text)
+    return figures.finish()
+
+
+def boot_with_nic():
+    """Agent ready with and without an interface, in turn in one lab."""
+    command_line()
+    warm()
+    wire()
+    ready = {}
+    for name, change in (("without", None), ("with", in_pod_network)) * 3:
+        report = timeline(bundle(["/bin/true"], extra=change))
+        at = {moment["name"]: moment["at_ns"] / 1e6 for moment in report["moments"]}
+        ready.setdefault(name, []).append(at["agent ready"] - at["command start"])
+    return {f"ready_{name}_ms": sorted(times)[1] for name, times in ready.items()}
+
+
+MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu, net_bulkhead, net_qemu, boot_with_nic)}
 
 if __name__ == "__main__":
     print(json.dumps(MEASUREMENTS[sys.argv[1]]()))

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::netns::Netns;
 use crate::process::{Ran, Runtime, Started};
 
 /// Where `tests/run` puts the debootstrapped root (lab exec --share).
@@ -26,6 +27,45 @@ impl Bundle {
         let dir = TempDir::with_prefix("bundle-").expect("a temporary directory");
         busybox_root(&dir.path().join("rootfs"));
         Bundle::spec(dir)
+    }
+
+    /// `runc spec` over a root with the lab's own programs: ping, nc, python3, iperf3, nft, iptables.
+    pub fn tools() -> Bundle {
+        let dir = TempDir::with_prefix("bundle-").expect("a temporary directory");
+        let root = dir.path().join("rootfs");
+        for made in ["dev", "etc", "proc", "run", "sys", "tmp", "usr", "var"] {
+            fs::create_dir_all(root.join(made)).expect("a directory in the root");
+        }
+        for link in ["bin", "sbin", "lib", "lib64"] {
+            symlink(format!("usr/{link}"), root.join(link)).expect("a link in the root");
+        }
+        let bundle = Bundle::spec(dir).capabilities(&["CAP_NET_RAW"]);
+        ["/usr", "/etc"].into_iter().fold(bundle, |bundle, path| {
+            bundle.bind(Path::new(path), path, &["rbind", "ro"])
+        })
+    }
+
+    /// Lets the container have the interfaces of a network namespace.
+    pub fn network(self, netns: &Netns) -> Bundle {
+        self.edit(|config| {
+            let listed = config["linux"]["namespaces"].as_array_mut();
+            for namespace in listed.expect("runc spec lists namespaces") {
+                if namespace["type"] == "network" {
+                    namespace["path"] = json!(netns.path());
+                }
+            }
+        })
+    }
+
+    /// Gives the process capabilities beyond those of `runc spec`.
+    pub fn capabilities(self, names: &[&str]) -> Bundle {
+        self.edit(|config| {
+            for set in ["bounding", "effective", "permitted"] {
+                let set = config["process"]["capabilities"][set].as_array_mut();
+                set.expect("runc spec lists them")
+                    .extend(names.iter().map(|name| json!(name)));
+            }
+        })
     }
 
     /// `runc spec` over the whole Debian root, writable through an overlay that the host makes.

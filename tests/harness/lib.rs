@@ -5,16 +5,20 @@
 #![forbid(unsafe_code)]
 
 mod bundle;
+mod cni;
 pub mod cri;
 mod engine;
 mod host;
 mod kubelet;
+mod netns;
 mod process;
 
 pub use bundle::{Bundle, debian_root, fresh_id};
+pub use cni::Attachment;
 pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, sandboxer, tail};
 pub use host::Host;
 pub use kubelet::KubeletVolume;
+pub use netns::Netns;
 pub use process::{Ran, Runtime, Started, sha256};
 
 /// The long versions of the suites were asked for (`make soak`).

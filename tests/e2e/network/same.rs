@@ -1,0 +1,115 @@
+//! What a container sees of its network is what runc's sees.
+
+use super::*;
+
+/// What `ip` and sysfs say, without what is the guest's own: indices, and the other end of a wire. Whether an
+/// address is still being tried depends on the moment.
+const LOOK: &str = r"
+    for name in $(ls /sys/class/net); do
+        echo $name $(cat /sys/class/net/$name/address) $(cat /sys/class/net/$name/mtu) $(cat /sys/class/net/$name/tx_queue_len)
+    done
+    ip -o addr show | sed -e 's/^[0-9]*: //' -e 's/@[a-z0-9]*//' -e 's/valid_lft.*//' -e 's/tentative\|nodad//' -e 's/  */ /g'
+    ip -4 route show table all | sort
+    ip -6 route show table all | grep -v -e ff00:: -e '^local' -e '^anycast' | sort
+    ip neigh show nud permanent
+    ip -6 neigh show nud permanent
+    ip rule; ip -6 rule
+";
+
+#[track_caller]
+fn same(pod: &Netns, script: &str) -> String {
+    let [control, ours] = BOTH.map(|runtime| {
+        let bundle = Bundle::tools().network(pod).script(script);
+        bundle.run_with(runtime, &[])
+    });
+    assert_eq!(control.status, 0, "a bad test: {control}");
+    assert_eq!(ours.text(), control.text(), "left: Bulkhead: {ours}");
+    ours.text()
+}
+
+#[test]
+fn addresses_routes_neighbours_rules_and_links() {
+    let Pair { pod, peer } = Pair::new().mtu(1400);
+    pod.ip("link set eth0 address 02:aa:bb:cc:dd:01");
+    pod.address("eth0", &["10.77.0.9/32", "fd77::9/128"]);
+    pod.ip("route add 10.1.0.0/16 via 192.168.50.9 metric 50 mtu lock 1300 src 10.77.0.9");
+    pod.ip("route add 10.2.0.0/16 dev eth0 scope link");
+    pod.ip("route add 10.3.0.0/16 via 172.31.0.1 dev eth0 onlink");
+    pod.ip(
+        "route add 10.4.0.0/16 nexthop via 192.168.50.7 weight 2 nexthop via 192.168.50.8 weight 1",
+    );
+    pod.ip("route add blackhole 10.5.0.0/16");
+    pod.ip("route add 10.6.0.0/16 via 192.168.50.6 table 100");
+    pod.ip("-6 route add fd01::/32 via fd50::9 metric 77");
+    pod.ip("-6 route add fd02::/32 nexthop via fd50::7 nexthop via fd50::8");
+    pod.ip("-6 route add unreachable fd03::/32");
+    pod.ip("neigh add 192.168.50.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
+    pod.ip("-6 neigh add fd50::77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
+    pod.ip("rule add from 10.77.0.9 table 100 priority 1000");
+    pod.ip("-6 rule add to fd99::/16 table 100 priority 1001");
+    let seen = same(&pod, LOOK);
+    for word in [
+        "02:aa:bb:cc:dd:01",
+        "1400",
+        "10.77.0.9",
+        "onlink",
+        "blackhole",
+        "weight 2",
+        "fd03::",
+    ] {
+        assert!(seen.contains(word), "{word} in {seen}");
+    }
+    drop(peer);
+}
+
+#[test]
+fn two_interfaces_with_their_names_in_any_order() {
+    let (pod, peer) = (Netns::new(), Netns::new());
+    // The first one that a guest finds is called eth0 by its kernel.
+    pod.wire("eth1", &peer, "peer1");
+    pod.wire("eth0", &peer, "peer0");
+    pod.wire("storage", &peer, "peer2");
+    pod.address("eth1", &["10.8.1.2/24"]);
+    pod.address("eth0", &["10.8.0.2/24", "fd08::2/64"]);
+    let seen = same(&pod, LOOK);
+    assert!(
+        seen.contains("storage") && seen.contains("10.8.1.2"),
+        "{seen}"
+    );
+}
+
+#[test]
+fn a_namespace_without_interfaces_has_lo_only() {
+    let pod = Netns::new();
+    let seen = same(
+        &pod,
+        "ls /sys/class/net; ip -o addr show lo | grep -c inet; ping -c1 -W2 127.0.0.1 >/dev/null && echo up",
+    );
+    assert_eq!(seen, "lo\n2\nup");
+}
+
+#[test]
+fn without_a_network_there_is_lo_and_no_device() {
+    let script = "ls /sys/class/net; ls /sys/bus/virtio/devices 2>/dev/null | wc -l";
+    let ran = Bundle::tools().script(script).run();
+    let text = ran.ok();
+    // vsock, the share and random numbers.
+    assert_eq!(text, "lo\n3");
+}
+
+#[test]
+fn the_hosts_own_network_is_refused() {
+    for path in ["/proc/self/ns/net", "/proc/1/ns/net"] {
+        let bundle = Bundle::busybox().args(&["true"]).edit(|config| {
+            for namespace in config["linux"]["namespaces"]
+                .as_array_mut()
+                .expect("a list")
+            {
+                if namespace["type"] == "network" {
+                    namespace["path"] = path.into();
+                }
+            }
+        });
+        bundle.run().refused(&["network", path]);
+    }
+}

@@ -1,0 +1,106 @@
+//! CNI plugins, called as an engine calls them (CNI specification 1.0), in a namespace that stands for the node.
+
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::bundle::fresh_id;
+use crate::netns::Netns;
+
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// An interface of a pod that a list of plugins has made; they take it back when this is dropped.
+pub struct Attachment<'a> {
+    node: &'a Netns,
+    pod: &'a Netns,
+    interface: &'static str,
+    id: String,
+    list: Value,
+    runtime: Value,
+    /// What the last plugin answered.
+    pub result: Value,
+}
+
+impl<'a> Attachment<'a> {
+    /// Calls the plugins of a network's list with ADD. `runtime` is what an engine adds for the pod (`portMappings`, `bandwidth`).
+    #[track_caller]
+    pub fn add(
+        node: &'a Netns,
+        pod: &'a Netns,
+        interface: &'static str,
+        list: Value,
+        runtime: Value,
+    ) -> Attachment<'a> {
+        let mut made = Attachment {
+            node,
+            pod,
+            interface,
+            id: fresh_id(),
+            list,
+            runtime,
+            result: Value::Null,
+        };
+        for plugin in made.plugins() {
+            made.result = made
+                .call("ADD", &plugin)
+                .unwrap_or_else(|error| panic!("{plugin}: {error}"));
+        }
+        made
+    }
+
+    /// The pod's addresses without their masks.
+    pub fn addresses(&self) -> Vec<String> {
+        let listed = self.result["ips"].as_array().expect("a result lists them");
+        let text = listed
+            .iter()
+            .map(|ip| ip["address"].as_str().expect("CIDR"));
+        text.map(|cidr| cidr.split('/').next().expect("one part").to_owned())
+            .collect()
+    }
+
+    fn plugins(&self) -> Vec<Value> {
+        self.list["plugins"].as_array().expect("a list").clone()
+    }
+
+    fn call(&self, verb: &str, plugin: &Value) -> Result<Value, String> {
+        let mut config = plugin.clone();
+        config["cniVersion"] = json!("1.0.0");
+        config["name"] = self.list["name"].clone();
+        config["runtimeConfig"] = self.runtime.clone();
+        if !self.result.is_null() {
+            config["prevResult"] = self.result.clone();
+        }
+        let program = format!("{PLUGINS}/{}", plugin["type"].as_str().expect("a type"));
+        let mut child = Command::new("ip")
+            .args(["netns", "exec"])
+            .arg(self.node.path().file_name().expect("a name"))
+            .arg(program)
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", &self.id)
+            .env("CNI_NETNS", self.pod.path())
+            .env("CNI_IFNAME", self.interface)
+            .env("CNI_PATH", PLUGINS)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("iproute2 is installed");
+        let input = child.stdin.take().expect("piped");
+        serde_json::to_writer(input, &config).expect("a plugin reads its configuration");
+        let output = child.wait_with_output().expect("our own child");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        match output.status.success() {
+            true if text.trim().is_empty() => Ok(Value::Null),
+            true => serde_json::from_str(&text).map_err(|error| format!("{error}: {text}")),
+            false => Err(text),
+        }
+    }
+}
+
+impl Drop for Attachment<'_> {
+    fn drop(&mut self) {
+        // What a plugin leaves is in namespaces that go, too.
+        for plugin in self.plugins().iter().rev() {
+            let _ = self.call("DEL", plugin);
+        }
+    }
+}
