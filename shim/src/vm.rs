@@ -283,6 +283,14 @@ impl Vm {
             .map(drop)
     }
 
+    /// Tells the guest whether the link of its Nth network device carries frames.
+    pub async fn set_link(&self, device: u32, up: bool) -> Result<(), Error> {
+        let request = Request::SetLink { device, up };
+        self.request("a change of a link", &request, &[])
+            .await
+            .map(drop)
+    }
+
     /// Takes back a port that the guest has not dialled.
     pub async fn withdraw_port(&self, port: u32) -> Result<(), Error> {
         let request = Request::WithdrawPort { port };

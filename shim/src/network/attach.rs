@@ -8,7 +8,7 @@ use std::{
 use bulkhead_agent_protocol::{MAX_MESSAGE, agent};
 
 use super::{
-    Error, Step,
+    Carriers, Error, Step,
     guest::{self, Given},
     link::{self, Link},
     namespace::Namespace,
@@ -100,6 +100,12 @@ impl Network {
             path: self.path.clone(),
             source: std::io::Error::from(std::io::ErrorKind::NotFound),
         })
+    }
+
+    /// The links of all interfaces, to be watched.
+    pub fn carriers(&self) -> Result<Carriers, Error> {
+        let indices: Vec<u32> = self.given.iter().map(|given| given.index).collect();
+        Carriers::listen(self.namespace()?, &indices)
     }
 
     fn look(&mut self, namespace: &Namespace, ledger: &mut Ledger) -> Result<(), Error> {

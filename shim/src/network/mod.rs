@@ -15,6 +15,7 @@
 //! [`give_back`] undoes it whoever died first: the tap goes with the VMM's descriptors, all of it with the namespace.
 
 mod attach;
+mod carrier;
 mod counters;
 mod guest;
 mod link;
@@ -30,6 +31,7 @@ mod tap;
 use std::{io, path::PathBuf};
 
 pub use attach::{Device, Network};
+pub use carrier::Carriers;
 pub use counters::{Counters, Traffic, counters};
 pub use namespace::Namespace;
 pub use release::{Redirect, give_back};

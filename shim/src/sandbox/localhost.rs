@@ -18,10 +18,9 @@ use tokio::{
     io::copy_bidirectional_with_sizes,
     net::{TcpListener, TcpStream, UnixStream},
     sync::Semaphore,
-    task::JoinHandle,
 };
 
-use super::{Access, Error};
+use super::{Access, Error, background::Background};
 use crate::network::Namespace;
 
 /// Most ports of each family that are mirrored: a listener is a descriptor of ours.
@@ -31,19 +30,9 @@ const MOST_CONNECTIONS: usize = 256;
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 << 10;
 
-/// A task that ends when it is dropped.
-#[derive(Debug)]
-struct Ending(JoinHandle<()>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 /// The listeners of one pod; they close when it is dropped, and connections go with the machine.
 #[derive(Debug)]
-pub(super) struct Localhost(#[allow(dead_code)] /* held for its end */ Ending);
+pub(super) struct Localhost(#[allow(dead_code)] /* held for its end */ Background);
 
 impl Localhost {
     pub(super) fn start(namespace: Namespace, access: Access) -> Localhost {
@@ -53,7 +42,7 @@ impl Localhost {
             room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
             open: BTreeMap::new(),
         };
-        Localhost(Ending(tokio::spawn(mirror.follow())))
+        Localhost(Background::start(mirror.follow()))
     }
 }
 
@@ -62,7 +51,7 @@ struct Mirror {
     access: Access,
     room: Arc<Semaphore>,
     /// What is mirrored now.
-    open: BTreeMap<SocketAddr, Ending>,
+    open: BTreeMap<SocketAddr, Background>,
 }
 
 impl Mirror {
@@ -100,7 +89,7 @@ impl Mirror {
             match accepted {
                 Ok(listener) => {
                     let serve = serve(listener, address, self.access.clone(), self.room.clone());
-                    self.open.insert(address, Ending(tokio::spawn(serve)));
+                    self.open.insert(address, Background::start(serve));
                 }
                 // Somebody on the host has the port already, or the host has no IPv6.
                 Err(error) => tracing::debug!(%address, %error, "a port is not mirrored"),

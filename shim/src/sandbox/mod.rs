@@ -9,7 +9,9 @@
 //! Every step writes the ledger first, so that [`Sandbox::give_back`] and, when this process is killed, `bulkhead gc` both end in the same replay.
 
 mod access;
+mod background;
 mod error;
+mod links;
 mod localhost;
 mod parts;
 mod taken;
@@ -25,7 +27,7 @@ use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp, port};
 
 pub use self::{access::Access, error::Error, parts::Parts};
-use self::{access::LAST_WORDS, localhost::Localhost, taken::Taken};
+use self::{access::LAST_WORDS, links::Links, localhost::Localhost, taken::Taken};
 use crate::{
     agent::{self, Agent},
     cgroup::{self, Cgroup},
@@ -89,6 +91,7 @@ pub struct Sandbox {
     pairs: u32,
     limits: config::Network,
     network: Option<Network>,
+    links: Option<Links>,
     localhost: Option<Localhost>,
     // Last: its directory must be open until the processes are gone.
     cgroup: Cgroup,
@@ -124,6 +127,7 @@ impl Sandbox {
                 pairs: config.network.pairs(request.vcpus),
                 limits: config.network.clone(),
                 network: taken.network,
+                links: None,
                 localhost: None,
                 cgroup: taken.cgroup,
             }),
@@ -138,7 +142,7 @@ impl Sandbox {
     pub async fn ready(&mut self, hostname: &str) -> Result<StartSandboxResponse, Error> {
         let network = self.network.as_mut().map(Network::for_guest);
         let answer = self.answer(hostname, network).await?;
-        self.mirror_localhost()?;
+        self.follow_network()?;
         Ok(answer)
     }
 
@@ -250,14 +254,16 @@ impl Sandbox {
         }
         let description = network.for_guest();
         self.agent.configure_network(&description).await?;
-        self.mirror_localhost()
+        self.follow_network()
     }
 
-    /// Lets who dials localhost in the pod's namespace reach who listens in the guest. Without interfaces nobody does.
-    fn mirror_localhost(&mut self) -> Result<(), Error> {
-        if let (Some(network), None) = (&self.network, &self.localhost)
-            && !network.is_empty()
-        {
+    /// Keeps the guest's links as those of the namespace are, and lets who dials localhost there reach who listens in the guest.
+    fn follow_network(&mut self) -> Result<(), Error> {
+        let Some(network) = self.network.as_ref().filter(|network| !network.is_empty()) else {
+            return Ok(());
+        };
+        self.links = Some(Links::follow(network.carriers()?, self.vm.clone()));
+        if self.localhost.is_none() {
             self.localhost = Some(Localhost::start(network.namespace()?, self.access()));
         }
         Ok(())

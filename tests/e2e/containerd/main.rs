@@ -8,6 +8,7 @@ mod ctr;
 mod ends;
 mod figures;
 mod guest;
+mod network;
 mod pods;
 mod regressions;
 mod rpc;

@@ -113,3 +113,92 @@ fn the_hosts_own_network_is_refused() {
         bundle.run().refused(&["network", path]);
     }
 }
+
+#[test]
+fn a_link_goes_down_and_up_as_outside() {
+    let wait = |carrier: u8| {
+        format!(
+            "until [ \"$(cat /sys/class/net/eth0/carrier)\" = {carrier} ]; do sleep 0.05; done; echo {carrier}; "
+        )
+    };
+    let script = format!("{}read line; {}read line; {}", wait(1), wait(0), wait(1));
+    for runtime in BOTH {
+        let pair = Pair::new();
+        let mut inside = pair.start(runtime, &script);
+        let mut stdin = inside.started.stdin();
+        inside.started.wait_for_output("1\n");
+        for (change, seen) in [("down", "1\n0\n"), ("up", "1\n0\n1\n")] {
+            pair.peer.ip(&format!("link set peer0 {change}"));
+            use std::io::Write;
+            writeln!(stdin).expect("it reads");
+            inside.started.wait_for_output(seen);
+        }
+        inside.finish().ok();
+    }
+}
+
+#[test]
+fn a_link_that_is_down_at_first_is_down_inside() {
+    let pair = Pair::new();
+    pair.peer.ip("link set peer0 down");
+    let script =
+        "until [ \"$(cat /sys/class/net/eth0/carrier)\" = 0 ]; do sleep 0.05; done; echo down";
+    for runtime in BOTH {
+        assert_eq!(pair.run(runtime, script).ok(), "down", "{runtime:?}");
+    }
+}
+
+#[test]
+fn each_processor_has_a_pair_of_queues() {
+    let pair = Pair::new();
+    let script = format!(
+        "ls /sys/class/net/eth0/queues | tr '\\n' ' '; ping -q -c2 -W5 {PEER} >/dev/null && echo reached"
+    );
+    let bundle = Bundle::tools().network(&pair.pod).script(&script);
+    let ran = bundle.run_with(Runtime::Bulkhead, &["--vcpus", "2"]);
+    assert_eq!(ran.ok(), "rx-0 rx-1 tx-0 tx-1 reached");
+}
+
+#[test]
+fn the_command_shows_what_has_passed_through() {
+    let pair = Pair::new();
+    let mut inside = pair.start(Runtime::Bulkhead, "echo ready; read line; true");
+    inside.started.wait_for_output("ready");
+    pair.peer
+        .run(&format!("ping -q -c50 -i0.01 -s1000 {POD}"))
+        .ok();
+    let show = |words: &[&str]| {
+        let output = std::process::Command::new("bulkhead")
+            .arg("network")
+            .args(words)
+            .output();
+        let output = output.expect("it is installed");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let pods: serde_json::Value = serde_json::from_str(&show(&["--json"])).expect("JSON");
+    let interface = &pods[0]["interfaces"][0];
+    assert_eq!(interface["interface"], "eth0", "{pods}");
+    for side in ["outside", "inside"] {
+        for counter in ["rx_bytes", "tx_bytes"] {
+            let bytes = interface[side][counter].as_u64().expect("a number");
+            assert!(
+                (50_000..100_000).contains(&bytes),
+                "{side} {counter}: {pods}"
+            );
+        }
+    }
+    let id = pods[0]["id"].as_str().expect("an id");
+    let table = show(&[id]);
+    assert_eq!(table.lines().count(), 2, "{table}");
+    assert!(
+        table.contains(&format!("default/{id}")) && table.contains("eth0"),
+        "{table}"
+    );
+    let unknown = std::process::Command::new("bulkhead")
+        .args(["network", "none"])
+        .output();
+    assert_eq!(unknown.expect("it is installed").status.code(), Some(125));
+    drop(inside.started.stdin());
+    inside.finish().ok();
+}

@@ -127,9 +127,8 @@ fn a_smaller_path_behind_the_router_is_found_out() {
         pair.peer.run("sysctl -qw net.ipv4.ip_forward=1").ok();
         let outside = far.start(&format!("{RECEIVE} 5000"));
         outside.wait_for_output("ready");
-        let script = format!(
-            "{SEND} 10.200.0.2 5000 4; ip route get 10.200.0.2 | grep -o 'mtu [0-9]*'"
-        );
+        let script =
+            format!("{SEND} 10.200.0.2 5000 4; ip route get 10.200.0.2 | grep -o 'mtu [0-9]*'");
         let sent = pair.run(runtime, &script).ok();
         let (digest, mtu) = sent.split_once('\n').expect("two lines");
         assert_eq!(

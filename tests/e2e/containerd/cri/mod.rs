@@ -2,6 +2,7 @@
 
 mod configs;
 mod life;
+mod network;
 
 use bulkhead_tests::cri::Cri;
 use bulkhead_tests::cri::messages::{

@@ -23,16 +23,16 @@ use crate::rpc::{context, delete, start, wait};
 const SHIM: &str = "containerd-shim-bulkhead-v1";
 
 /// A shim, started as containerd starts one, and the bundle that it was started in.
-struct Shim {
-    bundle: TempDir,
-    id: String,
+pub(super) struct Shim {
+    pub(super) bundle: TempDir,
+    pub(super) id: String,
     socket: String,
 }
 
 /// What containerd's connection carries.
-struct Services {
+pub(super) struct Services {
     sandbox: SandboxClient,
-    task: TaskClient,
+    pub(super) task: TaskClient,
 }
 
 impl Shim {
@@ -44,7 +44,7 @@ impl Shim {
         command
     }
 
-    fn start() -> Shim {
+    pub(super) fn start() -> Shim {
         let mut shim = Shim {
             bundle: TempDir::with_prefix("sandbox-").expect("a temporary directory"),
             id: fresh_id(),
@@ -58,7 +58,7 @@ impl Shim {
         shim
     }
 
-    async fn services(&self) -> Services {
+    pub(super) async fn services(&self) -> Services {
         let stream = tokio::net::UnixStream::connect(&self.socket).await;
         let client = Client::new(Socket::new(stream.expect("the shim listens")));
         Services {
@@ -187,7 +187,7 @@ impl Services {
     }
 
     /// The exit status that Wait and Delete agree upon.
-    async fn end(&self, id: &str) -> u32 {
+    pub(super) async fn end(&self, id: &str) -> u32 {
         let waited = self.task.wait(context(), &wait(id, "")).await;
         let deleted = self.task.delete(context(), &delete(id, "")).await;
         let statuses = (

@@ -1,0 +1,120 @@
+//! Whether the links of a pod's interfaces carry frames, told when it changes: the far end of a wire goes down, a bridge's port is
+//! disabled. What the guest sends would be lost, and its kernel should know as the namespace's does.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use super::{Error, Step, message::Message, namespace::Namespace, snapshot::field};
+
+/// net_device(7)'s IFF_LOWER_UP, in the flags at this place of `struct ifinfomsg`.
+const LOWER_UP: u32 = 0x1_0000;
+const FLAGS: usize = 8;
+
+/// The links of some interfaces of one namespace.
+#[derive(Debug)]
+pub struct Carriers {
+    namespace: Namespace,
+    /// Index of each interface, in the order of the machine's devices, and whether it carried frames when we last heard.
+    devices: Vec<(u32, bool)>,
+    heard: OwnedFd,
+}
+
+impl Carriers {
+    /// Listens from now on. A machine's links are up at first: those that are not come with the first [`Carriers::changes`].
+    pub(super) fn listen(namespace: Namespace, indices: &[u32]) -> Result<Carriers, Error> {
+        let heard = namespace.enter(|_| {
+            let opened = subscribe();
+            opened.map_err(Into::into).step("hear of", "links")
+        })?;
+        Ok(Carriers {
+            namespace,
+            devices: indices.iter().map(|index| (*index, true)).collect(),
+            heard,
+        })
+    }
+
+    /// The devices whose links have changed since the last call. Call it once at first, and then when the descriptor is readable.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn changes(&mut self) -> Result<Vec<(u32, bool)>, Error> {
+        self.empty();
+        // Not what was heard but what is: a message may have been lost, and the last one counts.
+        let links = self.namespace.enter(|socket| {
+            let ask = Message::new(libc::RTM_GETLINK, 0);
+            socket.dump(ask).step("list", "links")
+        })?;
+        let mut changed = Vec::new();
+        for (device, (index, known)) in (0..).zip(&mut self.devices) {
+            let up = links
+                .iter()
+                .find(|link| link.number(field::INDEX) == *index)
+                .is_some_and(|link| link.number(FLAGS) & LOWER_UP != 0);
+            if up != std::mem::replace(known, up) {
+                changed.push((device, up));
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Reads what has been heard: it only says that there is a reason to look.
+    fn empty(&self) {
+        let mut buffer = [0_u8; 4096];
+        loop {
+            // SAFETY: writes into the buffer, no more than it holds.
+            let length = unsafe {
+                let (buffer, room) = (buffer.as_mut_ptr().cast(), buffer.len());
+                libc::recv(self.heard.as_raw_fd(), buffer, room, libc::MSG_DONTWAIT)
+            };
+            let error = io::Error::last_os_error();
+            match length {
+                0.. => {}
+                // Too much came at once: some of it is lost, which does not matter.
+                _ if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                _ if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+impl AsFd for Carriers {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.heard.as_fd()
+    }
+}
+
+impl AsRawFd for Carriers {
+    fn as_raw_fd(&self) -> i32 {
+        self.heard.as_raw_fd()
+    }
+}
+
+/// A socket that hears of every change of a link in the thread's namespace.
+fn subscribe() -> io::Result<OwnedFd> {
+    // SAFETY: makes a descriptor from numbers.
+    let fd = unsafe {
+        libc::socket(
+            libc::AF_NETLINK,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            libc::NETLINK_ROUTE,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: new, and nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zeros are an address of no port and no group.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = libc::RTMGRP_LINK as u32;
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: reads an address of this length.
+    match unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) } {
+        0 => Ok(fd),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,39 @@
+//! The links of the guest's network devices are up as those of the pod's interfaces are.
+
+use std::{os::fd::AsFd, sync::Arc};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::{Error, background::Background};
+use crate::{network::Carriers, sys, vm::Vm};
+
+/// Follows them until it is dropped.
+#[derive(Debug)]
+pub(super) struct Links(#[allow(dead_code)] /* held for its end */ Background);
+
+impl Links {
+    pub(super) fn follow(carriers: Carriers, vm: Arc<Vm>) -> Links {
+        Links(Background::start(async move {
+            if let Err(error) = follow(carriers, &vm).await {
+                tracing::debug!(%error, "the guest's links are not followed any more");
+            }
+        }))
+    }
+}
+
+async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
+    let heard = carriers
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(Error::Stream)?;
+    let heard: AsyncFd<_> = sys::watch(heard, Interest::READABLE).map_err(Error::Stream)?;
+    loop {
+        for (device, up) in carriers.changes()? {
+            tracing::debug!(device, up, "a link has changed");
+            vm.set_link(device, up).await?;
+        }
+        let mut ready = heard.readable().await.map_err(Error::Stream)?;
+        // `changes` reads it empty.
+        ready.clear_ready();
+    }
+}
