@@ -439,11 +439,13 @@ def boot_with_nic():
     warm()
     wire()
     ready = {}
-    for name, change in (("without", None), ("with", in_pod_network)) * 3:
+    # The first guest with an interface has the host load its modules.
+    timeline(bundle(["/bin/true"], extra=in_pod_network))
+    for name, change in (("without", None), ("with", in_pod_network)) * 5:
         report = timeline(bundle(["/bin/true"], extra=change))
         at = {moment["name"]: moment["at_ns"] / 1e6 for moment in report["moments"]}
         ready.setdefault(name, []).append(at["agent ready"] - at["command start"])
-    return {f"ready_{name}_ms": sorted(times)[1] for name, times in ready.items()}
+    return {f"ready_{name}_ms": sorted(times)[2] for name, times in ready.items()}
 
 
 MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu, net_bulkhead, net_qemu, boot_with_nic)}

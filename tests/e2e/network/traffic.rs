@@ -263,3 +263,54 @@ fn packet_filters_inside_and_outside() {
         assert!(inside.finish().text().ends_with("dropped"), "{runtime:?}");
     }
 }
+
+#[test]
+fn a_name_is_resolved_by_a_server_on_the_network() {
+    let server = format!(
+        "python3 -c '{UNTIL_EOF}import socket
+s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind((\"{PEER}\",53)); print(\"ready\",flush=True)
+while True:
+  q,a=s.recvfrom(512); end=q.index(0,12)+5
+  kind=q[end-4:end-2]; answer=b\"\\xc0\\x0c\"+kind+b\"\\0\\1\\0\\0\\0\\1\\0\\4\\x0a\\1\\2\\3\" if kind==b\"\\0\\1\" else b\"\"
+  s.sendto(q[:2]+b\"\\x81\\x80\\0\\1\"+(b\"\\0\\1\" if answer else b\"\\0\\0\")+b\"\\0\\0\\0\\0\"+q[12:end]+answer,a)'"
+    );
+    for runtime in BOTH {
+        let pair = Pair::new();
+        let outside = pair.peer.start(&server);
+        outside.wait_for_output("ready");
+        let ran = pair.run(runtime, &format!("busybox nslookup service.example {PEER}"));
+        assert!(ran.ok().contains("10.1.2.3"), "{runtime:?} {ran}");
+        outside.finish().ok();
+    }
+}
+
+#[test]
+fn limits_of_the_configuration_hold_in_both_directions() {
+    let pair = Pair::new();
+    let config = pair.pod.path();
+    let config = std::env::temp_dir().join(config.file_name().expect("a name"));
+    let limit = "bytes = 1000000\nburst_ms = 100\n";
+    let text = format!("[network.receive]\n{limit}[network.transmit]\n{limit}");
+    std::fs::write(&config, text).expect("a configuration");
+    let config = config.to_str().expect("plain");
+    // Bytes of a packet are those of its frame, so that 3 MiB take a little more than 3 s.
+    let least = std::time::Duration::from_millis(2900);
+    let script = format!("{RECEIVE} 5000; {SEND} {PEER} 5001 3");
+    let bundle = Bundle::tools().network(&pair.pod).script(&script);
+    let inside = bundle.start(Runtime::Bulkhead, &["--config", config]);
+    inside.wait_for_output("ready");
+    let outside = pair.peer.start(&format!("{RECEIVE} 5001"));
+    outside.wait_for_output("ready");
+    let began = std::time::Instant::now();
+    let sent = pair.peer.run(&format!("{SEND} {POD} 5000 3")).ok();
+    assert!(began.elapsed() > least, "{:?}", began.elapsed());
+    inside.wait_for_output(&sent);
+    let began = std::time::Instant::now();
+    let received = outside.finish().ok();
+    assert!(began.elapsed() > least, "{:?}", began.elapsed());
+    assert_eq!(
+        inside.finish().ok(),
+        format!("ready\n{sent}\n{}", received.trim_start_matches("ready\n"))
+    );
+    std::fs::remove_file(config).expect("it was written");
+}

@@ -75,11 +75,19 @@ impl Limiter {
         self.bytes.is_some() || self.packets.is_some()
     }
 
-    /// How long the next packet has to wait.
+    /// How long the next packet has to wait, now.
     ///
     /// # Errors
     /// It has to.
-    pub fn check(&mut self, now: Instant) -> Result<(), Duration> {
+    pub fn check_now(&mut self) -> Result<(), Duration> {
+        // The clock is not looked at for nothing: this is once for each packet.
+        match self.is_active() {
+            true => self.check(Instant::now()),
+            false => Ok(()),
+        }
+    }
+
+    fn check(&mut self, now: Instant) -> Result<(), Duration> {
         let passed = now.saturating_duration_since(self.filled);
         self.filled = now;
         let buckets = [&mut self.bytes, &mut self.packets];

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::GuestMemoryMmap;
@@ -113,7 +113,7 @@ impl Receiver {
         if self.posted.is_empty() && !self.post_more()? {
             return Ok(Some(Wait::Buffers));
         }
-        if let Err(wait) = self.limiter.check(Instant::now()) {
+        if let Err(wait) = self.limiter.check_now() {
             self.stats.throttled();
             return Ok(Some(Wait::Time(wait)));
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
@@ -92,7 +92,7 @@ impl Transmitter {
                 self.queue.suppress_kicks()?;
                 continue;
             }
-            if let Err(wait) = self.limiter.check(Instant::now()) {
+            if let Err(wait) = self.limiter.check_now() {
                 self.queue.unpop(&self.chain);
                 self.stats.throttled();
                 return Ok(Wait::Time(wait));
