@@ -32,18 +32,22 @@ pub(super) fn present(sysfs: &Path) -> Result<Vec<u32>, NetworkError> {
 /// Has the driver look at the slots that were empty when it last did: the host may have plugged something in.
 pub(super) fn look_again(sysfs: &Path) -> Result<(), NetworkError> {
     let bind = sysfs.join("bus/platform/drivers/virtio-mmio/bind");
+    let mut slots = Vec::new();
     for entry in list(&sysfs.join("bus/platform/devices"))? {
         let name = entry.file_name();
-        let Some(name) = name
+        let number = name
             .to_str()
-            .filter(|name| name.starts_with("virtio-mmio."))
-        else {
-            continue;
-        };
-        if entry.path().join("driver").exists() {
-            continue;
+            .and_then(|name| name.strip_prefix("virtio-mmio."));
+        let number = number.and_then(|number| number.parse::<u32>().ok());
+        if let Some(number) = number.filter(|_| !entry.path().join("driver").exists()) {
+            slots.push(number);
         }
-        match fs::write(&bind, name) {
+    }
+    // A guest's devices have numbers in the order in which they are bound.
+    slots.sort_unstable();
+    for number in slots {
+        let name = format!("virtio-mmio.{number}");
+        match fs::write(&bind, &name) {
             Ok(()) => {}
             // Still empty.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}

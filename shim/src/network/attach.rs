@@ -1,6 +1,7 @@
 //! Giving a guest the interfaces of a namespace.
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
@@ -47,6 +48,8 @@ pub struct Network {
     told: usize,
     devices: Vec<Device>,
     description: agent::Network,
+    /// Digest of the description that was given last.
+    given_last: u64,
 }
 
 impl Network {
@@ -65,6 +68,7 @@ impl Network {
             told: 0,
             devices: Vec::new(),
             description: agent::Network::default(),
+            given_last: 0,
         };
         network.look(&namespace, ledger)?;
         Ok(network)
@@ -82,9 +86,15 @@ impl Network {
         std::mem::take(&mut self.devices)
     }
 
+    /// Whether the last look has found anything that the agent has not been told.
+    pub fn has_news(&self) -> bool {
+        !self.given.is_empty() && digest(&self.description) != self.given_last
+    }
+
     /// What the agent is to do, as of the last look. It is given once: nothing of it is kept in memory.
     pub fn for_guest(&mut self) -> agent::Network {
         self.told = self.given.len();
+        self.given_last = digest(&self.description);
         std::mem::take(&mut self.description)
     }
 
@@ -137,6 +147,22 @@ impl Network {
             }
         }
     }
+}
+
+/// Of what does not depend on how often it was told: links get their names once, and requests are numbered anew.
+fn digest(description: &agent::Network) -> u64 {
+    let mut sysctls: Vec<_> = description.sysctls.iter().collect();
+    sysctls.sort();
+    let mut hasher = DefaultHasher::new();
+    (description.devices, sysctls).hash(&mut hasher);
+    for request in &description.requests {
+        // struct nlmsghdr: length, kind, flags, sequence number, port.
+        let kind = request.get(4..6).unwrap_or_default();
+        if kind != libc::RTM_NEWLINK.to_ne_bytes() {
+            (kind, request.get(12..)).hash(&mut hasher);
+        }
+    }
+    hasher.finish()
 }
 
 /// A look at the namespace under way.

@@ -16,13 +16,13 @@ const FLAGS: usize = 8;
 #[derive(Debug)]
 pub struct Carriers {
     namespace: Namespace,
-    /// Index of each interface, in the order of the machine's devices, and whether it carried frames when we last heard.
-    devices: Vec<(u32, bool)>,
+    /// Index of each interface, in the order of the machine's devices, and whether it carried frames when we last looked.
+    devices: Vec<(u32, Option<bool>)>,
     heard: OwnedFd,
 }
 
 impl Carriers {
-    /// Listens from now on. A machine's links are up at first: those that are not come with the first [`Carriers::changes`].
+    /// Listens from now on. All links come with the first [`Carriers::changes`].
     pub(super) fn listen(namespace: Namespace, indices: &[u32]) -> Result<Carriers, Error> {
         let heard = namespace.enter(|_| {
             let opened = subscribe();
@@ -30,7 +30,7 @@ impl Carriers {
         })?;
         Ok(Carriers {
             namespace,
-            devices: indices.iter().map(|index| (*index, true)).collect(),
+            devices: indices.iter().map(|index| (*index, None)).collect(),
             heard,
         })
     }
@@ -52,7 +52,7 @@ impl Carriers {
                 .iter()
                 .find(|link| link.number(field::INDEX) == *index)
                 .is_some_and(|link| link.number(FLAGS) & LOWER_UP != 0);
-            if up != std::mem::replace(known, up) {
+            if known.replace(up) != Some(up) {
                 changed.push((device, up));
             }
         }

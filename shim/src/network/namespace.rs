@@ -38,6 +38,10 @@ impl Namespace {
         let inode = inode
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it is no namespace"))
             .map_err(error)?;
+        Namespace::of(file, inode, path)
+    }
+
+    fn of(file: File, inode: u64, path: &Path) -> Result<Namespace, Error> {
         // Redirecting the host's interfaces would take the host off its network.
         for host in ["/proc/self/ns/net", "/proc/1/ns/net"] {
             if std::fs::metadata(host).is_ok_and(|host| host.ino() == inode) {
@@ -54,7 +58,7 @@ impl Namespace {
     /// The namespace with this path and number; `None` when there is none any more.
     pub(super) fn find(path: &Path, inode: u64) -> Result<Option<Namespace>, Error> {
         match open(path) {
-            Ok((_, Some(found))) if found == inode => Namespace::open(path).map(Some),
+            Ok((file, Some(found))) if found == inode => Namespace::of(file, found, path).map(Some),
             Ok(_) => Ok(None),
             Err(source) if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
                 Ok(None)

@@ -89,11 +89,12 @@ fn runc_spec_is_converted_whole() {
         &namespaces.mount,
         &namespaces.uts,
         &namespaces.ipc,
-        &namespaces.network,
         &namespaces.cgroup,
     ] {
         assert_eq!(*kind, Kind::NEW.into());
     }
+    // The only container of its pod has the pod's network.
+    assert_eq!(namespaces.network, Kind::SANDBOX.into());
     assert_eq!(namespaces.user, Kind::AGENT.into());
     assert_eq!(container.mounts.len(), 7);
     let dev = &container.mounts[1];
@@ -215,11 +216,6 @@ fn every_unsupported_feature_is_refused_by_its_name() {
             "/linux/namespaces",
             json!([{"type": "mount"}, {"type": "pid"}]),
             "without network",
-        ),
-        (
-            "/linux/namespaces",
-            json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"}]),
-            "network with a path",
         ),
         (
             "/linux/namespaces",

@@ -28,9 +28,15 @@ async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
         .map_err(Error::Stream)?;
     let heard: AsyncFd<_> = sys::watch(heard, Interest::READABLE).map_err(Error::Stream)?;
     loop {
-        for (device, up) in carriers.changes()? {
-            tracing::debug!(device, up, "a link has changed");
-            vm.set_link(device, up).await?;
+        match carriers.changes() {
+            Ok(changes) => {
+                for (device, up) in changes {
+                    tracing::debug!(device, up, "a link");
+                    vm.set_link(device, up).await?;
+                }
+            }
+            // The next change is another reason to look.
+            Err(error) => tracing::warn!(%error, "cannot look at the pod's links"),
         }
         let mut ready = heard.readable().await.map_err(Error::Stream)?;
         // `changes` reads it empty.

@@ -11,6 +11,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use bulkhead_agent_protocol::agent::Listeners;
@@ -27,6 +28,10 @@ use crate::network::Namespace;
 const MOST_PORTS: usize = 256;
 /// Most connections at once; more wait to be accepted.
 const MOST_CONNECTIONS: usize = 256;
+/// How long the guest is left alone after it has told of its ports; a fraction of the 200 ms in which a port is to be reachable.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How long the guest may take to connect to itself.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 << 10;
 
@@ -37,7 +42,7 @@ pub(super) struct Localhost(#[allow(dead_code)] /* held for its end */ Backgroun
 impl Localhost {
     pub(super) fn start(namespace: Namespace, access: Access) -> Localhost {
         let mirror = Mirror {
-            namespace,
+            namespace: Arc::new(namespace),
             access,
             room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
             open: BTreeMap::new(),
@@ -47,7 +52,7 @@ impl Localhost {
 }
 
 struct Mirror {
-    namespace: Namespace,
+    namespace: Arc<Namespace>,
     access: Access,
     room: Arc<Semaphore>,
     /// What is mirrored now.
@@ -63,11 +68,13 @@ impl Mirror {
                 // The pod's end is for others to tell.
                 Err(error) => return tracing::debug!(%error, "nobody is mirrored on localhost"),
             };
-            self.show(&known);
+            self.show(&known).await;
+            // A guest that always has something new to say is heard now and then.
+            tokio::time::sleep(PAUSE).await;
         }
     }
 
-    fn show(&mut self, listeners: &Listeners) {
+    async fn show(&mut self, listeners: &Listeners) {
         let wanted = addresses(listeners);
         self.open.retain(|address, _| wanted.contains(address));
         let new: Vec<SocketAddr> = wanted
@@ -77,7 +84,10 @@ impl Mirror {
         if new.is_empty() {
             return;
         }
-        let bound = match self.namespace.listen(&new) {
+        let (namespace, addresses) = (self.namespace.clone(), new.clone());
+        // It enters the namespace, and containerd's calls do not wait for that.
+        let bound = tokio::task::spawn_blocking(move || namespace.listen(&addresses)).await;
+        let bound = match bound.expect("binding does not panic") {
             Ok(bound) => bound,
             Err(error) => return tracing::warn!(%error, "cannot listen on the pod's localhost"),
         };
@@ -116,17 +126,18 @@ fn addresses(listeners: &Listeners) -> Vec<SocketAddr> {
 
 async fn serve(listener: TcpListener, address: SocketAddr, access: Access, room: Arc<Semaphore>) {
     loop {
-        let Ok(permit) = room.clone().acquire_owned().await else {
-            return;
-        };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Out of descriptors, mostly: the connection stays where it is, and so does its readiness.
                 tracing::warn!(%address, %error, "cannot accept a connection to the pod's localhost");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
+        };
+        // Not before: a listener that waits takes no room.
+        let Ok(permit) = room.clone().acquire_owned().await else {
+            return;
         };
         let access = access.clone();
         tokio::spawn(async move {
@@ -157,10 +168,15 @@ async fn join(mut stream: TcpStream, address: SocketAddr, access: &Access) -> Re
 async fn connect(address: SocketAddr, access: &Access) -> Result<UnixStream, Error> {
     let (port, inside) = access.stream().await?;
     let ipv6 = address.is_ipv6();
-    let agent = access.agent();
-    if let Err(error) = agent.connect_listener(address.port(), ipv6, port).await {
+    let connected = access.agent().connect_listener(address.port(), ipv6, port);
+    let refused = match tokio::time::timeout(PATIENCE, connected).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.into()),
+        Err(_) => Some(Error::Stream(std::io::ErrorKind::TimedOut.into())),
+    };
+    if let Some(error) = refused {
         access.withdraw(port).await;
-        return Err(error.into());
+        return Err(error);
     }
     inside.set_nonblocking(true).map_err(Error::Stream)?;
     UnixStream::from_std(inside).map_err(Error::Stream)

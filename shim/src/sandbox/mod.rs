@@ -11,6 +11,7 @@
 mod access;
 mod background;
 mod error;
+mod interfaces;
 mod links;
 mod localhost;
 mod parts;
@@ -43,7 +44,7 @@ use crate::{
         process::ProcessId,
         stub::{self, Stub},
     },
-    vm::{self, Nic, Vm},
+    vm::{self, Vm},
 };
 
 /// The virtio-fs tag of the share.
@@ -234,39 +235,6 @@ impl Sandbox {
             volumes: self.volumes.volumes().clone(),
             next_port: self.next_port.clone(),
         }
-    }
-
-    /// Gives the guest the interfaces that have come into the pod's network namespace since the last look.
-    pub async fn find_interfaces(&mut self, namespace: &Path) -> Result<(), Error> {
-        let network = match &mut self.network {
-            Some(network) => {
-                network.rescan(&mut self.ledger)?;
-                network
-            }
-            none => none.insert(Network::attach(namespace, self.pairs, &mut self.ledger)?),
-        };
-        let new = network.devices();
-        if new.is_empty() {
-            return Ok(());
-        }
-        for device in new {
-            self.vm.plug(Nic::new(device, &self.limits)).await?;
-        }
-        let description = network.for_guest();
-        self.agent.configure_network(&description).await?;
-        self.follow_network()
-    }
-
-    /// Keeps the guest's links as those of the namespace are, and lets who dials localhost there reach who listens in the guest.
-    fn follow_network(&mut self) -> Result<(), Error> {
-        let Some(network) = self.network.as_ref().filter(|network| !network.is_empty()) else {
-            return Ok(());
-        };
-        self.links = Some(Links::follow(network.carriers()?, self.vm.clone()));
-        if self.localhost.is_none() {
-            self.localhost = Some(Localhost::start(network.namespace()?, self.access()));
-        }
-        Ok(())
     }
 
     /// Gives the containers of the pod a common /dev/shm of this size, at [`crate::oci::GUEST_SHM`]. Before [`Sandbox::ready`].

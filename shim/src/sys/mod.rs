@@ -20,6 +20,15 @@ pub fn keep_memory_small() {
     }
 }
 
+/// As many open files as the process may have: a guest's listeners are descriptors of ours.
+pub fn allow_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // A failure leaves the limit, which is no trouble to most pods.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(1 << 16)), hard);
+    }
+}
+
 /// Gives free memory back to the kernel.
 pub fn trim_memory() {
     // SAFETY: malloc_trim takes no pointers and touches free memory only.

@@ -21,6 +21,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 /// Runs to its end. The working directory is the bundle of the pod's first container.
 pub fn run(flags: &Flags) -> Result<()> {
     sys::keep_memory_small();
+    sys::allow_files();
     log::begin(flags.debug);
     let done = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -6,6 +6,7 @@ use virtio_bindings::bindings::virtio_net::*;
 use vm_memory::GuestMemoryMmap;
 
 use super::offload;
+use super::pace::Pace;
 use super::tap::Tap;
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::fault::Fault;
@@ -14,6 +15,9 @@ use crate::devices::virtio::queue::VirtQueue;
 /// §5.1.6.5: the only command of its class that sets offloads; the bindings leave it out.
 const GUEST_OFFLOADS_SET: u32 = 0;
 
+/// Commands that one wake-up executes before the frames get their turn.
+const TURN: usize = 16;
+
 /// The queue, and what its commands change.
 pub struct Control {
     queue: VirtQueue,
@@ -21,6 +25,10 @@ pub struct Control {
     /// One for each pair of queues; the first one's takes part always.
     taps: Vec<Arc<Tap>>,
     features: u64,
+    pace: Pace,
+    /// What the taps are told now: pairs that take part, and offloads.
+    pairs: usize,
+    offloads: u64,
     chain: Chain,
 }
 
@@ -30,12 +38,16 @@ impl Control {
         memory: GuestMemoryMmap,
         taps: Vec<Arc<Tap>>,
         features: u64,
+        pace: Pace,
     ) -> Control {
         Control {
             queue,
             memory,
             taps,
             features,
+            pace,
+            pairs: 1,
+            offloads: features,
             chain: Chain::default(),
         }
     }
@@ -48,11 +60,11 @@ impl Control {
     /// Executes the commands that are there.
     pub fn serve(&mut self) -> Result<(), Fault> {
         self.queue.take_kick();
-        loop {
+        for _ in 0..TURN {
             if !self.queue.pop(&mut self.chain)? {
                 match self.queue.ask_for_kick()? {
                     true => continue,
-                    false => break,
+                    false => return self.queue.signal_used(),
                 }
             }
             let answer = match self.execute()? {
@@ -64,11 +76,12 @@ impl Control {
             writable.write(&self.memory, &[answer as u8])?;
             self.queue.push(&self.chain, 1)?;
         }
+        self.queue.kick_self();
         self.queue.signal_used()
     }
 
     /// Whether the command is one that we know and that can be done.
-    fn execute(&self) -> Result<bool, Fault> {
+    fn execute(&mut self) -> Result<bool, Fault> {
         let has = |feature: u32| self.features & 1 << feature != 0;
         let command = self.chain.readable();
         let mut words = [0; 2];
@@ -94,16 +107,40 @@ impl Control {
         Ok(done)
     }
 
-    fn use_pairs(&self, pairs: usize) -> bool {
+    fn use_pairs(&mut self, pairs: usize) -> bool {
         if !(1..=self.taps.len()).contains(&pairs) {
             return false;
         }
-        let set = |(index, tap): (usize, &Arc<Tap>)| tap.attach_queue(index < pairs).is_ok();
-        self.taps.iter().enumerate().skip(1).all(set)
+        if pairs == self.pairs {
+            return true;
+        }
+        self.pace.wait();
+        let (first, last) = (pairs.min(self.pairs), pairs.max(self.pairs));
+        let attached = pairs > self.pairs;
+        let changed = self.taps[first..last].iter();
+        let done = changed
+            .map(|tap| tap.attach_queue(attached))
+            .all(|done| done.is_ok());
+        if done {
+            self.pairs = pairs;
+        }
+        done
     }
 
     /// §5.1.6.5.6.2: only what was negotiated.
-    fn offload(&self, wanted: u64) -> bool {
-        wanted & !self.features == 0 && self.taps[0].set_offloads(offload::flags(wanted)).is_ok()
+    fn offload(&mut self, wanted: u64) -> bool {
+        if wanted & !self.features != 0 {
+            return false;
+        }
+        let flags = offload::flags(wanted);
+        if flags == offload::flags(self.offloads) {
+            return true;
+        }
+        self.pace.wait();
+        let done = self.taps[0].set_offloads(flags).is_ok();
+        if done {
+            self.offloads = wanted;
+        }
+        done
     }
 }

@@ -41,9 +41,12 @@ impl Header {
     /// What the host's kernel gets to see for a frame of `length` bytes: only what was negotiated, and nothing that points past
     /// the frame. Bits that mean nothing in this direction are left out (§5.1.6.2.2).
     ///
+    /// `None`: a frame to be dropped. A Linux driver writes such a header for a process that has the right to send raw packets, so
+    /// that it is no reason to stop the device for the others.
+    ///
     /// # Errors
     /// §5.1.6.2.1: the driver must not have written this.
-    pub fn checked(self, features: u64, length: usize) -> Result<Header, Fault> {
+    pub fn checked(self, features: u64, length: usize) -> Result<Option<Header>, Fault> {
         let has = |feature: u32| features & 1 << feature != 0;
         let mut checked = Header::default();
         if u32::from(self.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
@@ -57,28 +60,34 @@ impl Header {
         }
         let kind = u32::from(self.gso_type);
         if kind == VIRTIO_NET_HDR_GSO_NONE {
-            return Ok(checked);
+            return Ok(Some(checked));
         }
         let ecn = kind & VIRTIO_NET_HDR_GSO_ECN != 0;
         let negotiated = match kind & !VIRTIO_NET_HDR_GSO_ECN {
             VIRTIO_NET_HDR_GSO_TCPV4 => has(VIRTIO_NET_F_HOST_TSO4),
             VIRTIO_NET_HDR_GSO_TCPV6 => has(VIRTIO_NET_F_HOST_TSO6),
-            VIRTIO_NET_HDR_GSO_UDP => has(VIRTIO_NET_F_HOST_UFO) && !ecn,
-            VIRTIO_NET_HDR_GSO_UDP_L4 => has(VIRTIO_NET_F_HOST_USO) && !ecn,
+            VIRTIO_NET_HDR_GSO_UDP => has(VIRTIO_NET_F_HOST_UFO),
+            VIRTIO_NET_HDR_GSO_UDP_L4 => has(VIRTIO_NET_F_HOST_USO),
             _ => false,
         };
         let possible = negotiated
             && (!ecn || has(VIRTIO_NET_F_HOST_ECN))
-            && checked.flags != 0
             && self.gso_size != 0
             && usize::from(self.hdr_len) <= length;
         if !possible {
             return Err(Fault::NetHeader);
         }
+        let udp = matches!(
+            kind & !VIRTIO_NET_HDR_GSO_ECN,
+            VIRTIO_NET_HDR_GSO_UDP | VIRTIO_NET_HDR_GSO_UDP_L4
+        );
+        if checked.flags == 0 || ecn && udp {
+            return Ok(None);
+        }
         checked.gso_type = self.gso_type;
         checked.gso_size = self.gso_size;
         checked.hdr_len = self.hdr_len;
-        Ok(checked)
+        Ok(Some(checked))
     }
 
     /// As the host's kernel reads it.
@@ -126,24 +135,24 @@ mod tests {
     fn a_good_header_passes_unchanged() {
         for kind in [1, 3, 4, 5, 0x81, 0x84] {
             let good = header(1, kind, 1448, 34);
-            assert_eq!(good.checked(ALL, 3000), Ok(good), "{kind:#x}");
+            assert_eq!(good.checked(ALL, 3000), Ok(Some(good)), "{kind:#x}");
             assert_eq!(Header::parse(&good.bytes()), good);
         }
         let checksum = Header {
             hdr_len: 0,
             ..header(1, 0, 0, 34)
         };
-        assert_eq!(checksum.checked(ALL, 52), Ok(checksum));
+        assert_eq!(checksum.checked(ALL, 52), Ok(Some(checksum)));
     }
 
     #[test]
     fn what_means_nothing_is_left_out() {
         let noise = header(0xfe, 0, 99, 65535);
-        assert_eq!(noise.checked(ALL, 60), Ok(Header::default()));
+        assert_eq!(noise.checked(ALL, 60), Ok(Some(Header::default())));
     }
 
     #[test]
-    fn a_header_that_points_past_its_frame_or_was_not_negotiated_is_refused() {
+    fn a_header_that_points_past_its_frame_or_was_not_negotiated_is_refused_or_its_frame_dropped() {
         let bad = Err(Fault::NetHeader);
         assert_eq!(
             header(1, 0, 0, 34).checked(ALL, 51),
@@ -154,7 +163,7 @@ mod tests {
         assert_eq!(header(1, 1, 0, 34).checked(ALL, 3000), bad, "segments of 0");
         assert_eq!(
             header(0, 1, 1448, 34).checked(ALL, 3000),
-            bad,
+            Ok(None),
             "no checksum"
         );
         assert_eq!(
@@ -164,7 +173,7 @@ mod tests {
         );
         assert_eq!(
             header(1, 0x83, 1448, 34).checked(ALL, 3000),
-            bad,
+            Ok(None),
             "UDP with ECN"
         );
         for kind in [2, 6, 0x40, 0x80] {
@@ -197,7 +206,7 @@ mod tests {
         fn nothing_that_passes_points_past_the_frame(
             bytes: [u8; SIZE], features: u64, length in MIN_FRAME..=MAX_FRAME
         ) {
-            if let Ok(checked) = Header::parse(&bytes).checked(features, length) {
+            if let Ok(Some(checked)) = Header::parse(&bytes).checked(features, length) {
                 let end = usize::from(checked.csum_start) + usize::from(checked.csum_offset) + 2;
                 prop_assert!(checked.flags == 0 || end <= length);
                 prop_assert!(checked.flags & !1 == 0);

@@ -1,5 +1,6 @@
 //! Rate limits: a token bucket for bytes and one for packets.
 
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_config::RateLimit;
@@ -47,43 +48,23 @@ impl Bucket {
     }
 }
 
-/// The limits of one direction of one pair of queues.
 #[derive(Debug)]
-pub struct Limiter {
+struct Buckets {
     bytes: Option<Bucket>,
     packets: Option<Bucket>,
     filled: Instant,
 }
 
-impl Limiter {
-    /// Full buckets at `now`, for one of `shares` equal parts of the limit: each pair of queues has a part of the device's, so
-    /// that no lock is shared between their threads.
-    pub fn new(limit: RateLimit, shares: usize, now: Instant) -> Limiter {
+impl Buckets {
+    fn new(limit: RateLimit, now: Instant) -> Buckets {
         let burst = match limit.burst_ms {
             0 => BURST,
             ms => Duration::from_millis(ms.into()),
         };
-        Limiter {
-            bytes: Bucket::new(limit.bytes.div_ceil(shares as u64), burst),
-            packets: Bucket::new(limit.packets.div_ceil(shares as u64), burst),
+        Buckets {
+            bytes: Bucket::new(limit.bytes, burst),
+            packets: Bucket::new(limit.packets, burst),
             filled: now,
-        }
-    }
-
-    /// Whether there is any limit.
-    pub fn is_active(&self) -> bool {
-        self.bytes.is_some() || self.packets.is_some()
-    }
-
-    /// How long the next packet has to wait, now.
-    ///
-    /// # Errors
-    /// It has to.
-    pub fn check_now(&mut self) -> Result<(), Duration> {
-        // The clock is not looked at for nothing: this is once for each packet.
-        match self.is_active() {
-            true => self.check(Instant::now()),
-            false => Ok(()),
         }
     }
 
@@ -101,14 +82,53 @@ impl Limiter {
         }
     }
 
-    /// Takes a packet that went.
-    pub fn take(&mut self, bytes: usize) {
+    fn take(&mut self, bytes: usize) {
         for (bucket, tokens) in [(&mut self.bytes, bytes), (&mut self.packets, 1)] {
             if let Some(bucket) = bucket {
                 bucket.take(tokens);
             }
         }
     }
+}
+
+/// The limits of one direction of a device: all its pairs of queues share them, and a reset does not fill them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Limiter(Option<Arc<Mutex<Buckets>>>);
+
+impl Limiter {
+    /// Full buckets.
+    pub fn new(limit: RateLimit) -> Limiter {
+        let limited = limit.bytes > 0 || limit.packets > 0;
+        let buckets = || Arc::new(Mutex::new(Buckets::new(limit, Instant::now())));
+        Limiter(limited.then(buckets))
+    }
+
+    /// Whether there is any limit.
+    pub fn is_active(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// How long the next packet has to wait. Without a limit the clock is not looked at: this is once for each packet.
+    ///
+    /// # Errors
+    /// It has to.
+    pub fn check(&self) -> Result<(), Duration> {
+        match &self.0 {
+            Some(buckets) => lock(buckets).check(Instant::now()),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a packet that went.
+    pub fn take(&self, bytes: usize) {
+        if let Some(buckets) = &self.0 {
+            lock(buckets).take(bytes);
+        }
+    }
+}
+
+fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
+    buckets.lock().expect("arithmetic that does not panic")
 }
 
 #[cfg(test)]
@@ -124,7 +144,7 @@ mod tests {
     }
 
     /// Sends packets of `size` bytes for a time, waiting as told; returns how many went.
-    fn run(limiter: &mut Limiter, start: Instant, size: usize, time: Duration) -> u64 {
+    fn run(limiter: &mut Buckets, start: Instant, size: usize, time: Duration) -> u64 {
         let mut now = start;
         let mut sent = 0;
         while now <= start + time {
@@ -145,8 +165,8 @@ mod tests {
     #[test]
     fn without_a_limit_nothing_waits() {
         let now = Instant::now();
-        let mut limiter = Limiter::new(RateLimit::default(), 1, now);
-        assert!(!limiter.is_active());
+        let mut limiter = Buckets::new(RateLimit::default(), now);
+        assert!(!Limiter::new(RateLimit::default()).is_active());
         limiter.take(usize::MAX);
         assert_eq!(limiter.check(now), Ok(()));
     }
@@ -156,21 +176,21 @@ mod tests {
         let start = Instant::now();
         let second = Duration::from_secs(10);
         let sent = run(
-            &mut Limiter::new(limit(0, 1000, 50), 1, start),
+            &mut Buckets::new(limit(0, 1000, 50), start),
             start,
             9,
             second,
         );
         assert!((10_000..=10_051).contains(&sent), "{sent}");
         let sent = run(
-            &mut Limiter::new(limit(1 << 20, 0, 100), 1, start),
+            &mut Buckets::new(limit(1 << 20, 0, 100), start),
             start,
             64 << 10,
             second,
         );
         assert!((159..=163).contains(&sent), "{sent}");
         let sent = run(
-            &mut Limiter::new(limit(1 << 20, 10, 100), 1, start),
+            &mut Buckets::new(limit(1 << 20, 10, 100), start),
             start,
             64 << 10,
             second,
@@ -181,7 +201,7 @@ mod tests {
     #[test]
     fn the_smallest_rate_lets_a_packet_through() {
         let start = Instant::now();
-        let mut limiter = Limiter::new(limit(1, 1, 1), 1, start);
+        let mut limiter = Buckets::new(limit(1, 1, 1), start);
         assert_eq!(limiter.check(start), Ok(()));
         limiter.take(65550);
         let wait = limiter.check(start).unwrap_err();
@@ -191,7 +211,7 @@ mod tests {
     #[test]
     fn the_largest_rate_and_silence_do_not_overflow() {
         let start = Instant::now();
-        let mut limiter = Limiter::new(limit(u64::MAX, u64::MAX, u32::MAX), 1, start);
+        let mut limiter = Buckets::new(limit(u64::MAX, u64::MAX, u32::MAX), start);
         limiter.take(65550);
         assert_eq!(limiter.check(start + Duration::from_secs(1 << 32)), Ok(()));
     }

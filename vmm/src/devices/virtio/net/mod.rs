@@ -13,6 +13,7 @@ mod control;
 mod header;
 mod limit;
 mod offload;
+mod pace;
 mod pair;
 mod ports;
 mod receive;
@@ -23,7 +24,6 @@ mod tests;
 mod transmit;
 
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
 
 use bulkhead_vmm_config::{NetStats, RateLimit};
 use virtio_bindings::bindings::virtio_net::*;
@@ -34,6 +34,7 @@ pub use self::tap::{Tap, TapError};
 use self::{
     control::Control,
     limit::Limiter,
+    pace::Pace,
     pair::{Pair, Running},
     receive::Receiver,
     stats::Stats,
@@ -120,7 +121,9 @@ impl VirtioDevice for Slot {
 /// A thread that begins when it is first needed.
 struct Worker {
     pair: Arc<Mutex<Pair>>,
+    /// Until the thread has it.
     events: Option<EventLoop>,
+    runs: bool,
 }
 
 impl Worker {
@@ -129,15 +132,18 @@ impl Worker {
     }
 
     fn begin(&mut self, index: usize) -> std::io::Result<()> {
-        let Some(mut events) = self.events.take() else {
+        if self.runs {
             return Ok(());
-        };
+        }
+        let lost = || std::io::Error::other("its thread could not be started before");
+        let mut events = self.events.take().ok_or_else(lost)?;
         let thread = std::thread::Builder::new().name(format!("net-{index}"));
         thread.spawn(move || {
             events
                 .run(|| false)
                 .expect("epoll_wait(2) on a descriptor that is open does not fail")
         })?;
+        self.runs = true;
         Ok(())
     }
 }
@@ -145,7 +151,8 @@ impl Worker {
 /// The device.
 pub struct Net {
     taps: Vec<Arc<Tap>>,
-    limits: [RateLimit; 2],
+    limiters: [Limiter; 2],
+    pace: Pace,
     workers: Vec<Worker>,
     stats: Arc<Stats>,
     sizes: Vec<u16>,
@@ -166,6 +173,7 @@ impl Net {
             Ok(Worker {
                 pair,
                 events: Some(events),
+                runs: false,
             })
         });
         let workers = workers.collect::<std::io::Result<_>>()?;
@@ -199,7 +207,8 @@ impl Net {
         Net {
             sizes: queue_sizes(taps.len()),
             taps,
-            limits: [backend.receive_limit, backend.transmit_limit],
+            limiters: [backend.receive_limit, backend.transmit_limit].map(Limiter::new),
+            pace: Pace::default(),
             workers,
             stats: Arc::default(),
             features,
@@ -235,15 +244,14 @@ impl Net {
                 let queue = activation.take_queue(2 * pairs as u16)?;
                 let taps = self.taps[..pairs].to_vec();
                 let memory = activation.memory.clone();
-                Some(Control::new(queue, memory, taps, features))
+                let pace = self.pace.clone();
+                Some(Control::new(queue, memory, taps, features, pace))
             }
             _ => None,
         };
         let tap = &self.taps[index];
         let memory = || activation.memory.clone();
-        let now = Instant::now();
-        let limiter = |limit: RateLimit| Limiter::new(limit, pairs, now);
-        let [receive_limit, transmit_limit] = self.limits.map(limiter);
+        let [receive_limit, transmit_limit] = self.limiters.clone();
         let (tap, stats) = (tap.clone(), self.stats.clone());
         let running = Running::new(
             Receiver::new(
@@ -311,6 +319,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let host = |error| ActivateError::Host(Box::new(error));
+        self.pace.wait();
         let flags = offload::flags(activation.features);
         self.taps[0].set_offloads(flags).map_err(host)?;
         for tap in &self.taps[1..] {

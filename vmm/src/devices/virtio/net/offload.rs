@@ -47,5 +47,14 @@ pub fn flags(features: u64) -> libc::c_uint {
         return 0;
     }
     let flags = GUEST.iter().filter(|(feature, _)| accepted(*feature));
-    flags.fold(0, |flags, (_, flag)| flags | flag)
+    let mut flags = flags.fold(0, |flags, (_, flag)| flags | flag);
+    // The kernel refuses what makes no sense alone, and a driver may accept it.
+    if flags & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) == 0 {
+        flags &= !libc::TUN_F_TSO_ECN;
+    }
+    let segmented = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    if flags & segmented != segmented {
+        flags &= !segmented;
+    }
+    flags
 }

@@ -1,8 +1,10 @@
 //! A receive and a transmit queue with their queue of the tap, on one thread.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -21,6 +23,15 @@ const TRANSMIT: u32 = 2;
 const CONTROL: u32 = 3;
 const RECEIVE_TIMER: u32 = 4;
 const TRANSMIT_TIMER: u32 = 5;
+
+/// A timer whose read does not wait: an event of one that was armed again meanwhile may still come.
+fn timer() -> std::io::Result<TimerFd> {
+    let timer = TimerFd::new()?;
+    // SAFETY: the descriptor is the timer's, which is open as long as it is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) };
+    fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(timer)
+}
 
 /// What runs between activation and reset.
 pub struct Running {
@@ -80,7 +91,7 @@ impl Pair {
         let watch = || -> std::io::Result<()> {
             let poller = &self.poller;
             if limited {
-                let timers = [TimerFd::new()?, TimerFd::new()?];
+                let timers = [timer()?, timer()?];
                 poller.add(&timers[0], RECEIVE_TIMER, EventSet::IN)?;
                 poller.add(&timers[1], TRANSMIT_TIMER, EventSet::IN)?;
                 running.timers = Some(timers);
@@ -134,12 +145,15 @@ impl Handler for Pair {
 impl Running {
     fn serve(&mut self, key: u32, events: EventSet, poller: &Poller) -> Result<(), Fault> {
         match key {
+            // It cannot be muted, and nothing else says so while the driver has posted no buffers.
+            TAP if events.intersects(EventSet::ERROR | EventSet::HANG_UP) => {
+                self.receive_wait = receive::Wait::Gone;
+            }
             TAP => {
                 if events.contains(EventSet::OUT) {
                     self.transmit()?;
                 }
-                // Errors and hang-ups, too: the read says what it is.
-                if events != EventSet::OUT {
+                if events.contains(EventSet::IN) {
                     self.receive()?;
                 }
             }
@@ -149,7 +163,7 @@ impl Running {
             RECEIVE_TIMER | TRANSMIT_TIMER => {
                 if let Some(timers) = &mut self.timers {
                     let index = usize::from(key == TRANSMIT_TIMER);
-                    // It has fired, so that the read does not wait.
+                    // It may have been armed again since it fired; then there is nothing to read.
                     let _ = timers[index].wait();
                 }
                 match key {

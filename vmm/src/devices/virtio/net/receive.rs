@@ -113,14 +113,21 @@ impl Receiver {
         if self.posted.is_empty() && !self.post_more()? {
             return Ok(Some(Wait::Buffers));
         }
-        if let Err(wait) = self.limiter.check_now() {
+        if let Err(wait) = self.limiter.check() {
             self.stats.throttled();
             return Ok(Some(Wait::Time(wait)));
         }
         match self.read()? {
             Ok(length) => self.take(length),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(Wait::Frame)),
-            Err(_) => Ok(Some(Wait::Gone)),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EAGAIN) => Ok(Some(Wait::Frame)),
+                Some(libc::EBADFD | libc::EIO | libc::ENODEV) => Ok(Some(Wait::Gone)),
+                // A frame that the kernel could not give: it is lost, and the next one may be good.
+                _ => {
+                    self.stats.receive_dropped();
+                    Ok(None)
+                }
+            },
         }
     }
 

@@ -92,7 +92,7 @@ impl Transmitter {
                 self.queue.suppress_kicks()?;
                 continue;
             }
-            if let Err(wait) = self.limiter.check_now() {
+            if let Err(wait) = self.limiter.check() {
                 self.queue.unpop(&self.chain);
                 self.stats.throttled();
                 return Ok(Wait::Time(wait));
@@ -120,7 +120,10 @@ impl Transmitter {
         }
         let mut header = [0; header::SIZE];
         buffers.read(&self.memory, &mut header)?;
-        let header = Header::parse(&header).checked(self.features, length)?;
+        let Some(header) = Header::parse(&header).checked(self.features, length)? else {
+            self.stats.send_dropped();
+            return Ok(Sent::Done);
+        };
         match self.write(header, buffers, length)? {
             Ok(_) => self.stats.sent(length),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Sent::Later),

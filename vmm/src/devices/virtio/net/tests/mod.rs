@@ -38,7 +38,11 @@ fn device(events: &mut Loop, backend: Backend) -> Net {
     let workers = backend.taps.iter().map(|_| {
         let pair = Arc::new(Mutex::new(Pair::new(events.poller())));
         events.attach(pair.clone());
-        Worker { pair, events: None }
+        Worker {
+            pair,
+            events: None,
+            runs: true,
+        }
     });
     let workers = workers.collect();
     Net::with_workers(backend, workers)
