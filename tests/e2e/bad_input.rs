@@ -94,7 +94,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         &["SCMP_ACT_NOTIFY"],
     );
     refused_config(
-        |config| config["linux"]["namespaces"] = json!([{"type": "network", "path": "/proc/1/ns/net"}, {"type": "mount"}, {"type": "pid"}]),
+        |config| config["linux"]["namespaces"] = json!([{"type": "network", "path": "/proc/1/ns/net"}, {"type": "mount"}, {"type": "pid"}, {"type": "uts"}]),
         &["network", "/proc/1/ns/net"],
     );
     refused_config(
