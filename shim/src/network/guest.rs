@@ -158,10 +158,8 @@ fn links(link: &Link, number: u32, device: Option<&Given>) -> Vec<Message> {
 }
 
 fn address_mode_of(mode: u8) -> Vec<u8> {
-    let (mut inner, mut outer) = (Vec::new(), Vec::new());
-    message::push(&mut inner, IFLA_INET6_ADDR_GEN_MODE, &[mode]);
-    message::push(&mut outer, libc::AF_INET6 as u16, &inner);
-    outer
+    let mode = message::nested(&[(IFLA_INET6_ADDR_GEN_MODE, &[mode])]);
+    message::nested(&[(libc::AF_INET6 as u16, &mode)])
 }
 
 /// How the kernel makes addresses from now on. The mode with a stable secret stays off: the secret is the namespace's.

@@ -10,7 +10,8 @@ const ATTRIBUTE: usize = 4;
 /// NLA_F_NESTED and NLA_F_NET_BYTEORDER are no part of an attribute's kind.
 const KIND: u16 = 0x3fff;
 
-const fn aligned(length: usize) -> usize {
+/// Where the next message, attribute or next hop begins.
+pub(super) const fn aligned(length: usize) -> usize {
     (length + 3) & !3
 }
 
@@ -48,13 +49,21 @@ pub(super) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find_map(|(other, value)| (other == kind).then_some(value))
 }
 
-/// Appends an attribute.
-pub(super) fn push(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+fn push(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let length = u16::try_from(ATTRIBUTE + value.len()).expect("attributes of rtnetlink are short");
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(value);
     bytes.resize(aligned(bytes.len()), 0);
+}
+
+/// A value that is attributes.
+pub(super) fn nested(attributes: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, value) in attributes {
+        push(&mut bytes, *kind, value);
+    }
+    bytes
 }
 
 /// The number that a value is.
@@ -143,15 +152,6 @@ impl Message {
         self
     }
 
-    /// The same with an attribute more, of other attributes.
-    pub(super) fn with_nested(self, kind: u16, inner: &[(u16, &[u8])]) -> Message {
-        let mut bytes = Vec::new();
-        for (kind, value) in inner {
-            push(&mut bytes, *kind, value);
-        }
-        self.with(kind, &bytes)
-    }
-
     /// The same with an attribute more, a name.
     pub(super) fn with_name(self, kind: u16, name: &str) -> Message {
         self.with(kind, &[name.as_bytes(), &[0]].concat())
@@ -204,16 +204,16 @@ mod tests {
         let message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_REQUEST)
             .with_number(4, 7)
             .with_name(3, "eth0:1")
-            .with_nested(26, &[(1, b"a"), (2, b"")]);
+            .with(26, &nested(&[(1, b"a"), (2, b"")]));
         let bytes = message.bytes(9);
         assert_eq!(bytes.len() % 4, 0);
         assert_eq!(u32_of(&bytes), Some(bytes.len() as u32));
         let read = Message::parse(message.kind, message.flags, &bytes[HEADER..]).unwrap();
         assert_eq!(read, message);
         assert_eq!(read.get_text(3).unwrap(), "eth0:1");
-        let nested = read.get(26).unwrap();
-        assert_eq!(find(nested, 1), Some(&b"a"[..]));
-        assert_eq!(find(nested, 2), Some(&b""[..]));
+        let inner = read.get(26).unwrap();
+        assert_eq!(find(inner, 1), Some(&b"a"[..]));
+        assert_eq!(find(inner, 2), Some(&b""[..]));
     }
 
     proptest! {

@@ -33,7 +33,7 @@ const TCA_EGRESS_REDIR: i32 = 1;
 /// Our filters' preference. Those that the kernel chooses for others begin at 49152 and go down, so others' go first.
 const PREFERENCE: u32 = 60_000;
 
-/// Makes room for filters on what arrives. `made`: there was none.
+/// Makes room for filters on what arrives, where there is none.
 pub(super) fn add_ingress(socket: &mut Socket, index: u32, name: &str) -> Result<(), Error> {
     let message = Message::new(libc::RTM_NEWQDISC, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
         .with_number(4, index)
@@ -76,22 +76,12 @@ pub(super) fn add(socket: &mut Socket, from: u32, to: u32, name: &str) -> Result
         .iter()
         .flat_map(|number| number.to_ne_bytes())
         .collect();
-    let mut options = Vec::new();
-    message::push(&mut options, TCA_MIRRED_PARMS, &parameters);
-    let mut action = Vec::new();
-    message::push(&mut action, TCA_ACT_KIND, b"mirred\0");
-    message::push(&mut action, TCA_ACT_OPTIONS, &options);
-    let mut actions = Vec::new();
-    message::push(&mut actions, 1, &action);
-    let message = filter(
-        libc::RTM_NEWTFILTER,
-        libc::NLM_F_CREATE | libc::NLM_F_EXCL,
-        from,
-    )
-    .with_nested(
-        libc::TCA_OPTIONS,
-        &[(TCA_U32_SEL, &selector), (TCA_U32_ACT, &actions)],
-    );
+    let options = message::nested(&[(TCA_MIRRED_PARMS, &parameters)]);
+    let action = message::nested(&[(TCA_ACT_KIND, b"mirred\0"), (TCA_ACT_OPTIONS, &options)]);
+    let actions = message::nested(&[(1, &action)]);
+    let filtering = message::nested(&[(TCA_U32_SEL, &selector), (TCA_U32_ACT, &actions)]);
+    let new = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    let message = filter(libc::RTM_NEWTFILTER, new, from).with(libc::TCA_OPTIONS, &filtering);
     socket
         .request(message)
         .step("redirect what arrives at", name)

@@ -107,7 +107,7 @@ fn hops_of(mut bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
         let hop = bytes.get(..length).filter(|hop| hop.len() >= HOP)?;
-        bytes = bytes.get((length + 3) & !3..).unwrap_or_default();
+        bytes = bytes.get(message::aligned(length)..).unwrap_or_default();
         Some(hop.split_at(HOP))
     })
 }
@@ -126,7 +126,7 @@ fn translate_hops(bytes: &[u8], numbers: &HashMap<u32, u32>) -> Vec<u8> {
         hops.push(hop[3]);
         hops.extend(number.to_ne_bytes());
         hops.extend(attributes);
-        hops.resize((hops.len() + 3) & !3, 0);
+        hops.resize(message::aligned(hops.len()), 0);
     }
     hops
 }
