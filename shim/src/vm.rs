@@ -9,7 +9,7 @@
 use std::{
     collections::VecDeque,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use bulkhead_vmm_config::{
@@ -20,6 +20,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     config, control,
+    error::line,
     ledger::Ledger,
     logs::printable,
     network::Device,
@@ -202,6 +203,33 @@ struct Shared {
     waiting: VecDeque<Answer>,
 }
 
+/// A request's turn to be answered. It is given up unless the request has been sent, whether that failed or was not waited for: no
+/// answer will come, and the next one would be taken for it.
+struct Turn<'a>(&'a Mutex<Shared>);
+
+impl Turn<'_> {
+    /// After all others. Only who holds `Vm::sending` may have one.
+    fn last(shared: &Mutex<Shared>, answer: Answer) -> Turn<'_> {
+        locked(shared).waiting.push_back(answer);
+        Turn(shared)
+    }
+
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        // Still the last, unless a broken machine has answered more than it was asked: then there is none.
+        locked(self.0).waiting.pop_back();
+    }
+}
+
+fn locked(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().expect("no panic while it is held")
+}
+
 /// A machine.
 #[derive(Debug)]
 pub struct Vm {
@@ -223,20 +251,25 @@ impl Vm {
         let mut fds = Vec::new();
         let config = config(place.sandbox, &hardware, &peer, &mut fds);
         let sent = peer.control.send(&config, &fds).await;
-        let shared = Arc::new(Mutex::new(Shared::default()));
-        let (ended, end) = watch::channel(None);
-        tokio::spawn(watch_events(peer.clone(), shared.clone(), ended));
-        let vm = Vm {
-            peer,
-            shared,
-            end,
-            sending: tokio::sync::Mutex::new(()),
-        };
+        let vm = Vm::of(peer);
         match sent {
             Ok(()) => Ok(vm),
             // It died before it could read: its own words say more than our broken pipe.
             Err(control::Error::Io { .. }) => Err(Error::Gone(vm.ended().await)),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads what the process says from now on.
+    fn of(peer: Arc<Peer>) -> Vm {
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let (ended, end) = watch::channel(None);
+        tokio::spawn(watch_events(peer.clone(), shared.clone(), ended));
+        Vm {
+            peer,
+            shared,
+            end,
+            sending: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -247,7 +280,7 @@ impl Vm {
 
     /// The phases reached so far.
     pub fn stamps(&self) -> Vec<Stamp> {
-        self.lock().stamps.clone()
+        locked(&self.shared).stamps.clone()
     }
 
     /// Waits until the process is gone and tells how it ended.
@@ -323,14 +356,19 @@ impl Vm {
         fds: &[i32],
     ) -> Result<Option<VmStats>, Error> {
         let (answer, answered) = oneshot::channel();
-        {
+        let sent = {
             let _order = self.sending.lock().await;
-            self.lock().waiting.push_back(answer);
-            match self.peer.control.send(request, fds).await {
-                Ok(()) => {}
-                Err(control::Error::Io { .. }) => return Err(Error::Gone(self.ended().await)),
-                Err(error) => return Err(error.into()),
+            let turn = Turn::last(&self.shared, answer);
+            let sent = self.peer.control.send(request, fds).await;
+            if sent.is_ok() {
+                turn.keep();
             }
+            sent
+        };
+        match sent {
+            Ok(()) => {}
+            Err(control::Error::Io { .. }) => return Err(Error::Gone(self.ended().await)),
+            Err(error) => return Err(error.into()),
         }
         match answered.await {
             Ok(Ok(stats)) => Ok(stats),
@@ -340,10 +378,6 @@ impl Vm {
             }),
             Err(_) => Err(Error::Gone(self.ended().await)),
         }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
-        self.shared.lock().expect("no panic while it is held")
     }
 }
 
@@ -408,8 +442,10 @@ async fn watch_events(
             Ok(None) => break,
             Err(error) => {
                 last_words.get_or_insert(End::Failed {
-                    reason: error.to_string(),
+                    reason: line(&error),
                 });
+                // Nobody hears it any more: its end would not come by itself.
+                peer.kill();
                 break;
             }
         }
@@ -421,16 +457,12 @@ async fn watch_events(
         log: peer.tail.lines(),
     });
     // Whoever waits for an answer learns that there will be none.
-    shared
-        .lock()
-        .expect("no panic while it is held")
-        .waiting
-        .clear();
+    locked(&shared).waiting.clear();
     let _ = ended.send(Some(end));
 }
 
 fn on_event(event: Event, shared: &Mutex<Shared>) -> Option<End> {
-    let mut shared = shared.lock().expect("no panic while it is held");
+    let mut shared = locked(shared);
     let mut answer = |answer| {
         if let Some(waiting) = shared.waiting.pop_front() {
             // The one who asked may have given up.
@@ -461,4 +493,102 @@ fn on_event(event: Event, shared: &Mutex<Shared>) -> Option<End> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, time::Duration};
+
+    use super::*;
+    use crate::control::Control;
+
+    /// The machine, and the VMM's end of its control socket: the test is the VMM.
+    fn machine() -> (Vm, Control) {
+        let (peer, theirs) = peer::tests::idle();
+        (Vm::of(Arc::new(peer)), theirs)
+    }
+
+    fn nic(taps: usize) -> Nic {
+        let tap = || OwnedFd::from(File::open("/dev/null").unwrap());
+        Nic {
+            taps: (0..taps).map(|_| tap()).collect(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            receive: RateLimit::default(),
+            transmit: RateLimit::default(),
+        }
+    }
+
+    /// Asks for the counters and answers with some that are known.
+    async fn is_in_step(vm: &Vm, theirs: &Control) {
+        let told = VmStats {
+            user_exits: [("told".to_string(), 7)].into(),
+            ..VmStats::default()
+        };
+        let answer = async {
+            let request = theirs.receive::<Request>().await.unwrap();
+            assert_eq!(request, Some(Request::Stats));
+            theirs.send(&Event::Stats(told.clone()), &[]).await.unwrap();
+        };
+        let asked = tokio::time::timeout(Duration::from_secs(10), vm.stats());
+        let (stats, ()) = tokio::join!(asked, answer);
+        assert_eq!(stats.expect("no answer").unwrap(), told);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_cannot_be_sent_takes_nobodys_answer() {
+        let (vm, theirs) = machine();
+        let refused = vm.plug(nic(bulkhead_vmm_config::MAX_FDS + 1)).await;
+        let error = refused.unwrap_err();
+        assert!(
+            matches!(error, Error::Control(control::Error::TooLarge(..))),
+            "{error}"
+        );
+        is_in_step(&vm, &theirs).await;
+        vm.kill();
+    }
+
+    #[tokio::test]
+    async fn a_request_given_up_while_it_is_sent_takes_nobodys_answer() {
+        let (vm, theirs) = machine();
+        // Until the socket takes no more.
+        let soon = Duration::from_millis(100);
+        let mut sent = 0;
+        while let Ok(sent_one) =
+            tokio::time::timeout(soon, vm.peer.control.send(&Request::Pause, &[])).await
+        {
+            sent_one.unwrap();
+            sent += 1;
+        }
+        let given_up = tokio::time::timeout(soon, vm.set_link(0, true)).await;
+        given_up.unwrap_err();
+        for _ in 0..sent {
+            let request = theirs.receive::<Request>().await.unwrap();
+            assert_eq!(request, Some(Request::Pause));
+        }
+        is_in_step(&vm, &theirs).await;
+        vm.kill();
+    }
+
+    #[tokio::test]
+    async fn a_request_given_up_once_it_is_sent_keeps_its_answer() {
+        let (vm, theirs) = machine();
+        let soon = Duration::from_millis(100);
+        let given_up = tokio::time::timeout(soon, vm.set_link(0, true)).await;
+        given_up.unwrap_err();
+        let request = theirs.receive::<Request>().await.unwrap();
+        assert!(matches!(request, Some(Request::SetLink { .. })));
+        theirs.send(&Event::Done, &[]).await.unwrap();
+        is_in_step(&vm, &theirs).await;
+        vm.kill();
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_is_not_understood_is_ended() {
+        let (vm, theirs) = machine();
+        theirs.send(&"no event", &[]).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(10), vm.ended()).await;
+        let end = ended.expect("it goes on");
+        assert!(matches!(end, End::Failed { .. }), "{end:?}");
+    }
 }
