@@ -134,6 +134,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// A process that waits to be killed, and the other end of its control socket.
+    #[allow(clippy::zombie_processes)] // `Peer::death` collects it
     pub(crate) fn idle() -> (Peer, Control) {
         let (control, theirs) = control::pair().unwrap();
         let child = Command::new("sleep")
