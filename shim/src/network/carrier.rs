@@ -10,11 +10,14 @@ use nix::{
     },
 };
 
-use super::{Error, Step, message::Message, namespace::Namespace, snapshot::field};
+use super::{
+    Error, Step,
+    message::{Message, field},
+    namespace::Namespace,
+};
 
-/// net_device(7)'s IFF_LOWER_UP, in the flags at this place of `struct ifinfomsg`.
+/// netdevice(7)'s IFF_LOWER_UP.
 const LOWER_UP: u32 = 0x1_0000;
-const FLAGS: usize = 8;
 
 /// The links of some interfaces of one namespace.
 #[derive(Debug)]
@@ -55,7 +58,7 @@ impl Carriers {
             let up = links
                 .iter()
                 .find(|link| link.number(field::INDEX) == *index)
-                .is_some_and(|link| link.number(FLAGS) & LOWER_UP != 0);
+                .is_some_and(|link| link.number(field::LINK_FLAGS) & LOWER_UP != 0);
             if known.replace(up) != Some(up) {
                 changed.push((device, up));
             }

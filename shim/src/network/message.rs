@@ -26,6 +26,52 @@ fn fixed_length(kind: u16) -> usize {
     }
 }
 
+/// Where fields of those structs are (rtnetlink(7), linux/rtnetlink.h, neighbour.h, fib_rules.h).
+pub(super) mod field {
+    /// Of addresses, routes, neighbours and rules: AF_*.
+    pub(crate) const FAMILY: usize = 0;
+    /// The interface; of all but routes and rules.
+    pub(crate) const INDEX: usize = 4;
+
+    /// struct ifinfomsg: ARPHRD_*, two bytes.
+    pub(crate) const HARDWARE: usize = 2;
+    /// IFF_*.
+    pub(crate) const LINK_FLAGS: usize = 8;
+    /// Which of the flags a request is about.
+    pub(crate) const LINK_MASK: usize = 12;
+
+    /// struct ifaddrmsg and rtmsg: length of the prefix, of a route's destination.
+    pub(crate) const PREFIX: usize = 1;
+    /// struct ifaddrmsg: IFA_F_*, the lower eight.
+    pub(crate) const ADDRESS_FLAGS: usize = 2;
+    /// RT_SCOPE_*.
+    pub(crate) const SCOPE: usize = 3;
+
+    /// struct rtmsg: RTPROT_*.
+    pub(crate) const PROTOCOL: usize = 5;
+    /// RTN_*.
+    pub(crate) const ROUTE_TYPE: usize = 7;
+    /// RTM_F_*, RTNH_F_*.
+    pub(crate) const ROUTE_FLAGS: usize = 8;
+
+    /// struct ndmsg: NUD_*, two bytes.
+    pub(crate) const NEIGHBOUR_STATE: usize = 8;
+    /// NTF_*.
+    pub(crate) const NEIGHBOUR_FLAGS: usize = 10;
+
+    /// struct fib_rule_hdr: RT_TABLE_*.
+    pub(crate) const RULE_TABLE: usize = 4;
+    /// FIB_RULE_*.
+    pub(crate) const RULE_FLAGS: usize = 8;
+
+    /// struct tcmsg: a qdisc's own number.
+    pub(crate) const TC_HANDLE: usize = 8;
+    /// What it is attached to.
+    pub(crate) const TC_PARENT: usize = 12;
+    /// Of a filter: preference and protocol.
+    pub(crate) const TC_INFO: usize = 16;
+}
+
 /// One attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Attribute {
@@ -120,6 +166,11 @@ impl Message {
     /// A field of one byte of the struct.
     pub(super) fn byte(&self, offset: usize) -> u8 {
         self.fixed[offset]
+    }
+
+    /// A field of two bytes of the struct.
+    pub(super) fn half(&self, offset: usize) -> u16 {
+        u16::from_ne_bytes([self.fixed[offset], self.fixed[offset + 1]])
     }
 
     /// A field of four bytes of the struct.
