@@ -86,12 +86,6 @@ impl AsFd for Carriers {
     }
 }
 
-impl AsRawFd for Carriers {
-    fn as_raw_fd(&self) -> i32 {
-        self.heard.as_raw_fd()
-    }
-}
-
 /// A socket that hears of every change of a link in the thread's namespace.
 fn subscribe() -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

@@ -42,12 +42,8 @@ pub fn network(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
 }
 
 fn pods(arguments: &Arguments, config: &Config) -> Result<Vec<Pod>, Failure> {
-    // Without the directory no pod has run since the host started.
-    let Ok(state) = config.state_dir.canonicalize() else {
-        return Ok(Vec::new());
-    };
     let mut pods = Vec::new();
-    for listed in ledger::list(&state)? {
+    for listed in ledger::list(&config.state_dir)? {
         if arguments
             .id
             .as_ref()
