@@ -1,5 +1,6 @@
 //! localhost of the pod's namespace on the host reaches who listens in the guest, as it does under runc (`kubectl port-forward`).
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -82,7 +83,7 @@ for line in sys.stdin:
     let mut inside = pair.start(Runtime::Bulkhead, script);
     let mut stdin = inside.started.stdin();
     inside.started.wait_for_output("ready");
-    let probe = pair.pod.start(
+    let mut probe = pair.pod.start(
         "python3 -c 'import socket,time,sys
 def up():
   try: socket.create_connection((\"127.0.0.1\",8080),1).close(); return True
@@ -92,9 +93,7 @@ for line in sys.stdin:
   while up()!=want and time.monotonic()<t+10: time.sleep(0.002)
   print(\"took\",int((time.monotonic()-t)*1000),flush=True)'",
     );
-    let mut probe = probe;
     let mut ask = probe.stdin();
-    use std::io::Write;
     let mut slowest = Duration::ZERO;
     for round in 0..5 {
         for (step, word, want) in [(0, "open", "up"), (1, "closed", "down")] {

@@ -289,8 +289,7 @@ while True:
 #[test]
 fn limits_of_the_configuration_hold_in_both_directions() {
     let pair = Pair::new();
-    let config = pair.pod.path();
-    let config = std::env::temp_dir().join(config.file_name().expect("a name"));
+    let config = std::env::temp_dir().join(pair.pod.name());
     let limit = "bytes = 1000000\nburst_ms = 100\n";
     let text = format!("[network.receive]\n{limit}[network.transmit]\n{limit}");
     std::fs::write(&config, text).expect("a configuration");
