@@ -38,6 +38,17 @@ pub enum Error {
     Truncated,
 }
 
+impl Error {
+    /// Whether the other side has closed its end. Every other failure leaves it as it was: its end does not follow.
+    pub fn is_closed(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+        let Error::Io { source, .. } = self else {
+            return false;
+        };
+        matches!(source.kind(), BrokenPipe | ConnectionReset | NotConnected)
+    }
+}
+
 fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { action, source }
 }
@@ -159,6 +170,13 @@ pub(crate) mod tests {
         Control(watch(theirs, Interest::READABLE | Interest::WRITABLE).unwrap())
     }
 
+    impl Control {
+        /// As small as the kernel lets it be (SOCK_MIN_SNDBUF): a packet of a few kibibytes is too large to be sent.
+        pub(crate) fn shrink(&self) {
+            nix::sys::socket::setsockopt(&self.0, nix::sys::socket::sockopt::SndBuf, &0).unwrap();
+        }
+    }
+
     #[tokio::test]
     async fn packets_keep_their_bounds_and_an_end_is_seen() {
         let (ours, theirs) = pair().unwrap();
@@ -171,7 +189,22 @@ pub(crate) mod tests {
         drop(theirs);
         assert_eq!(ours.receive().await.unwrap(), Some(Event::Running));
         assert_eq!(ours.receive::<Event>().await.unwrap(), None);
-        ours.send(&Request::Stop, &[]).await.unwrap_err();
+        let error = ours.send(&Request::Stop, &[]).await.unwrap_err();
+        assert!(error.is_closed(), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_packet_that_the_kernel_refuses_is_no_end() {
+        let (ours, theirs) = pair().unwrap();
+        let theirs = of(theirs);
+        // EBADF.
+        let error = ours.send(&Request::Stop, &[-1]).await.unwrap_err();
+        assert!(
+            matches!(error, Error::Io { .. }) && !error.is_closed(),
+            "{error:?}"
+        );
+        ours.send(&Request::Stats, &[]).await.unwrap();
+        assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));
     }
 
     #[tokio::test]

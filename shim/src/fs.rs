@@ -92,7 +92,7 @@ impl Fs {
         };
         match fs.peer.control.send(&config, &fds).await {
             Ok(()) => Ok(fs),
-            Err(control::Error::Io { .. }) => Err(fs.gone().await),
+            Err(error) if error.is_closed() => Err(fs.closed().await),
             Err(error) => Err(error.into()),
         }
     }
@@ -121,7 +121,7 @@ impl Fs {
         let request = FsRequest::Detach { tree: tree.into() };
         match self.peer.control.send(&request, &[]).await {
             Ok(()) => {}
-            Err(control::Error::Io { .. }) => return Err(self.gone().await),
+            Err(error) if error.is_closed() => return Err(self.closed().await),
             Err(error) => return Err(error.into()),
         }
         exchange.due += 1;
@@ -157,11 +157,19 @@ impl Fs {
         }
     }
 
+    /// Its socket is closed, so that its end is near, or is brought about.
+    async fn closed(&self) -> Error {
+        match self.peer.end_at_last("the file share's").await {
+            Some(reason) => Error::Failed(reason),
+            None => self.gone().await,
+        }
+    }
+
     async fn receive(&self) -> Result<FsEvent, Error> {
         match self.peer.control.receive().await? {
             Some(FsEvent::Failed { reason }) => Err(Error::Failed(printable(&reason))),
             Some(event) => Ok(event),
-            None => Err(self.gone().await),
+            None => Err(self.closed().await),
         }
     }
 }
@@ -180,13 +188,46 @@ mod tests {
 
     use super::*;
 
+    fn idle() -> (Fs, control::Control) {
+        let (peer, theirs) = peer::tests::idle();
+        let exchange = tokio::sync::Mutex::default();
+        (Fs { peer, exchange }, theirs)
+    }
+
+    #[tokio::test]
+    async fn a_request_that_the_kernel_refuses_is_told_and_not_waited_for() {
+        let (fs, theirs) = idle();
+        fs.peer.control.shrink();
+        // EMSGSIZE.
+        let tree = "x".repeat(32 << 10);
+        let refused = fs.detach(&tree);
+        let refused = tokio::time::timeout(Duration::from_secs(10), refused).await;
+        let error = refused.expect("it waits").unwrap_err();
+        assert!(
+            matches!(error, Error::Control(control::Error::Io { .. })),
+            "{error}"
+        );
+        let answer = FsEvent::Detached {
+            inodes: 1,
+            handles: 0,
+        };
+        theirs.send(&answer, &[]).await.unwrap();
+        fs.detach("x").await.unwrap();
+        fs.peer.kill();
+    }
+
+    #[tokio::test]
+    async fn one_that_closes_its_socket_and_lives_on_is_ended() {
+        let (fs, theirs) = idle();
+        drop(theirs);
+        let error = fs.detach("x").await.unwrap_err();
+        assert!(error.to_string().contains("did not end"), "{error}");
+        assert!(fs.peer.death().await.is_some());
+    }
+
     #[tokio::test]
     async fn an_answer_that_nobody_waits_for_is_nobody_elses() {
-        let (peer, theirs) = peer::tests::idle();
-        let fs = Fs {
-            peer,
-            exchange: tokio::sync::Mutex::default(),
-        };
+        let (fs, theirs) = idle();
         for tree in ["a", "b"] {
             let given_up = tokio::time::timeout(Duration::from_millis(100), fs.detach(tree)).await;
             given_up.unwrap_err();

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -19,6 +20,9 @@ use crate::{
         spawn::{self, Program},
     },
 };
+
+/// How long a process may live on once its control socket is closed.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// Why it could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +64,7 @@ pub struct Peer {
     pub log: OwnedFd,
     /// Its last log lines and what it wrote to standard error.
     pub tail: Tail,
+    farewell: Duration,
     pidfd: AsyncFd<OwnedFd>,
 }
 
@@ -109,6 +114,7 @@ impl Peer {
             pid: child.pid,
             log,
             tail: logs::follow(place.sandbox, role, reader),
+            farewell: FAREWELL,
             pidfd: sys::watch(child.pidfd, Interest::READABLE).map_err(prepare)?,
         })
     }
@@ -117,6 +123,19 @@ impl Peer {
     pub fn kill(&self) {
         // The descriptor is a pidfd of a child of ours: there is no other failure.
         let _ = process::send_signal(self.pidfd.get_ref().as_fd(), libc::SIGKILL);
+    }
+
+    /// Kills it if it lives on although its control socket is closed; what is to be told of that.
+    pub async fn end_at_last(&self, whose: &str) -> Option<String> {
+        let ended = self.pidfd.readable();
+        if tokio::time::timeout(self.farewell, ended).await.is_ok() {
+            return None;
+        }
+        self.kill();
+        let secs = self.farewell.as_secs();
+        Some(format!(
+            "{whose} process closed its control socket, did not end within {secs} s and was killed"
+        ))
     }
 
     /// Waits for its end and collects it. `None`: somebody else has collected it.
@@ -149,6 +168,7 @@ pub(crate) mod tests {
             pid: id.pid,
             log: File::open("/dev/null").unwrap().into(),
             tail: Tail::default(),
+            farewell: Duration::from_millis(100),
             pidfd: sys::watch(pidfd, Interest::READABLE).unwrap(),
         };
         (peer, control::tests::of(theirs))

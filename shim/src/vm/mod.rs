@@ -114,7 +114,7 @@ impl Vm {
         match sent {
             Ok(()) => Ok(vm),
             // It died before it could read: its own words say more than our broken pipe.
-            Err(control::Error::Io { .. }) => Err(Error::Gone(vm.ended().await)),
+            Err(error) if error.is_closed() => Err(Error::Gone(vm.ended().await)),
             Err(error) => Err(error.into()),
         }
     }
@@ -223,7 +223,7 @@ impl Vm {
         };
         match sent {
             Ok(()) => {}
-            Err(control::Error::Io { .. }) => return Err(Error::Gone(self.ended().await)),
+            Err(error) if error.is_closed() => return Err(Error::Gone(self.ended().await)),
             Err(error) => return Err(error.into()),
         }
         match answered.await {
@@ -261,6 +261,9 @@ async fn watch_events(
                 break;
             }
         }
+    }
+    if let Some(reason) = peer.end_at_last("the virtual machine's").await {
+        last_words.get_or_insert(End::Failed { reason });
     }
     let death = peer.death().await;
     let end = last_words.unwrap_or_else(|| End::Died {

@@ -94,3 +94,28 @@ async fn a_machine_that_is_not_understood_is_ended() {
     let end = ended.expect("it goes on");
     assert!(matches!(end, End::Failed { .. }), "{end:?}");
 }
+
+#[tokio::test]
+async fn a_request_that_the_kernel_refuses_is_told_and_not_waited_for() {
+    let (vm, theirs) = machine();
+    // EBADF.
+    let refused = vm.request("nothing", &Request::Pause, &[-1]);
+    let refused = tokio::time::timeout(Duration::from_secs(10), refused).await;
+    let error = refused.expect("it waits").unwrap_err();
+    assert!(
+        matches!(error, Error::Control(control::Error::Io { .. })),
+        "{error}"
+    );
+    is_in_step(&vm, &theirs).await;
+    vm.kill();
+}
+
+#[tokio::test]
+async fn a_machine_that_closes_its_socket_and_lives_on_is_ended() {
+    let (vm, theirs) = machine();
+    drop(theirs);
+    let error = vm.set_link(0, true).await.unwrap_err();
+    assert!(error.to_string().contains("did not end"), "{error}");
+    // It is collected.
+    assert!(!std::path::Path::new(&format!("/proc/{}", vm.pid())).exists());
+}
