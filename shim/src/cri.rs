@@ -130,6 +130,7 @@ pub fn plan(config: &PodSandboxConfig, id: &str, network: &str, files: PodFiles)
         shm_bytes: SHM_BYTES,
         sysctls: sysctls(config),
         files: Some(files),
+        has_hooks: false,
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_vmm_config::{VmConfig, WIRE_VERSION};
+use bulkhead_vmm_config::{MAX_DEVICES, VmConfig, WIRE_VERSION};
 use kvm_ioctls::Kvm;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, UnixAddr, getsockname, getsockopt, sockopt,
@@ -23,8 +23,8 @@ pub const MAX_VCPUS: u32 = 32;
 const MAX_FS_QUEUES: u32 = 16;
 /// VIRTIO 1.2 §5.11.4: the tag's field.
 const MAX_TAG: usize = 36;
-/// vsock and the random number generator.
-const OTHER_VIRTIO_DEVICES: usize = 2;
+/// Beside them there are vsock and the random number generator.
+const _: () = assert!(MAX_DEVICES + 2 == layout::MAX_VIRTIO_DEVICES);
 
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
@@ -74,7 +74,7 @@ pub enum SpecError {
     #[error("{0} request queues are not possible, 1 to {MAX_FS_QUEUES} are")]
     Queues(u32),
     /// Too many devices.
-    #[error("{0} virtio-fs and network devices are too many, {max} are possible", max = layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES)]
+    #[error("{0} virtio-fs and network devices are too many, {max} are possible", max = MAX_DEVICES)]
     Devices(usize),
     /// A network device has too few or too many queues.
     #[error("{0} taps for a network device are not possible, 1 to {max} are: one for each vCPU", max = .1)]
@@ -160,7 +160,7 @@ impl VmSpec {
             .ok_or(SpecError::Memory(config.memory_mib))?;
         let devices =
             (config.fs.len() + config.net.len()).saturating_add(config.net_slots as usize);
-        if devices > layout::MAX_VIRTIO_DEVICES - OTHER_VIRTIO_DEVICES {
+        if devices > MAX_DEVICES {
             return Err(SpecError::Devices(devices));
         }
         for (what, id) in [("uid", config.uid), ("gid", config.gid)] {

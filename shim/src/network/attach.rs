@@ -43,6 +43,8 @@ pub struct Network {
     path: PathBuf,
     inode: u64,
     queues: u32,
+    /// How many the machine has places for.
+    places: usize,
     given: Vec<Given>,
     /// How many of them the agent has been told.
     told: usize,
@@ -53,17 +55,23 @@ pub struct Network {
 }
 
 impl Network {
-    /// Gives the interfaces of the namespace at `path` to the guest that is about to start; `queues` is the number of queue pairs
-    /// of each device. Nothing stays when it fails.
+    /// Gives the interfaces of the namespace at `path` to the guest, at most as many as there are `places`; `queues` is the number of
+    /// queue pairs of each device. Nothing stays when it fails.
     ///
     /// # Errors
     /// See [`Error`]: above all, an interface of a kind that a guest cannot have is refused by its name.
-    pub fn attach(path: &Path, queues: u32, ledger: &mut Ledger) -> Result<Network, Error> {
+    pub fn attach(
+        path: &Path,
+        queues: u32,
+        places: usize,
+        ledger: &mut Ledger,
+    ) -> Result<Network, Error> {
         let namespace = Namespace::open(path)?;
         let mut network = Network {
             path: path.into(),
             inode: namespace.inode,
             queues,
+            places,
             given: Vec::new(),
             told: 0,
             devices: Vec::new(),
@@ -74,8 +82,16 @@ impl Network {
         Ok(network)
     }
 
-    /// Looks once more: Docker fills a namespace between Create and Start. [`Network::devices`] then has the interfaces that came
-    /// since, and [`Network::for_guest`] tells all.
+    /// The machine is made of what there is, and has room for this many more.
+    pub fn settle(&mut self, later: usize) {
+        self.places = self.given.len() + later;
+    }
+
+    /// Looks once more: hooks fill a namespace, and Docker does between Create and Start. [`Network::devices`] then has the interfaces
+    /// that came since, and [`Network::for_guest`] tells all.
+    ///
+    /// # Errors
+    /// Everything is as it was before.
     pub fn rescan(&mut self, ledger: &mut Ledger) -> Result<(), Error> {
         let namespace = self.namespace()?;
         self.look(&namespace, ledger)
@@ -122,6 +138,7 @@ impl Network {
         let mut new = Attaching {
             namespace,
             queues: self.queues,
+            places: self.places,
             ledger,
             tickets: Vec::new(),
             given: self.given.clone(),
@@ -169,6 +186,7 @@ fn digest(description: &agent::Network) -> u64 {
 struct Attaching<'a> {
     namespace: &'a Namespace,
     queues: u32,
+    places: usize,
     ledger: &'a mut Ledger,
     /// Of what this look has taken.
     tickets: Vec<Ticket>,
@@ -203,6 +221,12 @@ impl Attaching<'_> {
     }
 
     fn give(&mut self, socket: &mut Socket, link: &Link, ingress: bool) -> Result<(), Error> {
+        if self.given.len() >= self.places {
+            return Err(Error::Late {
+                interface: link.name.clone(),
+                places: self.places,
+            });
+        }
         let stale = ingress && must_replace(socket, link)?;
         let mut random = [0; 4];
         // SAFETY: writes the four bytes; so few are never cut short (getrandom(2)).

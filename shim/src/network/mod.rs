@@ -81,6 +81,16 @@ pub enum Error {
         /// The interface, or the other pod's tap.
         interface: String,
     },
+    /// It came when the machine's devices had been settled.
+    #[error(
+        "interface {interface} of the pod's network namespace came too late: the machine has no place for it beside the {places} that it was made with; put it there before the container is created, or by a createRuntime hook of a container that is alone in its pod"
+    )]
+    Late {
+        /// Its name.
+        interface: String,
+        /// How many the machine has.
+        places: usize,
+    },
     /// Somebody's filter is where ours must be.
     #[error(
         "interface {interface} of the pod's network namespace has an ingress filter of preference 60000 that is not Bulkhead's; give it a smaller one"

@@ -35,6 +35,14 @@ pub struct HostHooks {
     pub stopped: Vec<HostHook>,
 }
 
+/// Whether there are hooks that may put interfaces into the pod's network namespace once it is made.
+pub(super) fn may_add_interfaces(hooks: &spec::Hooks) -> bool {
+    let is_listed = |list: &Option<Vec<spec::Hook>>| list.as_ref().is_some_and(|l| !l.is_empty());
+    #[allow(deprecated)] // prestart: engines still send it
+    let prestart = is_listed(hooks.prestart());
+    prestart || is_listed(hooks.create_runtime())
+}
+
 pub(super) fn convert(hooks: &spec::Hooks) -> Result<(HostHooks, Vec<agent::Hook>), Error> {
     let is_listed = |list: &Option<Vec<spec::Hook>>| list.as_ref().is_some_and(|l| !l.is_empty());
     if is_listed(hooks.create_container()) {

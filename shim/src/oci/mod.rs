@@ -31,7 +31,7 @@ use oci_spec::runtime as spec;
 pub use hooks::{HostHook, HostHooks};
 pub use mounts::{HostBind, HostPropagation};
 pub(crate) use pod::HOST_NAMESPACES;
-pub use pod::{PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
+pub use pod::{LATER_INTERFACES, PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
 
 /// Where the agent mounts the share.

@@ -10,7 +10,7 @@ use std::{
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Bundle, Error, invalid, namespaces, pod_files::PodFiles, unsupported};
+use super::{Bundle, Error, hooks, invalid, namespaces, pod_files::PodFiles, unsupported};
 
 /// The annotations by which engines name the pod, the first that is there.
 const SANDBOX_IDS: &[&str] = &[
@@ -79,6 +79,9 @@ impl PodPaths {
     }
 }
 
+/// How many interfaces may come into a pod's network namespace when its machine runs.
+pub const LATER_INTERFACES: usize = 4;
+
 /// What a pod's own config.json asks for; nothing of it is run.
 #[derive(Clone, Debug, Default)]
 pub struct PodPlan {
@@ -92,16 +95,17 @@ pub struct PodPlan {
     pub sysctls: HashMap<String, String>,
     /// What members show without being told; `None`: the engine tells them.
     pub files: Option<PodFiles>,
+    /// It has createRuntime or prestart hooks.
+    pub has_hooks: bool,
 }
 
 impl PodPlan {
     /// For how many interfaces its machine has to have room that may come when it runs: an engine fills a namespace that it does not
-    /// name after Create.
-    pub fn later_interfaces(&self) -> u32 {
-        const DOCKERS: u32 = 4;
-        match (self.paths.alone, &self.paths.network) {
-            (true, None) => DOCKERS,
-            _ => 0,
+    /// name after Create, and hooks fill any.
+    pub fn later_interfaces(&self) -> usize {
+        match self.paths.alone && (self.has_hooks || self.paths.network.is_none()) {
+            true => LATER_INTERFACES,
+            false => 0,
         }
     }
 }
@@ -142,6 +146,7 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
         shm_bytes,
         sysctls: super::sysctls(linux)?,
         files: None,
+        has_hooks: spec.hooks().as_ref().is_some_and(hooks::may_add_interfaces),
     })
 }
 

@@ -95,6 +95,28 @@ fn a_pod_is_read_from_its_own_container() {
 }
 
 #[test]
+fn only_a_lone_container_whose_namespace_may_be_filled_later_has_room_for_interfaces() {
+    let hook = json!([{"path": "/bin/true"}]);
+    let rooms = |named: bool, hooks: Value| {
+        let (_dir, bundle) = bundle(|config| {
+            config["hooks"] = hooks;
+            if !named {
+                config["linux"]["namespaces"][3] = json!({"type": "network"});
+            }
+        });
+        let mut pod = pod_plan(&bundle).unwrap();
+        let in_a_pod = pod.later_interfaces();
+        pod.paths.alone = true;
+        [in_a_pod, pod.later_interfaces()]
+    };
+    assert_eq!(rooms(true, json!({})), [0, 0]);
+    assert_eq!(rooms(true, json!({"poststart": hook})), [0, 0]);
+    assert_eq!(rooms(true, json!({"createRuntime": hook})), [0, 4]);
+    assert_eq!(rooms(true, json!({"prestart": hook})), [0, 4]);
+    assert_eq!(rooms(false, json!({})), [0, 4]);
+}
+
+#[test]
 fn namespaces_of_the_node_are_refused_by_kubernetes_words() {
     for (kind, word) in [
         ("network", "hostNetwork"),

@@ -1,35 +1,73 @@
-//! What a running machine does with the interfaces of the pod's namespace: those that come later, links, and localhost.
+//! What a machine does with the interfaces of the pod's namespace: those that come later, links, and localhost.
 
-use std::path::Path;
+use std::os::fd::AsFd;
 
 use super::{Error, Sandbox, links, localhost};
-use crate::{network::Network, vm::Nic};
+use crate::{
+    ledger::Resource,
+    network::{self, Network},
+    sys::{
+        process::ProcessId,
+        stub::{self, Stub},
+    },
+    vm::Nic,
+};
 
 impl Sandbox {
-    /// Gives the guest the interfaces that have come into the pod's network namespace since the last look.
+    /// Forks the process whose pid stands for the pod's (see [`Stub`]). Of a pod that was given no network namespace, that of the
+    /// process is the pod's from now on.
+    pub fn start_stub(&mut self) -> Result<Stub, Error> {
+        let given = match &self.namespace {
+            None => None,
+            Some(path) => {
+                let opened = stub::open_network(path);
+                Some(opened.map_err(|source| network::Error::Namespace {
+                    path: path.clone(),
+                    source,
+                })?)
+            }
+        };
+        let network = match &given {
+            None => stub::Network::New,
+            Some(namespace) => stub::Network::Given(namespace.as_fd()),
+        };
+        let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
+        if let Some(id) = ProcessId::of(stub.pid()) {
+            let role = "bulkhead-pod".into();
+            self.ledger.take(Resource::Process { id, role })?;
+        }
+        self.namespace
+            .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
+        Ok(stub)
+    }
+
+    /// Gives the guest, which is ready, the interfaces that have come into the pod's network namespace since the last look.
     ///
     /// # Errors
-    /// The next look begins anew.
-    pub async fn find_interfaces(&mut self, namespace: &Path) -> Result<(), Error> {
-        let found = self.look_for_interfaces(namespace).await;
-        if found.is_err() {
+    /// Nothing has changed when an interface is refused ([`network::Error`]).
+    pub async fn find_interfaces(&mut self) -> Result<(), Error> {
+        let Some(namespace) = &self.namespace else {
+            return Ok(());
+        };
+        match &mut self.network {
+            Some(network) => network.rescan(&mut self.ledger)?,
+            none => {
+                let (pairs, places) = (self.pairs, self.slots);
+                *none = Some(Network::attach(namespace, pairs, places, &mut self.ledger)?);
+            }
+        }
+        let given = self.give_interfaces().await;
+        if given.is_err() {
             // Its taps are closed, or the guest does not know of them.
             self.network = None;
         }
-        found
+        given
     }
 
-    async fn look_for_interfaces(&mut self, namespace: &Path) -> Result<(), Error> {
-        let network = match &mut self.network {
-            Some(network) => {
-                network.rescan(&mut self.ledger)?;
-                network
-            }
-            none => none.insert(Network::attach(namespace, self.pairs, &mut self.ledger)?),
-        };
-        if !network.has_news() {
+    async fn give_interfaces(&mut self) -> Result<(), Error> {
+        let Some(network) = self.network.as_mut().filter(|network| network.has_news()) else {
             return Ok(());
-        }
+        };
         for device in network.devices() {
             self.vm.plug(Nic::new(device, &self.limits)).await?;
         }

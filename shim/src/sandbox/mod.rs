@@ -19,7 +19,7 @@ mod taken;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicU32},
     time::Duration,
 };
@@ -40,10 +40,6 @@ use crate::{
     network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
-    sys::{
-        process::ProcessId,
-        stub::{self, Stub},
-    },
     vm::{self, Vm},
 };
 
@@ -68,8 +64,8 @@ pub struct Request<'a> {
     pub host_limits: &'a [(String, String)],
     /// The network namespace whose interfaces the pod gets.
     pub network: Option<&'a Path>,
-    /// How many interfaces may come when it runs ([`Sandbox::find_interfaces`]).
-    pub net_slots: u32,
+    /// How many interfaces may come when it runs ([`Sandbox::find_interfaces`]); fewer where a machine cannot have so many.
+    pub net_slots: usize,
     /// Where a debugging console of the guest goes.
     pub serial: Option<OwnedFd>,
 }
@@ -92,6 +88,10 @@ pub struct Sandbox {
     pairs: u32,
     limits: config::Network,
     network: Option<Network>,
+    /// The pod's network namespace, if it has one on the host.
+    namespace: Option<PathBuf>,
+    /// How many interfaces may come later.
+    slots: usize,
     // Held for their end.
     links: Option<Background>,
     localhost: Option<Background>,
@@ -129,6 +129,8 @@ impl Sandbox {
                 pairs: config.network.pairs(request.vcpus),
                 limits: config.network.clone(),
                 network: taken.network,
+                namespace: request.network.map(Path::to_path_buf),
+                slots: taken.slots,
                 links: None,
                 localhost: None,
                 cgroup: taken.cgroup,
@@ -243,16 +245,6 @@ impl Sandbox {
         self.shm_bytes = bytes;
     }
 
-    /// Forks the process whose pid stands for the pod's (see [`Stub`]).
-    pub fn start_stub(&mut self, network: stub::Network<'_>) -> Result<Stub, Error> {
-        let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
-        if let Some(id) = ProcessId::of(stub.pid()) {
-            let role = "bulkhead-pod".into();
-            self.ledger.take(Resource::Process { id, role })?;
-        }
-        Ok(stub)
-    }
-
     /// The pod's cgroup on the host.
     pub fn cgroup(&self) -> &Path {
         self.cgroup.path()
@@ -261,11 +253,6 @@ impl Sandbox {
     /// The record, for what a front end takes beside.
     pub fn ledger(&mut self) -> &mut Ledger {
         &mut self.ledger
-    }
-
-    /// The VMM's pid.
-    pub fn pid(&self) -> i32 {
-        self.vm.pid()
     }
 
     /// The phases of the boot so far.

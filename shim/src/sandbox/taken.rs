@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use bulkhead_vmm_config::port;
+use bulkhead_vmm_config::{MAX_DEVICES, port};
 
 use super::{Error, Parts, Request, SHARE_TAG};
 use crate::{
@@ -32,6 +32,7 @@ pub(super) struct Taken {
     pub(super) agent_log: Tail,
     pub(super) uid: u32,
     pub(super) network: Option<Network>,
+    pub(super) slots: usize,
 }
 
 impl Taken {
@@ -60,11 +61,19 @@ impl Taken {
         let pairs = config.network.pairs(request.vcpus);
         let attached = request
             .network
-            .map(|namespace| Network::attach(namespace, pairs, ledger));
+            // The machine itself says when there are too many.
+            .map(|namespace| Network::attach(namespace, pairs, usize::MAX, ledger));
         let mut network = attached.transpose()?;
         let devices = network.as_mut().map(Network::devices).unwrap_or_default();
         let nic = |device| Nic::new(device, &config.network);
-        let nics = devices.into_iter().map(nic).collect();
+        let nics: Vec<Nic> = devices.into_iter().map(nic).collect();
+        // The share is a device, too.
+        let slots = (MAX_DEVICES - 1)
+            .saturating_sub(nics.len())
+            .min(request.net_slots);
+        if let Some(network) = &mut network {
+            network.settle(slots);
+        }
         let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
         let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
         let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
@@ -79,7 +88,7 @@ impl Taken {
             ports: vec![(port::AGENT, rpc_guest), (port::LOG, log_guest)],
             share: (SHARE_TAG.into(), front.into(), config.share.queues),
             net: nics,
-            net_slots: request.net_slots,
+            net_slots: slots as u32,
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
         };
@@ -96,6 +105,7 @@ impl Taken {
             agent_log: logs::follow(request.id, "agent", log),
             uid,
             network,
+            slots,
         })
     }
 }

@@ -282,7 +282,11 @@ impl Tasks {
             .map_err(|phase| init.refuse("start", phase))?;
         if let Some(guest) = &task.guest {
             // Docker fills the pod's network namespace between create and start.
-            if let Err(error) = task.pod.find_interfaces().await {
+            let found = match task.pod.plan.paths.alone {
+                true => task.pod.find_interfaces().await,
+                false => Ok(()),
+            };
+            if let Err(error) = found {
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
@@ -380,7 +384,9 @@ async fn create_in_guest(
         annotations: &hook_state.annotations,
     };
     hooks::run("createRuntime", &plan.hooks.create, &state(pod.pid)).await?;
-    pod.find_interfaces().await?;
+    if pod.plan.paths.alone || !plan.hooks.create.is_empty() {
+        pod.find_interfaces().await?;
+    }
     let mut spec = plan.container.clone();
     // In the guest the process is the first of its own pid namespace.
     let inside = State {

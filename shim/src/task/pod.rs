@@ -1,7 +1,6 @@
 //! The pod under the tasks: one sandbox, the process that stands for it, and the roots of its containers.
 
 use std::{
-    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -22,10 +21,7 @@ use crate::{
     oci::{Plan, PodPlan},
     sandbox::{self, Access, Parts, Request, Sandbox},
     stdio::{Ends, Streams},
-    sys::{
-        self,
-        stub::{self, Network, Stub},
-    },
+    sys::{self, stub::Stub},
     timeline::now_ns,
 };
 
@@ -155,11 +151,11 @@ impl Pod {
         if order.plan.paths.shm.is_some() {
             sandbox.share_memory(order.plan.shm_bytes);
         }
-        let stub = match start_stub(&mut sandbox, order.plan) {
+        let stub = match sandbox.start_stub() {
             Ok(stub) => stub,
             Err(error) => {
                 let _ = tokio::task::spawn_blocking(|| sandbox.give_back()).await;
-                return Err(error);
+                return Err(error.into());
             }
         };
         let mut held = Held {
@@ -265,17 +261,10 @@ impl Pod {
         Ok(())
     }
 
-    /// Gives a container that is alone in its pod the interfaces that have come into the pod's network namespace meanwhile.
+    /// Gives the guest the interfaces that have come into the pod's network namespace meanwhile.
     pub async fn find_interfaces(&self) -> Result<(), Error> {
-        if !self.plan.paths.alone {
-            return Ok(());
-        }
-        let namespace = match &self.plan.paths.network {
-            Some(path) => path.clone(),
-            None => format!("/proc/{}/ns/net", self.pid).into(),
-        };
         match self.held().await.as_mut() {
-            Some(held) => Ok(held.sandbox.find_interfaces(&namespace).await?),
+            Some(held) => Ok(held.sandbox.find_interfaces().await?),
             None => Err(Error::State(format!("the pod {:?} has ended", self.id))),
         }
     }
@@ -358,17 +347,6 @@ fn tell_boot(pod: &str, began_ns: u64, stamps: &[Stamp]) {
     };
     let [boot_ms, ready_ms] = [boot_ns, now_ns().saturating_sub(began_ns)].map(|ns| ns / 1_000_000);
     tracing::info!(pod, boot_ms, ready_ms, "the pod is ready");
-}
-
-fn start_stub(sandbox: &mut Sandbox, plan: &PodPlan) -> Result<Stub, Error> {
-    let Some(path) = &plan.paths.network else {
-        return Ok(sandbox.start_stub(Network::New)?);
-    };
-    let network = stub::open_network(path).map_err(|source| Error::Io {
-        action: format!("open the network namespace {}", path.display()),
-        source,
-    })?;
-    Ok(sandbox.start_stub(Network::Given(network.as_fd()))?)
 }
 
 /// The configured size is what a guest needs to work; what its containers may use comes on top when it is more.

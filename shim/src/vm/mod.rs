@@ -132,11 +132,6 @@ impl Vm {
         }
     }
 
-    /// The VMM's pid.
-    pub fn pid(&self) -> i32 {
-        self.peer.pid
-    }
-
     /// The phases reached so far.
     pub fn stamps(&self) -> Vec<Stamp> {
         locked(&self.shared).stamps.clone()

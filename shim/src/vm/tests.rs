@@ -117,5 +117,5 @@ async fn a_machine_that_closes_its_socket_and_lives_on_is_ended() {
     let error = vm.set_link(0, true).await.unwrap_err();
     assert!(error.to_string().contains("did not end"), "{error}");
     // It is collected.
-    assert!(!std::path::Path::new(&format!("/proc/{}", vm.pid())).exists());
+    assert!(!std::path::Path::new(&format!("/proc/{}", vm.peer.pid)).exists());
 }

@@ -155,7 +155,7 @@ fn the_hosts_own_namespace_is_refused() {
     with_world(|world| {
         let mut ledger = world.ledger("a");
         let attach = |ledger: &mut Ledger, path: &str| {
-            Network::attach(path.as_ref(), 1, ledger).unwrap_err()
+            Network::attach(path.as_ref(), 1, usize::MAX, ledger).unwrap_err()
         };
         let error = attach(&mut ledger, "/proc/self/ns/net");
         assert!(matches!(error, Error::Host { .. }), "{error}");
@@ -186,6 +186,36 @@ fn interfaces_that_come_later_are_found_by_another_look() {
         assert_eq!(network.for_guest().devices, 2);
         assert_eq!(redirects(&ledger).len(), 2);
         drop((first, second));
+        assert!(ledger.teardown().is_empty());
+    });
+}
+
+#[test]
+fn an_interface_that_comes_too_late_is_refused_by_name_and_changes_nothing() {
+    with_world(|world| {
+        world.join();
+        let mut ledger = world.ledger("a");
+        let mut network = world.attach("pod", &mut ledger).unwrap();
+        network.settle(1);
+        let mut devices = network.devices();
+        network.for_guest();
+        world.veth("eth1", 1);
+        world.veth("eth2", 2);
+        let before = world.state_of_pod();
+        for _ in 0..2 {
+            let error = network.rescan(&mut ledger).unwrap_err();
+            let Error::Late { interface, places } = error else {
+                panic!("{error}");
+            };
+            assert_eq!((interface.as_str(), places), ("eth2", 2));
+        }
+        assert_eq!(world.state_of_pod(), before);
+        assert!(network.devices().is_empty() && redirects(&ledger).len() == 1);
+        world.run("pod", "ip link del eth2");
+        network.rescan(&mut ledger).unwrap();
+        devices.extend(network.devices());
+        assert_eq!(devices[1].name, "eth1");
+        drop(devices);
         assert!(ledger.teardown().is_empty());
     });
 }

@@ -178,7 +178,7 @@ fn a_queue_for_each_pair() {
     with_world(|world| {
         world.join();
         let mut ledger = world.ledger("a");
-        let mut network = Network::attach(&world.path("pod"), 4, &mut ledger).unwrap();
+        let mut network = Network::attach(&world.path("pod"), 4, usize::MAX, &mut ledger).unwrap();
         assert_eq!(network.devices()[0].taps.len(), 4);
     });
 }

@@ -175,7 +175,7 @@ impl World {
     }
 
     pub fn attach(&self, namespace: &str, ledger: &mut Ledger) -> Result<Network, Error> {
-        Network::attach(&self.path(namespace), 1, ledger)
+        Network::attach(&self.path(namespace), 1, usize::MAX, ledger)
     }
 
     /// What the pod's namespace has in links, their flags and qdiscs.

@@ -1,5 +1,5 @@
-//! Docker's order of doing things: the engine names no network namespace, and fills the one that the task's pid is in, by a hook or
-//! between Create and Start.
+//! Interfaces that come when the task's machine runs. Docker's order of doing things: the engine names no network namespace, and fills
+//! the one that the task's pid is in, by a hook or between Create and Start. One that it names is filled before, or by a hook.
 
 use std::fs;
 use std::process::Command;
@@ -35,6 +35,14 @@ fn sh(script: &str) {
 
 /// Runs a bundle under a shim of its own, filling its namespace between Create and Start; what it wrote.
 fn run(bundle: &Bundle, between: impl FnOnce(u32)) -> String {
+    let (started, status, text) = try_run(bundle, between);
+    started.expect("started");
+    assert_eq!(status, 0, "{text}");
+    text
+}
+
+/// What Start says, the exit status and what it wrote.
+fn try_run(bundle: &Bundle, between: impl FnOnce(u32)) -> (ttrpc::Result<()>, u32, String) {
     bundle.write();
     let shim = Shim::start();
     let output = TempDir::new().expect("a temporary directory");
@@ -45,23 +53,34 @@ fn run(bundle: &Bundle, between: impl FnOnce(u32)) -> String {
         stdout: format!("file://{}", output.display()),
         ..Default::default()
     };
-    let status = block_on(async {
+    let (started, status) = block_on(async {
         let services = shim.services().await;
         let created = services.task.create(context(), &request).await;
         between(created.expect("created").pid);
         let started = services.task.start(context(), &start(&shim.id, "")).await;
-        started.expect("started");
         let status = services.end(&shim.id).await;
         let shutdown = ShutdownRequest {
             id: shim.id.clone(),
             ..Default::default()
         };
         let _ = services.task.shutdown(context(), &shutdown).await;
-        status
+        (started.map(drop), status)
     });
     let text = fs::read_to_string(&output).expect("its output");
-    assert_eq!(status, 0, "{text}");
-    text
+    (started, status, text)
+}
+
+fn with_filling_hook(bundle: Bundle, kind: &str, peer: &Netns) -> Bundle {
+    let commands = fill(peer, 0)
+        .join("\n")
+        .replace("netns 0", "netns $pid")
+        .replace("-t 0", "-t $pid");
+    let script = format!("pid=$(jq .pid)\n{commands}");
+    bundle.edit(|config| {
+        config["hooks"] = json!({kind: [
+            {"path": "/bin/sh", "args": ["sh", "-ec", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}
+        ]});
+    })
 }
 
 #[test]
@@ -75,17 +94,41 @@ fn a_namespace_filled_between_create_and_start_is_the_containers() {
 #[test]
 fn a_namespace_filled_by_a_hook_is_the_containers() {
     let peer = Netns::new();
-    let commands = fill(&peer, 0)
-        .join("\n")
-        .replace("netns 0", "netns $pid")
-        .replace("-t 0", "-t $pid");
-    let script = format!("pid=$(jq .pid)\n{commands}");
-    let bundle = Bundle::tools().script(SCRIPT).edit(|config| {
-        config["hooks"] = json!({"prestart": [
-            {"path": "/bin/sh", "args": ["sh", "-ec", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}
-        ]});
-    });
+    let bundle = Bundle::tools().script(SCRIPT);
+    let bundle = with_filling_hook(bundle, "prestart", &peer);
     assert_eq!(run(&bundle, |_| {}), SEEN);
+}
+
+/// A namespace with an interface, on a wire.
+fn named() -> (Netns, Netns) {
+    let (pod, other) = (Netns::new(), Netns::new());
+    pod.wire("net1", &other, "other1");
+    pod.address("net1", &["10.56.0.2/24"]);
+    other.address("other1", &["10.56.0.1/24"]);
+    (pod, other)
+}
+
+#[test]
+fn a_hook_adds_an_interface_to_a_named_namespace() {
+    let ((pod, _other), peer) = (named(), Netns::new());
+    let script = format!("{SCRIPT}; ping -q -c2 -W5 10.56.0.1 >/dev/null && echo the other, too");
+    let bundle = Bundle::tools().network(&pod).script(&script);
+    let bundle = with_filling_hook(bundle, "createRuntime", &peer);
+    assert_eq!(run(&bundle, |_| {}), format!("{SEEN}the other, too\n"));
+}
+
+#[test]
+fn an_interface_that_comes_into_a_named_namespace_without_a_hook_is_told() {
+    let ((pod, _other), peer) = (named(), Netns::new());
+    let bundle = Bundle::tools().network(&pod).script("echo it runs");
+    let (started, status, text) = try_run(&bundle, |pid| sh(&fill(&peer, pid).join("\n")));
+    let error = started
+        .expect_err("an interface would be missing")
+        .to_string();
+    for word in ["interface eth0", "came too late", "createRuntime hook"] {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+    assert_eq!((status, text.as_str()), (255, ""));
 }
 
 #[test]

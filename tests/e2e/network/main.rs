@@ -3,6 +3,7 @@
 
 mod cni;
 mod ends;
+mod hooks;
 mod kinds;
 mod localhost;
 mod same;

@@ -46,6 +46,9 @@ pub const MAX_PACKET: usize = 64 * 1024;
 /// Most file descriptors beside one packet (the kernel's own limit, `SCM_MAX_FD`, is 253).
 pub const MAX_FDS: usize = 240;
 
+/// Most virtio-fs and network devices of a machine, with the places for those that may come later.
+pub const MAX_DEVICES: usize = 14;
+
 /// An index into the `SCM_RIGHTS` array of the packet that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

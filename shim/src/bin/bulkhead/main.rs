@@ -8,6 +8,7 @@ mod network;
 mod probe;
 mod run;
 mod signals;
+mod streams;
 mod terminal;
 mod version;
 

@@ -1,13 +1,6 @@
 //! `bulkhead run`: a bundle from its directory to its exit status.
 
-use std::{
-    fs::File,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
-    path::PathBuf,
-};
+use std::{fs::File, os::fd::OwnedFd, path::PathBuf};
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
@@ -15,15 +8,16 @@ use bulkhead_shim::{
     config::{self, Config},
     hooks::{self, State},
     ids,
-    io::{self as relays, Relay},
     oci::{self, Bundle, Plan},
     sandbox::{self, Parts, Request, Sandbox},
+    sys::stub::Stub,
     timeline::Timeline,
 };
 
 use crate::{
     failure::{self, Failure},
     signals::{Arrival, Signals},
+    streams::Streams,
     terminal,
 };
 
@@ -92,6 +86,7 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
         bundle,
         plan,
         parts,
+        stub: None,
         timeline: Timeline::started_at(began_ns),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -117,6 +112,8 @@ struct Run<'a> {
     plan: Plan,
     network: Option<PathBuf>,
     parts: Parts,
+    /// What hooks are told the pid of.
+    stub: Option<Stub>,
     timeline: Timeline,
 }
 
@@ -155,7 +152,11 @@ impl Run<'_> {
             cgroups_path: self.plan.cgroups_path.as_deref(),
             host_limits: &self.plan.host_limits,
             network: self.network.as_deref(),
-            net_slots: 0,
+            // There is no order to start, before which others could add some.
+            net_slots: match self.plan.hooks.create.is_empty() {
+                true => 0,
+                false => oci::LATER_INTERFACES,
+            },
             serial,
         };
         let mut sandbox = Sandbox::launch(self.config, &self.parts, request)
@@ -169,6 +170,9 @@ impl Run<'_> {
             self.timeline.mark("guest powered off");
         }
         let left = sandbox.give_back();
+        if let Some(stub) = self.stub.take() {
+            stub.release();
+        }
         self.timeline.mark("everything given back");
         let stopped = self.hooks("poststop", None).await;
         if !left.is_empty() {
@@ -192,19 +196,8 @@ impl Run<'_> {
         sandbox: &mut Sandbox,
         signals: &mut Signals,
     ) -> Result<u8, Stop> {
-        let id = &self.arguments.id;
-        // While the guest boots.
-        sandbox
-            .place_container(id, &self.plan)
-            .await
-            .map_err(told)?;
-        self.hooks("createRuntime", Some(sandbox.pid())).await?;
-        let hostname = match self.plan.container.hostname.as_str() {
-            "" => id,
-            name => name,
-        };
         tokio::select! {
-            ready = sandbox.ready(hostname) => drop(ready.map_err(told)?),
+            ready = self.prepare(sandbox) => ready?,
             signal = signals.asks_to_end() => return Err(Stop::Interrupted(signal)),
         }
         self.timeline.mark("agent ready");
@@ -231,8 +224,7 @@ impl Run<'_> {
             return Err(Stop::Failed(exec_failure(sandbox, error).await));
         }
         self.timeline.mark("container started");
-        let pid = sandbox.pid();
-        self.hooks("poststart", Some(pid)).await?;
+        self.hooks("poststart", self.pid()).await?;
         let exit = self.attend(sandbox, signals, terminal).await?;
         self.timeline.mark("container exited");
         // All writers are gone with the container's pid namespace: the streams end by themselves, drained.
@@ -245,6 +237,36 @@ impl Run<'_> {
         }
         self.timeline.mark("output drained");
         Ok(exit_code(&exit))
+    }
+
+    /// From a booting pod to one that is ready, with the interfaces that the hooks have put into its network namespace.
+    async fn prepare(&mut self, sandbox: &mut Sandbox) -> Result<(), Stop> {
+        let id = &self.arguments.id;
+        let hooks = &self.plan.hooks;
+        let has_hooks = !hooks.create.is_empty();
+        // While the guest boots.
+        sandbox
+            .place_container(id, &self.plan)
+            .await
+            .map_err(told)?;
+        if has_hooks || !hooks.started.is_empty() {
+            self.stub = Some(sandbox.start_stub().map_err(told)?);
+        }
+        self.hooks("createRuntime", self.pid()).await?;
+        let hostname = match self.plan.container.hostname.as_str() {
+            "" => id,
+            name => name,
+        };
+        sandbox.ready(hostname).await.map_err(told)?;
+        if has_hooks {
+            sandbox.find_interfaces().await.map_err(told)?;
+        }
+        Ok(())
+    }
+
+    /// What stands for the pod, in its network namespace.
+    fn pid(&self) -> Option<i32> {
+        self.stub.as_ref().map(Stub::pid)
     }
 
     /// Passes signals on until the container's init has exited.
@@ -358,48 +380,5 @@ async fn exec_failure(sandbox: &Sandbox, error: agent::Error) -> Failure {
                 Err(_) => lost.into(),
             }
         }
-    }
-}
-
-/// Our ends of the container's streams.
-struct Streams {
-    stdio: wire::Stdio,
-    stdin: UnixStream,
-    stdout: UnixStream,
-    stderr: Option<UnixStream>,
-}
-
-impl Streams {
-    async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, sandbox::Error> {
-        // A terminal's errors come with its output.
-        let (stdio, [stdin, stdout, stderr]) = sandbox.streams([true, true, !terminal]).await?;
-        Ok(Streams {
-            stdio,
-            stdin: stdin.expect("it was wanted"),
-            stdout: stdout.expect("it was wanted"),
-            stderr,
-        })
-    }
-
-    /// Joins them to ours; gives the relays of output, which end when the container's last writer is gone.
-    fn relay(self, terminal: bool) -> Result<Vec<Relay>, Failure> {
-        if terminal {
-            terminal::make_raw();
-        }
-        let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
-        relays::feed(own(std::io::stdin().as_fd())?, self.stdin)?;
-        let mut output = vec![relays::drain(
-            "stdout",
-            self.stdout,
-            own(std::io::stdout().as_fd())?,
-        )?];
-        if let Some(stderr) = self.stderr {
-            output.push(relays::drain(
-                "stderr",
-                stderr,
-                own(std::io::stderr().as_fd())?,
-            )?);
-        }
-        Ok(output)
     }
 }

@@ -230,6 +230,50 @@ fn what_a_machine_cannot_give_is_refused_when_the_pod_is_created() {
 }
 
 #[test]
+fn an_interface_that_a_members_hook_adds_is_told_and_the_pod_goes_on() {
+    let host = Host::now();
+    let shim = Shim::start();
+    let output = TempDir::new().expect("a temporary directory");
+    let hooked = |pid: u32, script: &str| {
+        let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-ec", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]});
+        let bundle = member(&shim, pid, "ls /sys/class/net");
+        bundle.edit(|config| config["hooks"] = serde_json::json!({"createRuntime": [hook]}))
+    };
+    block_on(async {
+        let services = shim.services().await;
+        let pid = services.boot(&shim).await;
+        let late = hooked(
+            pid,
+            "nsenter -t $(jq .pid) -n ip link add late0 type veth peer name late1",
+        );
+        late.write();
+        let request = CreateTaskRequest {
+            id: "late".into(),
+            bundle: late.path().to_str().expect("plain").into(),
+            ..Default::default()
+        };
+        let refused = services.task.create(context(), &request).await;
+        let error = refused
+            .expect_err("an interface would be missing")
+            .to_string();
+        assert!(
+            error.contains("interface late") && error.contains("came too late"),
+            "{error}"
+        );
+        let again = hooked(pid, "nsenter -t $(jq .pid) -n ip link del late0");
+        let file = output.path().join("again");
+        let again = services.container(&shim, pid, &again, &file).await;
+        assert_eq!(services.end(&again).await, 0);
+        assert_eq!(fs::read_to_string(&file).expect("it wrote"), "lo\n");
+        services.stop(&shim.id).await.expect("it stops");
+        services.shut_down(&shim.id).await.expect("it ends");
+    });
+    shims_end();
+    drop(shim);
+    host.assert_nothing_left();
+}
+
+#[test]
 fn a_machine_that_does_not_boot_is_an_error_and_leaves_nothing() {
     does_not_start("kernel = \"/dev/null\"\n", || {});
 }

@@ -1,0 +1,56 @@
+//! The standard streams of the container and of the command, joined.
+
+use std::os::{fd::AsFd, unix::net::UnixStream};
+
+use bulkhead_agent_protocol::agent as wire;
+use bulkhead_shim::{
+    io::{self as relays, Relay},
+    sandbox::{self, Sandbox},
+};
+
+use crate::{failure::Failure, terminal};
+
+/// Our ends of the container's streams.
+pub struct Streams {
+    /// What the agent is told.
+    pub stdio: wire::Stdio,
+    stdin: UnixStream,
+    stdout: UnixStream,
+    stderr: Option<UnixStream>,
+}
+
+impl Streams {
+    /// Offers them to the guest.
+    pub async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, sandbox::Error> {
+        // A terminal's errors come with its output.
+        let (stdio, [stdin, stdout, stderr]) = sandbox.streams([true, true, !terminal]).await?;
+        Ok(Streams {
+            stdio,
+            stdin: stdin.expect("it was wanted"),
+            stdout: stdout.expect("it was wanted"),
+            stderr,
+        })
+    }
+
+    /// Joins them to ours; gives the relays of output, which end when the container's last writer is gone.
+    pub fn relay(self, terminal: bool) -> Result<Vec<Relay>, Failure> {
+        if terminal {
+            terminal::make_raw();
+        }
+        let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+        relays::feed(own(std::io::stdin().as_fd())?, self.stdin)?;
+        let mut output = vec![relays::drain(
+            "stdout",
+            self.stdout,
+            own(std::io::stdout().as_fd())?,
+        )?];
+        if let Some(stderr) = self.stderr {
+            output.push(relays::drain(
+                "stderr",
+                stderr,
+                own(std::io::stderr().as_fd())?,
+            )?);
+        }
+        Ok(output)
+    }
+}
