@@ -312,11 +312,6 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    fn set_link(&mut self, up: bool) -> bool {
-        let status = if up { VIRTIO_NET_S_LINK_UP as u8 } else { 0 };
-        std::mem::replace(&mut self.config[STATUS], status) != status
-    }
-
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let host = |error| ActivateError::Host(Box::new(error));
         self.pace.wait();

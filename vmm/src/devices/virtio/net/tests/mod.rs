@@ -345,14 +345,14 @@ fn a_change_of_the_link_interrupts_the_driver_once() {
     guest.driver.interrupts();
     let generation = guest.driver.read(0xfc);
     for _ in 0..2 {
-        guest.driver.transport.set_link(false);
+        ports::set_link(&guest.driver.transport.signal(), false);
     }
     assert_eq!(guest.driver.read(0x104) >> 16 & 1, 0);
     assert_eq!(guest.driver.read(reg::INTERRUPT_STATUS) & 2, 2);
     assert_eq!(guest.driver.interrupts(), 1);
     assert_eq!(guest.driver.read(0xfc), generation + 1);
     guest.driver.write(reg::INTERRUPT_ACK, 2);
-    guest.driver.transport.set_link(true);
+    ports::set_link(&guest.driver.transport.signal(), true);
     assert_eq!(guest.driver.read(0x104) >> 16 & 1, 1);
     assert_eq!(guest.driver.interrupts(), 1);
 }
