@@ -90,7 +90,6 @@ impl Receiver {
 
     /// Moves frames until there is something to wait for, or others must have their turn, which is waiting for a frame, too.
     pub fn serve(&mut self) -> Result<Wait, Fault> {
-        self.queue.take_kick();
         self.queue.suppress_kicks()?;
         let mut wait = Wait::Frame;
         for _ in 0..TURN {

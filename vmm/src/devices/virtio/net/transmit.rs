@@ -76,7 +76,6 @@ impl Transmitter {
 
     /// Moves frames until there are none, or until something stands in their way.
     pub fn serve(&mut self) -> Result<Wait, Fault> {
-        self.queue.take_kick();
         self.queue.suppress_kicks()?;
         let wait = self.send_all();
         self.queue.signal_used()?;
