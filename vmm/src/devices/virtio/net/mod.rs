@@ -110,9 +110,9 @@ impl VirtioDevice for Slot {
         &[]
     }
 
-    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
-        // §4.2.2.2: a driver ignores a device without an id.
-        Err(Fault::QueueMissing(0).into())
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        // Not reached: VERSION_1 is not offered, without which no driver gets past FEATURES_OK.
+        Err(Fault::Features(activation.features).into())
     }
 
     fn reset(&mut self) {}
