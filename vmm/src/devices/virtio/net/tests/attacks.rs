@@ -165,10 +165,7 @@ fn a_reset_does_not_fill_the_buckets() {
 #[test]
 fn odd_features_are_a_device_without_those_offloads() {
     for odd in [VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_USO4] {
-        let mut wire = Wire::new(1, 1500);
-        let mut events = Loop::new();
-        let net = device(&mut events, backend(wire.take_taps()));
-        let mut driver = Driver::new(net, memory());
+        let mut driver = Guest::not_started(1, 1500, |backend| backend).driver;
         let wanted = 1 << 32 | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << odd;
         let offered = driver.offered();
         driver.start_with(wanted & offered);
