@@ -183,6 +183,21 @@ fn an_interface_that_goes_away_under_an_idle_driver_does_not_spin() {
 }
 
 #[test]
+fn an_interface_that_is_gone_is_nothing_that_a_driver_can_fill_the_log_with() {
+    let mut guest = Guest::with(2, 1500, |backend| backend);
+    guest.wire.delete_interface();
+    for _ in 0..3 {
+        guest.driver.start();
+        guest.events.settle();
+    }
+    let failures = guest.driver.notices.failures.lock().unwrap();
+    assert!(failures.is_empty(), "{failures:?}");
+    drop(failures);
+    assert!(!guest.driver.needs_reset());
+    assert!(guest.events.is_quiet());
+}
+
+#[test]
 fn segments_of_what_cannot_be_segmented_are_the_kernels_to_drop() {
     let mut guest = Guest::new();
     // TCP segments of IPv4 in a frame that is none: the header alone is in order.
