@@ -199,13 +199,14 @@ impl Sandbox {
         Ok(process.pid() as u32)
     }
 
-    /// Waits for the end of a process.
+    /// Waits for the end of a process. With it comes what it had written to stdout and stderr, in bytes.
     pub(crate) async fn wait_process(
         &self,
         request: &agent::ProcessRequest,
-    ) -> Result<Exit, Error> {
+    ) -> Result<(Exit, [u64; 2]), Error> {
         let (_, process) = self.process(&request.container_id, &request.exec_id)?;
-        Ok(process.wait().await)
+        let exit = process.wait().await;
+        Ok((exit, process.written()))
     }
 
     /// Sends a signal to a process or to all of a container.

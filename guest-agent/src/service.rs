@@ -88,12 +88,14 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: agent::ProcessRequest,
     ) -> ttrpc::Result<agent::WaitProcessResponse> {
-        let exit = self.0.wait_process(&request).await?;
+        let (exit, [stdout_bytes, stderr_bytes]) = self.0.wait_process(&request).await?;
         Ok(agent::WaitProcessResponse {
             exit_status: exit.status,
             signal: exit.signal,
             exited_at_ns: exit.at_ns,
             oom_killed: exit.oom_killed,
+            stdout_bytes,
+            stderr_bytes,
             ..Default::default()
         })
     }

@@ -6,11 +6,13 @@
 //!  host ◄─► master ◄─► terminal    end of file of the host's side means nothing to a terminal
 //! ```
 //!
-//! Exit statuses do not pass here: a grandchild that holds stdout keeps the stream, not the answer to WaitProcess.
+//! Exit statuses do not pass here: a grandchild that holds stdout keeps the stream, not the answer to WaitProcess. That answer
+//! says how much had been written, so that the host can tell the exit after the output.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 
 use bulkhead_agent_protocol::agent;
 use nix::errno::Errno;
@@ -19,16 +21,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 
 use crate::stream::{Host, Stream};
+use crate::sys;
 
 /// Size of the buffer between two descriptors, and of the pipes, in bytes. Above 64 KiB the pipe's own copying dominates.
 const BUFFER: usize = 64 << 10;
 const PIPE_SIZE: i32 = 256 << 10;
-
-/// How long output waits for its connection to say that it has room, before the connection is asked.
-///
-/// It can have room and not say so: some one of twenty bursts of 8 MiB stood still in the lab until something else woke the guest.
-/// Why is not known. Nothing is looked at while no output waits.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// A stream could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -130,31 +127,72 @@ pub async fn dial(host: &Host, stdio: &agent::Stdio) -> Result<[Option<Stream>; 
     Ok([stdin, stdout, stderr])
 }
 
-/// Begins to copy between pipes and connections, in the background.
-pub fn copy_pipes(ends: [Option<OwnedFd>; 3], connections: [Option<Stream>; 3]) -> io::Result<()> {
-    for (stream, pair) in ends.into_iter().zip(connections).enumerate() {
-        let (Some(pipe), Some(connection)) = pair else {
-            continue;
-        };
-        let pipe = Stream::non_blocking(pipe)?;
-        if stream == 0 {
-            tokio::spawn(copy_in(connection, pipe));
-        } else {
-            tokio::spawn(copy_out(pipe, connection));
-        }
-    }
-    Ok(())
+/// How much a process has written to one of its streams; nothing when the host did not want it.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    /// Bytes that were taken from the process.
+    taken: Arc<AtomicU64>,
+    /// Where the others wait, until the copying ends.
+    source: Weak<Stream>,
 }
 
-/// Begins to copy between a terminal's master and the connections, in the background.
-pub fn copy_terminal(master: OwnedFd, connections: [Option<Stream>; 3]) -> io::Result<()> {
+impl Output {
+    fn of(source: OwnedFd) -> io::Result<(Arc<Stream>, Output)> {
+        let stream = Arc::new(Stream::non_blocking(source)?);
+        let output = Output {
+            taken: Arc::default(),
+            source: Arc::downgrade(&stream),
+        };
+        Ok((stream, output))
+    }
+
+    /// Bytes that have been written so far. Copying takes and counts in one step of the agent's only thread, so none is missed or
+    /// counted twice.
+    pub fn written(&self) -> u64 {
+        let waiting = self.source.upgrade().map_or(0, |stream| {
+            // A pipe and a terminal have no reason to refuse.
+            sys::unread(stream.as_fd()).unwrap_or(0)
+        });
+        self.taken.load(Relaxed) + u64::from(waiting)
+    }
+
+    fn count(&self, bytes: usize) {
+        self.taken.fetch_add(bytes as u64, Relaxed);
+    }
+}
+
+/// Begins to copy between pipes and connections, in the background. Gives stdout and stderr.
+pub fn copy_pipes(
+    ends: [Option<OwnedFd>; 3],
+    connections: [Option<Stream>; 3],
+) -> io::Result<[Output; 2]> {
+    let [stdin, stdout, stderr] = connections;
+    let [input, out, err] = ends;
+    if let (Some(pipe), Some(connection)) = (input, stdin) {
+        tokio::spawn(copy_in(connection, Stream::non_blocking(pipe)?));
+    }
+    let copy = |pipe, connection| match (pipe, connection) {
+        (Some(pipe), Some(connection)) => {
+            let (pipe, output) = Output::of(pipe)?;
+            tokio::spawn(copy_out(pipe, output.clone(), connection));
+            Ok(output)
+        }
+        _ => io::Result::Ok(Output::default()),
+    };
+    Ok([copy(out, stdout)?, copy(err, stderr)?])
+}
+
+/// Begins to copy between a terminal's master and the connections, in the background. Gives the terminal's output, and nothing
+/// for stderr.
+pub fn copy_terminal(master: OwnedFd, connections: [Option<Stream>; 3]) -> io::Result<[Output; 2]> {
     let [stdin, stdout, _] = connections;
     if let Some(stdin) = stdin {
         let master = Stream::non_blocking(master.try_clone()?)?;
         tokio::spawn(copy_to_terminal(stdin, master));
     }
-    tokio::spawn(copy_from_terminal(Stream::non_blocking(master)?, stdout));
-    Ok(())
+    let (master, output) = Output::of(master)?;
+    tokio::spawn(copy_from_terminal(master, output.clone(), stdout));
+    Ok([output, Output::default()])
 }
 
 /// Host to process. Ends with the host's end of file or when nobody can read the pipe any more; dropping the pipe is the
@@ -164,7 +202,7 @@ async fn copy_in(connection: Stream, pipe: Stream) {
         biased;
         _ = pipe_closed(&pipe) => {}
         // An error of either side ends the stream like its end of file.
-        _ = splice_all(&connection, &pipe, Duration::MAX) => {}
+        _ = splice_all(&connection, &pipe, |_| ()) => {}
     }
 }
 
@@ -181,27 +219,23 @@ async fn pipe_closed(pipe: &Stream) {
 }
 
 /// Process to host. Ends with the last writer, or, as a broken pipe for the process, with the host's connection.
-async fn copy_out(pipe: Stream, connection: Stream) {
-    if splice_all(&pipe, &connection, LOOK).await.is_ok() {
+async fn copy_out(pipe: Arc<Stream>, output: Output, connection: Stream) {
+    let copied = splice_all(&pipe, &connection, |bytes| output.count(bytes));
+    if copied.await.is_ok() {
         connection.finish();
     }
 }
 
 /// Moves bytes from one descriptor to the other, one of which is a pipe, until end of file: one copy by the kernel
 /// instead of two through a buffer of ours, and no memory while nothing moves.
-///
-/// Room is looked for after `patience` although nobody said that there is any.
-async fn splice_all(from: &Stream, to: &Stream, patience: Duration) -> io::Result<()> {
+async fn splice_all(from: &Stream, to: &Stream, moved: impl Fn(usize)) -> io::Result<()> {
     let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
     loop {
         let mut readable = from.readiness().readable().await?;
-        let mut writable = tokio::time::timeout(patience, to.readiness().writable())
-            .await
-            .ok()
-            .transpose()?;
+        let mut writable = to.readiness().writable().await?;
         match splice(from, None, to, None, PIPE_SIZE as usize, flags) {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(bytes) => moved(bytes),
             Err(Errno::EINTR) => continue,
             Err(Errno::EAGAIN) => {
                 // splice(2) does not say which side it would have to wait for.
@@ -214,7 +248,7 @@ async fn splice_all(from: &Stream, to: &Stream, patience: Duration) -> io::Resul
                 if !input {
                     readable.clear_ready();
                 }
-                if let Some(writable) = writable.as_mut().filter(|_| !output) {
+                if !output {
                     writable.clear_ready();
                 }
             }
@@ -242,12 +276,13 @@ async fn copy_to_terminal(mut connection: Stream, mut master: Stream) {
 
 /// Terminal to host. A master answers EIO when no process has the terminal open any more. Without a reader on the host
 /// the output is read all the same, or the process would stop when the terminal's buffer is full.
-async fn copy_from_terminal(mut master: Stream, mut connection: Option<Stream>) {
+async fn copy_from_terminal(master: Arc<Stream>, output: Output, mut connection: Option<Stream>) {
     let mut buffer = vec![0u8; BUFFER];
     loop {
-        match master.read(&mut buffer).await {
+        match (&*master).read(&mut buffer).await {
             Ok(0) | Err(_) => break,
             Ok(length) => {
+                output.count(length);
                 let Some(host) = connection.as_mut() else {
                     continue;
                 };

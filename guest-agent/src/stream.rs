@@ -106,6 +106,17 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        Pin::new(&mut &*self).poll_read(context, buffer)
+    }
+}
+
+/// For one that others look at meanwhile.
+impl AsyncRead for &Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         loop {
             let mut guard = ready!(self.0.poll_read_ready(context))?;
             match guard.try_io(|fd| Ok(nix::unistd::read(fd, buffer.initialize_unfilled())?)) {

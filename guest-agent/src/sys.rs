@@ -417,6 +417,16 @@ pub fn terminal_resize(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io:
     Ok(())
 }
 
+/// Bytes that wait to be read from a pipe or a terminal (FIONREAD).
+pub fn unread(source: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int that outlives the call.
+    check(libc::c_long::from(unsafe {
+        libc::ioctl(source.as_raw_fd(), libc::FIONREAD, &raw mut bytes)
+    }))?;
+    Ok(bytes.unsigned_abs())
+}
+
 /// setgroups(2).
 pub fn setgroups(groups: &[u32]) -> io::Result<()> {
     // SAFETY: the kernel reads `len` numbers of a slice that outlives the call.

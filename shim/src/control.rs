@@ -28,9 +28,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The other side speaks another language.
-    #[error(
-        "control socket: the packet received is not understood ({0}); are all parts of one version?"
-    )]
+    #[error("control socket: a packet is not understood; are all parts of one version?")]
     Parse(#[from] serde_json::Error),
     /// Too large, or too many descriptors.
     #[error("control socket: a packet of {0} bytes and {1} descriptors exceeds the limit")]
@@ -151,15 +149,20 @@ fn receive(socket: RawFd) -> io::Result<Packet> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use bulkhead_vmm_config::{Event, Request};
 
     use super::*;
 
+    /// The process's end.
+    pub(crate) fn of(theirs: OwnedFd) -> Control {
+        Control(watch(theirs, Interest::READABLE | Interest::WRITABLE).unwrap())
+    }
+
     #[tokio::test]
     async fn packets_keep_their_bounds_and_an_end_is_seen() {
         let (ours, theirs) = pair().unwrap();
-        let theirs = Control(watch(theirs, Interest::READABLE | Interest::WRITABLE).unwrap());
+        let theirs = of(theirs);
         ours.send(&Request::Stats, &[]).await.unwrap();
         ours.send(&Request::Stop, &[0]).await.unwrap();
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));

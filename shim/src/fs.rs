@@ -48,8 +48,16 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Fs {
     peer: Peer,
-    /// Held over a request and its answer: whether it serves yet.
-    exchange: tokio::sync::Mutex<bool>,
+    /// Held over a request and its answer.
+    exchange: tokio::sync::Mutex<Exchange>,
+}
+
+#[derive(Debug, Default)]
+struct Exchange {
+    /// It has said that it serves.
+    serves: bool,
+    /// Answers that are on their way, in the order of the requests. Who gave up before its answer came leaves it to the next one.
+    due: u32,
 }
 
 impl Fs {
@@ -80,7 +88,7 @@ impl Fs {
         let fds = [socket.as_raw_fd(), peer.log.as_raw_fd()];
         let fs = Fs {
             peer,
-            exchange: tokio::sync::Mutex::new(false),
+            exchange: tokio::sync::Mutex::default(),
         };
         match fs.peer.control.send(&config, &fds).await {
             Ok(()) => Ok(fs),
@@ -94,13 +102,13 @@ impl Fs {
     /// Nothing may be mounted in the share earlier: the kernel does not propagate a mount to a tree that is detached at that
     /// moment, as the share is while the process moves it into its jail.
     pub async fn serving(&self) -> Result<(), Error> {
-        let mut serves = self.exchange.lock().await;
-        if *serves {
+        let mut exchange = self.exchange.lock().await;
+        if exchange.serves {
             return Ok(());
         }
         match self.receive().await? {
             FsEvent::Serving => {
-                *serves = true;
+                exchange.serves = true;
                 Ok(())
             }
             other => Err(refused("to serve", &other)),
@@ -109,16 +117,22 @@ impl Fs {
 
     /// Closes everything at and beneath `tree` (relative to the share), so that it can be unmounted.
     pub async fn detach(&self, tree: &str) -> Result<(), Error> {
-        let _turn = self.exchange.lock().await;
+        let mut exchange = self.exchange.lock().await;
         let request = FsRequest::Detach { tree: tree.into() };
         match self.peer.control.send(&request, &[]).await {
             Ok(()) => {}
             Err(control::Error::Io { .. }) => return Err(self.gone().await),
             Err(error) => return Err(error.into()),
         }
-        match self.receive().await? {
-            FsEvent::Detached { .. } => Ok(()),
-            other => Err(refused("to detach a tree", &other)),
+        exchange.due += 1;
+        loop {
+            let answer = self.receive().await;
+            exchange.due -= 1;
+            match (exchange.due, answer?) {
+                (1.., _) => {}
+                (0, FsEvent::Detached { .. }) => return Ok(()),
+                (0, other) => return Err(refused("to detach a tree", &other)),
+            }
         }
     }
 
@@ -158,4 +172,37 @@ fn refused(request: &'static str, event: &FsEvent) -> Error {
         other => format!("its answer is {other:?}"),
     };
     Error::Refused { request, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_that_nobody_waits_for_is_nobody_elses() {
+        let (peer, theirs) = peer::tests::idle();
+        let fs = Fs {
+            peer,
+            exchange: tokio::sync::Mutex::default(),
+        };
+        for tree in ["a", "b"] {
+            let given_up = tokio::time::timeout(Duration::from_millis(100), fs.detach(tree)).await;
+            given_up.unwrap_err();
+        }
+        let answers = [
+            FsEvent::Refused { reason: "a".into() },
+            FsEvent::Refused { reason: "b".into() },
+            FsEvent::Detached {
+                inodes: 1,
+                handles: 0,
+            },
+        ];
+        for answer in answers {
+            theirs.send(&answer, &[]).await.unwrap();
+        }
+        fs.detach("c").await.unwrap();
+        fs.peer.kill();
+    }
 }

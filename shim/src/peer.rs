@@ -126,3 +126,31 @@ impl Peer {
         process::reap(self.pidfd.get_ref().as_fd())
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// A process that waits to be killed, and the other end of its control socket.
+    #[allow(clippy::zombie_processes)] // `Peer::death` collects it
+    pub(crate) fn idle() -> (Peer, Control) {
+        let (control, theirs) = control::pair().unwrap();
+        let child = Command::new("sleep")
+            .arg("60")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let id = ProcessId::of(child.id() as i32).unwrap();
+        let pidfd = id.open().unwrap().unwrap();
+        let peer = Peer {
+            control,
+            pid: id.pid,
+            log: File::open("/dev/null").unwrap().into(),
+            tail: Tail::default(),
+            pidfd: sys::watch(pidfd, Interest::READABLE).unwrap(),
+        };
+        (peer, control::tests::of(theirs))
+    }
+}

@@ -218,14 +218,50 @@ def stdio_bulkhead():
     return {"mib_per_s": 256 / (time.monotonic() - since)}
 
 
-def file_tree():
-    """A root with the lab's programs and a data directory with small files in a tar; the same for both sides."""
-    root = "/tmp/files-root"
+def tools_root():
+    """A root with the lab's programs and an empty data directory; the same for both sides."""
+    root = "/tmp/root"
     for name in ("usr", "data", "proc", "sys", "dev", "tmp", "etc"):
         os.makedirs(f"{root}/{name}")
     for name in ("bin", "sbin", "lib", "lib64"):
         os.symlink(f"usr/{name}", f"{root}/{name}")
     subprocess.run(["mount", "--bind", "/usr", f"{root}/usr"], check=True)
+    return root
+
+
+def qemu_over(root, workload, prepare="", devices=(), inside=()):
+    """Starts QEMU with the root as its virtio-fs share, by virtiofsd, and a guest that does `prepare` (busybox at /busybox, the share
+    at /mnt) and then the workload, whose output is data/result of the root. `inside` is a command that QEMU is started by."""
+    line = command_line()
+    init = "/tmp/init"
+    os.makedirs(f"{init}/mnt")
+    shutil.copy("/bin/busybox", f"{init}/busybox")
+    with open(f"{init}/init", "w") as file:
+        file.write(
+            "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
+            f"{prepare}\n/busybox chroot /mnt /bin/sh {workload} > /mnt/data/result 2>&1\n/busybox sync; /busybox reboot -f\n"
+        )
+    os.chmod(f"{init}/init", 0o755)
+    initramfs, socket_path = "/tmp/initramfs", "/tmp/virtiofsd.sock"
+    subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > {initramfs} 2>/dev/null"], check=True)
+    # It ends with QEMU.
+    subprocess.Popen(
+        ["/usr/libexec/virtiofsd", f"--socket-path={socket_path}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
+        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not os.path.exists(socket_path):
+        time.sleep(0.05)
+    share = [
+        "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
+        "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
+    ]  # fmt: skip
+    command = [*inside, *qemu_command(line, "/tmp/marker", [*share, *devices], initramfs=initramfs, memory=512)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+def file_tree():
+    """The root, with small files in a tar in its data directory."""
+    root = tools_root()
     # On an ext4 disk: tmpfs knows no O_DIRECT.
     script = "truncate -s 400M /tmp/data.img && mkfs.ext4 -q -N 20000 /tmp/data.img && mount -o loop /tmp/data.img $0/data"
     subprocess.run(["sh", "-c", script, root], check=True)
@@ -281,32 +317,9 @@ def files_bulkhead():
 
 
 def files_qemu():
-    line = command_line()
     root = file_tree()
-    init = "/tmp/init"
-    os.makedirs(f"{init}/mnt")
-    shutil.copy("/bin/busybox", f"{init}/busybox")
-    with open(f"{init}/init", "w") as file:
-        file.write(
-            "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
-            "/busybox chroot /mnt /bin/sh /data/files.sh /data > /mnt/data/result 2>&1\n/busybox sync; /busybox reboot -f\n"
-        )
-    os.chmod(f"{init}/init", 0o755)
-    subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/files-initramfs 2>/dev/null"], check=True)
-    socket_path = "/tmp/virtiofsd.sock"
-    daemon = subprocess.Popen(
-        ["/usr/libexec/virtiofsd", f"--socket-path={socket_path}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
-        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not os.path.exists(socket_path):
-        time.sleep(0.05)
-    share = [
-        "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
-        "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
-    ]  # fmt: skip
-    command = qemu_command(line, "/tmp/marker", share, initramfs="/tmp/files-initramfs", memory=512)
     figures, result = FileFigures(), f"{root}/data/result"
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+    with qemu_over(root, "/data/files.sh /data") as process:
         while not os.path.exists(result) and process.poll() is None:
             time.sleep(0.05)
         with open(result) as file:
@@ -317,7 +330,6 @@ def files_qemu():
                 for line in lines:
                     figures.take(line, process.pid)
                 time.sleep(0.05)
-    daemon.wait(timeout=30)
     return figures.finish()
 
 
@@ -333,14 +345,9 @@ def wire():
     subprocess.run(["sh", "-ec", script], check=True)
 
 
-def net_tools():
-    """A root with the lab's programs and the workload."""
-    root = "/tmp/net-root"
-    for name in ("usr", "data", "proc", "sys", "dev", "tmp", "etc"):
-        os.makedirs(f"{root}/{name}")
-    for name in ("bin", "sbin", "lib", "lib64"):
-        os.symlink(f"usr/{name}", f"{root}/{name}")
-    subprocess.run(["mount", "--bind", "/usr", f"{root}/usr"], check=True)
+def net_root():
+    """The root with the network's workload."""
+    root = tools_root()
     shutil.copy("/src/tests/bench/net.sh", f"{root}/data/net.sh")
     return root
 
@@ -369,7 +376,7 @@ def in_pod_network(config):
 
 
 def net_bulkhead():
-    root = net_tools()
+    root = net_root()
     wire()
 
     def change(config):
@@ -389,43 +396,22 @@ def net_bulkhead():
 
 def net_qemu():
     """QEMU's own user-space device on a tap, redirected to the same interface in the same way."""
-    line = command_line()
-    root = net_tools()
+    root = net_root()
     wire()
-    script = """ip -n pod tuntap add tap0 mode tap vnet_hdr && ip -n pod link set tap0 up
+    in_pod = ["ip", "netns", "exec", "pod"]
+    script = """ip tuntap add tap0 mode tap vnet_hdr && ip link set tap0 up
         for pair in "tap0 eth0" "eth0 tap0"; do set -- $pair
-            ip netns exec pod tc qdisc add dev $1 ingress
-            ip netns exec pod tc filter add dev $1 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev $2
-        done"""
-    subprocess.run(["sh", "-ec", script], check=True)
-    mac = subprocess.run(["ip", "netns", "exec", "pod", "cat", "/sys/class/net/eth0/address"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    init = "/tmp/init"
-    os.makedirs(f"{init}/mnt")
-    shutil.copy("/bin/busybox", f"{init}/busybox")
-    with open(f"{init}/init", "w") as file:
-        file.write(
-            "#!/busybox sh\n/busybox mount -t virtiofs share /mnt && /busybox mount -t proc proc /mnt/proc && /busybox mount -t devtmpfs dev /mnt/dev\n"
-            "/busybox mount -t tmpfs tmp /mnt/tmp\n"
-            f"/busybox ip link set lo up; /busybox ip addr add {POD}/24 dev eth0; /busybox ip link set eth0 up\n"
-            f"/busybox chroot /mnt /bin/sh /data/net.sh {PEER} > /mnt/data/result 2>&1\n/busybox sync; /busybox reboot -f\n"
-        )
-    os.chmod(f"{init}/init", 0o755)
-    subprocess.run(["sh", "-c", f"cd {init} && find . | busybox cpio -o -H newc > /tmp/net-initramfs 2>/dev/null"], check=True)
-    socket_path = "/tmp/virtiofsd.sock"
-    daemon = subprocess.Popen(
-        ["/usr/libexec/virtiofsd", f"--socket-path={socket_path}", f"--shared-dir={root}", "--cache=auto", "--announce-submounts", "--sandbox=namespace"],
-        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not os.path.exists(socket_path):
-        time.sleep(0.05)
-    devices = [
-        "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-machine", "memory-backend=mem",
-        "-chardev", f"socket,id=fs,path={socket_path}", "-device", "vhost-user-fs-device,chardev=fs,tag=share",
-        "-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no,vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}",
-    ]  # fmt: skip
-    command = ["ip", "netns", "exec", "pod", *qemu_command(line, "/tmp/marker", devices, initramfs="/tmp/net-initramfs", memory=512)]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=300)
-    daemon.wait(timeout=30)
+            tc qdisc add dev $1 ingress
+            tc filter add dev $1 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev $2
+        done
+        cat /sys/class/net/eth0/address"""
+    mac = subprocess.run([*in_pod, "sh", "-ec", script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    prepare = f"""/busybox mount -t tmpfs tmp /mnt/tmp
+        /busybox ip link set lo up; /busybox ip addr add {POD}/24 dev eth0; /busybox ip link set eth0 up"""
+    devices = ["-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no,vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}"]
+    status = qemu_over(root, f"/data/net.sh {PEER}", prepare, devices, inside=["timeout", "300", *in_pod]).wait()
+    if status != 0:
+        raise SystemExit(f"qemu: ended with {status}")
     figures = NetFigures()
     with open(f"{root}/data/result") as file:
         for text in file:

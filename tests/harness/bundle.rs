@@ -47,11 +47,16 @@ impl Bundle {
 
     /// Lets the container have the interfaces of a network namespace.
     pub fn network(self, netns: &Netns) -> Bundle {
+        self.network_at(&netns.path())
+    }
+
+    /// The same of one that somebody else has made.
+    pub fn network_at(self, path: &Path) -> Bundle {
         self.edit(|config| {
             let listed = config["linux"]["namespaces"].as_array_mut();
             for namespace in listed.expect("runc spec lists namespaces") {
                 if namespace["type"] == "network" {
-                    namespace["path"] = json!(netns.path());
+                    namespace["path"] = json!(path);
                 }
             }
         })

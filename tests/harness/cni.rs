@@ -18,7 +18,7 @@ pub struct Attachment<'a> {
     list: Value,
     runtime: Value,
     /// What the last plugin answered.
-    pub result: Value,
+    result: Value,
 }
 
 impl<'a> Attachment<'a> {
@@ -50,12 +50,20 @@ impl<'a> Attachment<'a> {
 
     /// The pod's addresses without their masks.
     pub fn addresses(&self) -> Vec<String> {
-        let listed = self.result["ips"].as_array().expect("a result lists them");
-        let text = listed
-            .iter()
-            .map(|ip| ip["address"].as_str().expect("CIDR"));
-        text.map(|cidr| cidr.split('/').next().expect("one part").to_owned())
+        let all = self.of_each_address("address").into_iter();
+        all.map(|cidr| cidr.split('/').next().expect("one part").to_owned())
             .collect()
+    }
+
+    /// The gateway of each address.
+    pub fn gateways(&self) -> Vec<String> {
+        self.of_each_address("gateway")
+    }
+
+    fn of_each_address(&self, key: &str) -> Vec<String> {
+        let listed = self.result["ips"].as_array().expect("a result lists them");
+        let text = |ip: &Value| ip[key].as_str().expect("it has one").to_owned();
+        listed.iter().map(text).collect()
     }
 
     fn plugins(&self) -> Vec<Value> {
@@ -73,7 +81,7 @@ impl<'a> Attachment<'a> {
         let program = format!("{PLUGINS}/{}", plugin["type"].as_str().expect("a type"));
         let mut child = Command::new("ip")
             .args(["netns", "exec"])
-            .arg(self.node.path().file_name().expect("a name"))
+            .arg(self.node.name())
             .arg(program)
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", &self.id)

@@ -21,6 +21,11 @@ impl Netns {
         made
     }
 
+    /// As `ip` knows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Where engines find it.
     pub fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(&self.name)

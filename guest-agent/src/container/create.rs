@@ -257,16 +257,16 @@ pub(super) async fn finish(
         (Err(failure), _) => Err(explain(failure, exit.clone()).await.into()),
         (_, Err(error)) => Err(error.into()),
         (Ok(None), Ok(streams)) => stdio::copy_pipes(ends, streams)
-            .map(|()| None)
+            .map(|output| (None, output))
             .map_err(system("connect the standard streams")),
         (Ok(Some(master)), Ok(streams)) => master
             .try_clone()
             .and_then(|copy| stdio::copy_terminal(copy, streams))
-            .map(|()| Some(master))
+            .map(|output| (Some(master), output))
             .map_err(system("connect the terminal")),
     };
     match connected {
-        Ok(terminal) => Ok(Process::new(spawned, channel, spec, terminal, exit)),
+        Ok((terminal, output)) => Ok(Process::new(spawned, channel, spec, terminal, output, exit)),
         Err(error) => {
             drop(channel);
             Process::abandon(spawned, exit).await;

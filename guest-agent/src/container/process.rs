@@ -18,6 +18,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::message::{self, Failure, FromStage};
 use crate::reaper::Exit;
+use crate::stdio::Output;
 use crate::stream::Stream;
 use crate::sys;
 
@@ -198,6 +199,7 @@ pub struct Process {
     pidfd: OwnedFd,
     start: Mutex<Start>,
     terminal: Option<OwnedFd>,
+    output: [Output; 2],
     exit: watch::Receiver<Option<Exit>>,
 }
 
@@ -208,6 +210,7 @@ impl Process {
         channel: Channel,
         spec: &agent::Process,
         terminal: Option<OwnedFd>,
+        output: [Output; 2],
         exit: watch::Receiver<Option<Exit>>,
     ) -> Self {
         let start = Mutex::new(Start::Created {
@@ -219,6 +222,7 @@ impl Process {
             pidfd: spawned.pidfd,
             start,
             terminal,
+            output,
             exit,
         }
     }
@@ -246,6 +250,11 @@ impl Process {
             .await
             .expect("the watcher of a process outlives it");
         value.expect("waited for a value")
+    }
+
+    /// Bytes of stdout and of stderr that have been written to its streams so far, by whomever.
+    pub fn written(&self) -> [u64; 2] {
+        self.output.each_ref().map(Output::written)
     }
 
     /// Lets it execute its program; answers when that has happened or failed.

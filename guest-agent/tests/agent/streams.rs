@@ -63,6 +63,23 @@ async fn a_grandchild_with_stdout_holds_the_stream_and_not_the_status() {
 }
 
 #[tokio::test]
+async fn with_the_exit_comes_how_much_had_been_written_read_or_not() {
+    let guest = Guest::start().await;
+    // More than the connection holds, less than it and the pipe do; and somebody who writes later, from another process.
+    let script = "head -c 400000 /dev/zero; printf 7bytes. >&2; (sleep 1; echo late) & exit 0";
+    let _streams = guest.sleeper("one", guest.spec("one", "")).await;
+    let streams = guest.exec("one", "e", shell(script)).await.unwrap();
+    guest.start_process("one", "e").await.unwrap();
+    let exit = guest.wait("one", "e").await;
+    assert_eq!((exit.stdout_bytes, exit.stderr_bytes), (400_000, 7));
+    let (out, err) = streams.collect().await;
+    assert_eq!((out.len(), err.len()), (400_005, 7));
+    let later = guest.wait("one", "e").await;
+    assert_eq!((later.stdout_bytes, later.stderr_bytes), (400_005, 7));
+    guest.end("one").await;
+}
+
+#[tokio::test]
 async fn output_of_a_process_that_ends_at_once_is_whole() {
     let guest = Guest::start().await;
     let _streams = guest.sleeper("one", guest.spec("one", "")).await;
@@ -236,5 +253,6 @@ async fn output_before_a_hang_up_is_not_lost() {
         spec.process = Some(terminal("seq 1 300")).into();
         let output = guest.run(&id, spec).await;
         assert_eq!(output.out.lines().count(), 300, "{n}");
+        assert_eq!(output.exit.stdout_bytes, output.out.len() as u64, "{n}");
     }
 }

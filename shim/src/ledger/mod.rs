@@ -13,6 +13,7 @@
 //! symbolic link, without a recursive delete, and without a lazy unmount. What cannot be undone stays in the ledger.
 
 mod gc;
+mod list;
 mod record;
 mod teardown;
 
@@ -30,7 +31,8 @@ use std::{
     time::Duration,
 };
 
-pub use gc::{Collected, Listed, Reclaimed, collect, list, reclaim};
+pub use gc::{Collected, Reclaimed, collect, reclaim};
+pub use list::{Listed, list};
 pub use record::{Owner, Resource, Ticket};
 pub use teardown::Leftover;
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::record::Resource;
 use crate::{
+    error::line,
     network,
     sys::{
         files::Entry,
@@ -50,19 +51,10 @@ pub(super) fn undo(resource: &Resource, patience: Duration) -> io::Result<()> {
         Resource::Cgroup { path, shared } => crate::cgroup::remove(path, *shared),
         Resource::Process { id, .. } => kill(*id),
         Resource::Claim { path, holder } => give_up_claim(path, holder),
-        Resource::Redirect(redirect) => network::give_back(redirect).map_err(with_causes),
+        Resource::Redirect(redirect) => {
+            network::give_back(redirect).map_err(|error| io::Error::other(line(&error)))
+        }
     }
-}
-
-/// An error in one line, its causes in it.
-fn with_causes(error: network::Error) -> io::Error {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(next) = cause {
-        text.push_str(&format!(": {next}"));
-        cause = next.source();
-    }
-    io::Error::other(text)
 }
 
 /// What is not there needs no removal.

@@ -273,7 +273,7 @@ fn connect(socket: &mut Socket, link: &Link, redirect: &Redirect) -> Result<(), 
     if redirect.groups {
         let all = libc::IFF_ALLMULTI as u32;
         socket
-            .request(release::flags(link.index, all, all))
+            .request(link::flags(link.index, all, all))
             .step("open for all groups", name)?;
     }
     if redirect.ingress {

@@ -1,16 +1,23 @@
 //! Whether the links of a pod's interfaces carry frames, told when it changes: the far end of a wire goes down, a bridge's port is
 //! disabled. What the guest sends would be lost, and its kernel should know as the namespace's does.
 
-use std::{
-    io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+    },
 };
 
-use super::{Error, Step, message::Message, namespace::Namespace, snapshot::field};
+use super::{
+    Error, Step,
+    message::{Message, field},
+    namespace::Namespace,
+};
 
-/// net_device(7)'s IFF_LOWER_UP, in the flags at this place of `struct ifinfomsg`.
+/// netdevice(7)'s IFF_LOWER_UP.
 const LOWER_UP: u32 = 0x1_0000;
-const FLAGS: usize = 8;
 
 /// The links of some interfaces of one namespace.
 #[derive(Debug)]
@@ -51,7 +58,7 @@ impl Carriers {
             let up = links
                 .iter()
                 .find(|link| link.number(field::INDEX) == *index)
-                .is_some_and(|link| link.number(FLAGS) & LOWER_UP != 0);
+                .is_some_and(|link| link.number(field::LINK_FLAGS) & LOWER_UP != 0);
             if known.replace(up) != Some(up) {
                 changed.push((device, up));
             }
@@ -63,18 +70,11 @@ impl Carriers {
     fn empty(&self) {
         let mut buffer = [0_u8; 4096];
         loop {
-            // SAFETY: writes into the buffer, no more than it holds.
-            let length = unsafe {
-                let (buffer, room) = (buffer.as_mut_ptr().cast(), buffer.len());
-                libc::recv(self.heard.as_raw_fd(), buffer, room, libc::MSG_DONTWAIT)
-            };
-            let error = io::Error::last_os_error();
-            match length {
-                0.. => {}
+            match recv(self.heard.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(_) | Err(Errno::EINTR) => {}
                 // Too much came at once: some of it is lost, which does not matter.
-                _ if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-                _ if error.kind() == io::ErrorKind::Interrupted => {}
-                _ => return,
+                Err(Errno::ENOBUFS) => {}
+                Err(_) => return,
             }
         }
     }
@@ -86,35 +86,14 @@ impl AsFd for Carriers {
     }
 }
 
-impl AsRawFd for Carriers {
-    fn as_raw_fd(&self) -> i32 {
-        self.heard.as_raw_fd()
-    }
-}
-
 /// A socket that hears of every change of a link in the thread's namespace.
-fn subscribe() -> io::Result<OwnedFd> {
-    // SAFETY: makes a descriptor from numbers.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_NETLINK,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            libc::NETLINK_ROUTE,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: new, and nobody else's.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all zeros are an address of no port and no group.
-    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-    address.nl_groups = libc::RTMGRP_LINK as u32;
-    let length = size_of_val(&address) as libc::socklen_t;
-    // SAFETY: reads an address of this length.
-    match unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) } {
-        0 => Ok(fd),
-        _ => Err(io::Error::last_os_error()),
-    }
+fn subscribe() -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let route = SockProtocol::NetlinkRoute;
+    let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, route)?;
+    bind(
+        fd.as_raw_fd(),
+        &NetlinkAddr::new(0, libc::RTMGRP_LINK as u32),
+    )?;
+    Ok(fd)
 }

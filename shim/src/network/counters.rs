@@ -2,7 +2,12 @@
 
 use serde::Serialize;
 
-use super::{Error, Step, message::Message, namespace::Namespace, release::Redirect};
+use super::{
+    Error, Step,
+    message::{Message, field},
+    namespace::Namespace,
+    release::Redirect,
+};
 
 /// Counters of one link since it was made, as its kernel counts: received is what the link took in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -59,7 +64,7 @@ pub fn counters<'a>(
         tap: redirect.tap.clone(),
         outside: links
             .iter()
-            .find(|link| link.number(4) == redirect.index)
+            .find(|link| link.number(field::INDEX) == redirect.index)
             .and_then(traffic),
         inside: links
             .iter()

@@ -7,9 +7,9 @@ use bulkhead_agent_protocol::agent;
 
 use super::{
     link::Link,
-    message::{self, Attribute, Message},
+    message::{self, Attribute, Message, field},
     routes,
-    snapshot::{IPV4, IPV6, Snapshot, field},
+    snapshot::{IPV4, IPV6, Snapshot},
 };
 
 /// Attributes of addresses (linux/if_addr.h) that libc does not have.
@@ -148,8 +148,8 @@ fn links(link: &Link, number: u32, device: Option<&Given>) -> Vec<Message> {
     }
     let flags = request(libc::RTM_NEWLINK, 0)
         .with_number(field::INDEX, number)
-        .with_number(8, link.flags & mask)
-        .with_number(12, mask);
+        .with_number(field::LINK_FLAGS, link.flags & mask)
+        .with_number(field::LINK_MASK, mask);
     // lo that is down is nobody's wish: a namespace begins so.
     if device.is_some() || link.is(libc::IFF_UP) {
         all.push(flags);
@@ -158,10 +158,8 @@ fn links(link: &Link, number: u32, device: Option<&Given>) -> Vec<Message> {
 }
 
 fn address_mode_of(mode: u8) -> Vec<u8> {
-    let (mut inner, mut outer) = (Vec::new(), Vec::new());
-    message::push(&mut inner, IFLA_INET6_ADDR_GEN_MODE, &[mode]);
-    message::push(&mut outer, libc::AF_INET6 as u16, &inner);
-    outer
+    let mode = message::nested(&[(IFLA_INET6_ADDR_GEN_MODE, &[mode])]);
+    message::nested(&[(libc::AF_INET6 as u16, &mode)])
 }
 
 /// How the kernel makes addresses from now on. The mode with a stable secret stays off: the secret is the namespace's.
@@ -219,7 +217,7 @@ fn address(message: &Message, snapshot: &Snapshot, numbers: &HashMap<u32, u32>) 
     }
     let mut flags = message
         .get_number(IFA_FLAGS)
-        .unwrap_or_else(|| message.byte(2).into());
+        .unwrap_or_else(|| message.byte(field::ADDRESS_FLAGS).into());
     if !has_prefix_route(message, value, snapshot) {
         flags |= IFA_F_NOPREFIXROUTE;
     }
@@ -281,18 +279,20 @@ fn masked(value: &[u8], prefix: u8) -> Vec<u8> {
 /// Neighbours that somebody has written down; the others the guest finds itself.
 fn neighbour(message: &Message, numbers: &HashMap<u32, u32>) -> Option<Message> {
     let number = numbers.get(&message.number(field::INDEX))?;
-    let state = u16::from_ne_bytes([message.byte(8), message.byte(9)]);
-    let proxied = message.byte(10) & libc::NTF_PROXY != 0;
+    let state = message.half(field::NEIGHBOUR_STATE);
+    let flags = message.byte(field::NEIGHBOUR_FLAGS);
+    let proxied = flags & libc::NTF_PROXY != 0;
     if !proxied && state & libc::NUD_PERMANENT == 0 {
         return None;
     }
     let mut request = request(libc::RTM_NEWNEIGH, libc::NLM_F_CREATE | libc::NLM_F_REPLACE);
     request.set_byte(field::FAMILY, message.byte(field::FAMILY));
     request.set_number(field::INDEX, *number);
-    for at in 8..11 {
+    for at in [field::NEIGHBOUR_STATE, field::NEIGHBOUR_STATE + 1] {
         request.set_byte(at, message.byte(at));
     }
-    request.set_byte(10, message.byte(10) & (libc::NTF_PROXY | libc::NTF_ROUTER));
+    let flags = flags & (libc::NTF_PROXY | libc::NTF_ROUTER);
+    request.set_byte(field::NEIGHBOUR_FLAGS, flags);
     let kept = [libc::NDA_DST, libc::NDA_LLADDR];
     let keep = |attribute: &&Attribute| kept.contains(&attribute.kind);
     request.attributes = message.attributes.iter().filter(keep).cloned().collect();
@@ -302,7 +302,7 @@ fn neighbour(message: &Message, numbers: &HashMap<u32, u32>) -> Option<Message> 
 /// Rules but those that every kernel begins with. Interfaces are in them by name, and have the same names in the guest.
 fn rule(message: &Message) -> Option<Message> {
     let priority = message.get_number(FRA_PRIORITY).unwrap_or_default();
-    let table = libc::c_int::from(message.byte(4));
+    let table = libc::c_int::from(message.byte(field::RULE_TABLE));
     let begins = [
         (0, libc::RT_TABLE_LOCAL),
         (32766, libc::RT_TABLE_MAIN),
@@ -318,6 +318,7 @@ fn rule(message: &Message) -> Option<Message> {
     request.kind = libc::RTM_NEWRULE;
     request.flags = self::request(0, libc::NLM_F_CREATE | libc::NLM_F_EXCL).flags;
     // Not whether it is detached, which is the kernel's to say.
-    request.set_number(8, message.number(8) & FIB_RULE_INVERT);
+    let flags = message.number(field::RULE_FLAGS);
+    request.set_number(field::RULE_FLAGS, flags & FIB_RULE_INVERT);
     Some(request)
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{
     Error,
-    message::{self, Message},
+    message::{self, Message, field},
 };
 
 /// Attributes of a link's AF_INET part (linux/if_link.h).
@@ -103,13 +103,13 @@ impl Link {
         };
         let elsewhere = message.get(libc::IFLA_LINK_NETNSID).is_some();
         Link {
-            index: message.number(4),
+            index: message.number(field::INDEX),
             name: message.get_text(libc::IFLA_IFNAME).unwrap_or_default(),
             kind: message::find(info, libc::IFLA_INFO_KIND)
                 .map(message::text_of)
                 .unwrap_or_default(),
-            flags: message.number(8),
-            hardware: u16::from_ne_bytes([message.byte(2), message.byte(3)]),
+            flags: message.number(field::LINK_FLAGS),
+            hardware: message.half(field::HARDWARE),
             address: message.get(libc::IFLA_ADDRESS).unwrap_or_default().to_vec(),
             mtu: message.get_number(libc::IFLA_MTU).unwrap_or_default(),
             queue_length: message.get_number(libc::IFLA_TXQLEN).unwrap_or_default(),
@@ -161,6 +161,14 @@ impl Link {
             reason: reason.into(),
         }
     }
+}
+
+/// A request to set a link's flags to those of `flags` that are in `mask`.
+pub(super) fn flags(index: u32, flags: u32, mask: u32) -> Message {
+    Message::new(libc::RTM_NEWLINK, 0)
+        .with_number(field::INDEX, index)
+        .with_number(field::LINK_FLAGS, flags)
+        .with_number(field::LINK_MASK, mask)
 }
 
 /// Whether it is a name that [`tap_name`] makes.

@@ -10,7 +10,8 @@ const ATTRIBUTE: usize = 4;
 /// NLA_F_NESTED and NLA_F_NET_BYTEORDER are no part of an attribute's kind.
 const KIND: u16 = 0x3fff;
 
-const fn aligned(length: usize) -> usize {
+/// Where the next message, attribute or next hop begins.
+pub(super) const fn aligned(length: usize) -> usize {
     (length + 3) & !3
 }
 
@@ -23,6 +24,52 @@ fn fixed_length(kind: u16) -> usize {
         // struct rtmsg, ndmsg, fib_rule_hdr
         _ => 12,
     }
+}
+
+/// Where fields of those structs are (rtnetlink(7), linux/rtnetlink.h, neighbour.h, fib_rules.h).
+pub(super) mod field {
+    /// Of addresses, routes, neighbours and rules: AF_*.
+    pub(crate) const FAMILY: usize = 0;
+    /// The interface; of all but routes and rules.
+    pub(crate) const INDEX: usize = 4;
+
+    /// struct ifinfomsg: ARPHRD_*, two bytes.
+    pub(crate) const HARDWARE: usize = 2;
+    /// IFF_*.
+    pub(crate) const LINK_FLAGS: usize = 8;
+    /// Which of the flags a request is about.
+    pub(crate) const LINK_MASK: usize = 12;
+
+    /// struct ifaddrmsg and rtmsg: length of the prefix, of a route's destination.
+    pub(crate) const PREFIX: usize = 1;
+    /// struct ifaddrmsg: IFA_F_*, the lower eight.
+    pub(crate) const ADDRESS_FLAGS: usize = 2;
+    /// RT_SCOPE_*.
+    pub(crate) const SCOPE: usize = 3;
+
+    /// struct rtmsg: RTPROT_*.
+    pub(crate) const PROTOCOL: usize = 5;
+    /// RTN_*.
+    pub(crate) const ROUTE_TYPE: usize = 7;
+    /// RTM_F_*, RTNH_F_*.
+    pub(crate) const ROUTE_FLAGS: usize = 8;
+
+    /// struct ndmsg: NUD_*, two bytes.
+    pub(crate) const NEIGHBOUR_STATE: usize = 8;
+    /// NTF_*.
+    pub(crate) const NEIGHBOUR_FLAGS: usize = 10;
+
+    /// struct fib_rule_hdr: RT_TABLE_*.
+    pub(crate) const RULE_TABLE: usize = 4;
+    /// FIB_RULE_*.
+    pub(crate) const RULE_FLAGS: usize = 8;
+
+    /// struct tcmsg: a qdisc's own number.
+    pub(crate) const TC_HANDLE: usize = 8;
+    /// What it is attached to.
+    pub(crate) const TC_PARENT: usize = 12;
+    /// Of a filter: preference and protocol.
+    pub(crate) const TC_INFO: usize = 16;
 }
 
 /// One attribute.
@@ -48,13 +95,21 @@ pub(super) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find_map(|(other, value)| (other == kind).then_some(value))
 }
 
-/// Appends an attribute.
-pub(super) fn push(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+fn push(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let length = u16::try_from(ATTRIBUTE + value.len()).expect("attributes of rtnetlink are short");
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(value);
     bytes.resize(aligned(bytes.len()), 0);
+}
+
+/// A value that is attributes.
+pub(super) fn nested(attributes: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, value) in attributes {
+        push(&mut bytes, *kind, value);
+    }
+    bytes
 }
 
 /// The number that a value is.
@@ -113,6 +168,11 @@ impl Message {
         self.fixed[offset]
     }
 
+    /// A field of two bytes of the struct.
+    pub(super) fn half(&self, offset: usize) -> u16 {
+        u16::from_ne_bytes([self.fixed[offset], self.fixed[offset + 1]])
+    }
+
     /// A field of four bytes of the struct.
     pub(super) fn number(&self, offset: usize) -> u32 {
         u32_of(&self.fixed[offset..]).expect("a field of the struct")
@@ -141,15 +201,6 @@ impl Message {
             value: value.to_vec(),
         });
         self
-    }
-
-    /// The same with an attribute more, of other attributes.
-    pub(super) fn with_nested(self, kind: u16, inner: &[(u16, &[u8])]) -> Message {
-        let mut bytes = Vec::new();
-        for (kind, value) in inner {
-            push(&mut bytes, *kind, value);
-        }
-        self.with(kind, &bytes)
     }
 
     /// The same with an attribute more, a name.
@@ -204,16 +255,16 @@ mod tests {
         let message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_REQUEST)
             .with_number(4, 7)
             .with_name(3, "eth0:1")
-            .with_nested(26, &[(1, b"a"), (2, b"")]);
+            .with(26, &nested(&[(1, b"a"), (2, b"")]));
         let bytes = message.bytes(9);
         assert_eq!(bytes.len() % 4, 0);
         assert_eq!(u32_of(&bytes), Some(bytes.len() as u32));
         let read = Message::parse(message.kind, message.flags, &bytes[HEADER..]).unwrap();
         assert_eq!(read, message);
         assert_eq!(read.get_text(3).unwrap(), "eth0:1");
-        let nested = read.get(26).unwrap();
-        assert_eq!(find(nested, 1), Some(&b"a"[..]));
-        assert_eq!(find(nested, 2), Some(&b""[..]));
+        let inner = read.get(26).unwrap();
+        assert_eq!(find(inner, 1), Some(&b"a"[..]));
+        assert_eq!(find(inner, 2), Some(&b""[..]));
     }
 
     proptest! {

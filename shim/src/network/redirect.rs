@@ -12,7 +12,7 @@
 
 use super::{
     Error, Step,
-    message::{self, Message},
+    message::{self, Message, field},
     socket::{Failure, Socket},
 };
 
@@ -33,12 +33,12 @@ const TCA_EGRESS_REDIR: i32 = 1;
 /// Our filters' preference. Those that the kernel chooses for others begin at 49152 and go down, so others' go first.
 const PREFERENCE: u32 = 60_000;
 
-/// Makes room for filters on what arrives. `made`: there was none.
+/// Makes room for filters on what arrives, where there is none.
 pub(super) fn add_ingress(socket: &mut Socket, index: u32, name: &str) -> Result<(), Error> {
     let message = Message::new(libc::RTM_NEWQDISC, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
-        .with_number(4, index)
-        .with_number(8, INGRESS_HANDLE)
-        .with_number(12, TC_H_INGRESS)
+        .with_number(field::INDEX, index)
+        .with_number(field::TC_HANDLE, INGRESS_HANDLE)
+        .with_number(field::TC_PARENT, TC_H_INGRESS)
         .with_name(libc::TCA_KIND, "ingress");
     socket
         .request(message)
@@ -50,8 +50,8 @@ pub(super) fn with_ingress(socket: &mut Socket) -> Result<Vec<u32>, Failure> {
     let qdiscs = socket.dump(Message::new(libc::RTM_GETQDISC, 0))?;
     Ok(qdiscs
         .iter()
-        .filter(|qdisc| qdisc.number(12) == TC_H_INGRESS)
-        .map(|qdisc| qdisc.number(4))
+        .filter(|qdisc| qdisc.number(field::TC_PARENT) == TC_H_INGRESS)
+        .map(|qdisc| qdisc.number(field::INDEX))
         .collect())
 }
 
@@ -59,9 +59,9 @@ fn filter(kind: u16, flags: libc::c_int, index: u32) -> Message {
     // Preference, and the protocol in network order.
     let all = u32::from((libc::ETH_P_ALL as u16).to_be());
     Message::new(kind, flags)
-        .with_number(4, index)
-        .with_number(12, TC_H_MIN_INGRESS)
-        .with_number(16, PREFERENCE << 16 | all)
+        .with_number(field::INDEX, index)
+        .with_number(field::TC_PARENT, TC_H_MIN_INGRESS)
+        .with_number(field::TC_INFO, PREFERENCE << 16 | all)
         .with_name(libc::TCA_KIND, "u32")
 }
 
@@ -76,22 +76,12 @@ pub(super) fn add(socket: &mut Socket, from: u32, to: u32, name: &str) -> Result
         .iter()
         .flat_map(|number| number.to_ne_bytes())
         .collect();
-    let mut options = Vec::new();
-    message::push(&mut options, TCA_MIRRED_PARMS, &parameters);
-    let mut action = Vec::new();
-    message::push(&mut action, TCA_ACT_KIND, b"mirred\0");
-    message::push(&mut action, TCA_ACT_OPTIONS, &options);
-    let mut actions = Vec::new();
-    message::push(&mut actions, 1, &action);
-    let message = filter(
-        libc::RTM_NEWTFILTER,
-        libc::NLM_F_CREATE | libc::NLM_F_EXCL,
-        from,
-    )
-    .with_nested(
-        libc::TCA_OPTIONS,
-        &[(TCA_U32_SEL, &selector), (TCA_U32_ACT, &actions)],
-    );
+    let options = message::nested(&[(TCA_MIRRED_PARMS, &parameters)]);
+    let action = message::nested(&[(TCA_ACT_KIND, b"mirred\0"), (TCA_ACT_OPTIONS, &options)]);
+    let actions = message::nested(&[(1, &action)]);
+    let filtering = message::nested(&[(TCA_U32_SEL, &selector), (TCA_U32_ACT, &actions)]);
+    let new = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    let message = filter(libc::RTM_NEWTFILTER, new, from).with(libc::TCA_OPTIONS, &filtering);
     socket
         .request(message)
         .step("redirect what arrives at", name)
@@ -116,8 +106,8 @@ impl Filters {
     /// None when the interface or its qdisc is gone.
     pub(super) fn of(socket: &mut Socket, index: u32) -> Result<Filters, Failure> {
         let ask = Message::new(libc::RTM_GETTFILTER, 0)
-            .with_number(4, index)
-            .with_number(12, TC_H_MIN_INGRESS);
+            .with_number(field::INDEX, index)
+            .with_number(field::TC_PARENT, TC_H_MIN_INGRESS);
         match socket.dump(ask) {
             Err(error) if error.is_gone() => Ok(Filters(Vec::new())),
             Err(error) => Err(error),
@@ -125,7 +115,7 @@ impl Filters {
             Ok(filters) => Ok(Filters(
                 filters
                     .into_iter()
-                    .filter(|filter| filter.number(4) == index)
+                    .filter(|filter| filter.number(field::INDEX) == index)
                     .collect(),
             )),
         }
@@ -133,7 +123,7 @@ impl Filters {
 
     pub(super) fn holder(&self) -> Holder {
         let mut holder = Holder::Nobody;
-        let ours = |filter: &&Message| filter.number(16) >> 16 == PREFERENCE;
+        let ours = |filter: &&Message| filter.number(field::TC_INFO) >> 16 == PREFERENCE;
         for filter in self.0.iter().filter(ours) {
             if filter.get_text(libc::TCA_KIND).as_deref() != Some("u32") {
                 return Holder::Other;
@@ -153,7 +143,7 @@ impl Filters {
     fn is_empty_but_for_ours(&self) -> bool {
         self.0
             .iter()
-            .all(|filter| filter.number(16) >> 16 == PREFERENCE)
+            .all(|filter| filter.number(field::TC_INFO) >> 16 == PREFERENCE)
     }
 }
 
@@ -187,18 +177,19 @@ pub(super) fn remove_ingress(
     if !filters.is_empty_but_for_ours() {
         return Ok(());
     }
-    let qdiscs = socket.dump(Message::new(libc::RTM_GETQDISC, 0).with_number(4, index))?;
+    let qdiscs =
+        socket.dump(Message::new(libc::RTM_GETQDISC, 0).with_number(field::INDEX, index))?;
     // Nor a clsact that has taken its place.
     if !qdiscs.iter().any(|qdisc| {
-        qdisc.number(4) == index
-            && qdisc.number(12) == TC_H_INGRESS
+        qdisc.number(field::INDEX) == index
+            && qdisc.number(field::TC_PARENT) == TC_H_INGRESS
             && qdisc.get_text(libc::TCA_KIND).as_deref() == Some("ingress")
     }) {
         return Ok(());
     }
     let message = Message::new(libc::RTM_DELQDISC, 0)
-        .with_number(4, index)
-        .with_number(12, TC_H_INGRESS);
+        .with_number(field::INDEX, index)
+        .with_number(field::TC_PARENT, TC_H_INGRESS);
     match socket.request(message) {
         Err(error) if error.is_gone() => Ok(()),
         other => other,

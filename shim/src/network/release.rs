@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Error, Step, link,
-    message::Message,
+    message::{Message, field},
     namespace::Namespace,
     redirect::{self, Filters, Holder},
     socket::{Failure, Socket},
@@ -75,7 +75,7 @@ fn undo(socket: &mut Socket, redirect: &Redirect) -> Result<(), Error> {
     let Some(tap) = tap else {
         return Ok(());
     };
-    let delete = Message::new(libc::RTM_DELLINK, 0).with_number(4, tap);
+    let delete = Message::new(libc::RTM_DELLINK, 0).with_number(field::INDEX, tap);
     match socket.request(delete) {
         Err(error) if error.is_gone() => Ok(()),
         other => other.step("remove", &redirect.tap),
@@ -95,7 +95,7 @@ fn take_apart(socket: &mut Socket, redirect: &Redirect, tap: Option<u32>) -> Res
         redirect::remove_ingress(socket, redirect.index, &filters)?;
     }
     if redirect.groups {
-        match socket.request(flags(redirect.index, 0, libc::IFF_ALLMULTI as u32)) {
+        match socket.request(link::flags(redirect.index, 0, libc::IFF_ALLMULTI as u32)) {
             Err(error) if error.is_gone() => {}
             other => other?,
         }
@@ -103,22 +103,14 @@ fn take_apart(socket: &mut Socket, redirect: &Redirect, tap: Option<u32>) -> Res
     Ok(())
 }
 
-/// A request to set an interface's flags to those of `flags` that are in `mask`.
-pub(super) fn flags(index: u32, flags: u32, mask: u32) -> Message {
-    Message::new(libc::RTM_NEWLINK, 0)
-        .with_number(4, index)
-        .with_number(8, flags)
-        .with_number(12, mask)
-}
-
 /// The index of the link with this name.
 pub(super) fn index_of(socket: &mut Socket, name: &str) -> Result<Option<u32>, Failure> {
     let ask = Message::new(libc::RTM_GETLINK, 0).with_name(libc::IFLA_IFNAME, name);
-    found(socket.get(ask)).map(|link| link.map(|link| link.number(4)))
+    found(socket.get(ask)).map(|link| link.map(|link| link.number(field::INDEX)))
 }
 
 fn link_of(socket: &mut Socket, index: u32) -> Result<Option<Message>, Failure> {
-    found(socket.get(Message::new(libc::RTM_GETLINK, 0).with_number(4, index)))
+    found(socket.get(Message::new(libc::RTM_GETLINK, 0).with_number(field::INDEX, index)))
 }
 
 fn found(answer: Result<Message, Failure>) -> Result<Option<Message>, Failure> {

@@ -2,25 +2,19 @@
 
 use std::collections::HashMap;
 
-use super::{
-    message::{self, Attribute, Message},
-    snapshot::field,
-};
+use super::message::{self, Attribute, Message, field};
 
 /// Numbers of linux/rtnetlink.h that libc does not have.
 const RTA_EXPIRES: u16 = 23;
 const RTA_NH_ID: u16 = 30;
 const RTNH_F_ONLINK: u32 = 4;
-/// Fields of struct rtmsg.
-const PROTOCOL: usize = 5;
-const TYPE: usize = 7;
-const FLAGS: usize = 8;
 /// Length of struct rtnexthop: length, flags, hops, interface.
 const HOP: usize = 8;
 
 /// Made by the kernel for an address.
 pub(super) fn is_of_the_kernel(route: &Message) -> bool {
-    route.byte(PROTOCOL) == libc::RTPROT_KERNEL && route.byte(TYPE) == libc::RTN_UNICAST
+    route.byte(field::PROTOCOL) == libc::RTPROT_KERNEL
+        && route.byte(field::ROUTE_TYPE) == libc::RTN_UNICAST
 }
 
 /// Requests for the routes that somebody made, in an order in which each gateway is reachable when its route is made.
@@ -51,8 +45,9 @@ fn has_gateway(route: &Message) -> bool {
 
 fn route(message: &Message, numbers: &HashMap<u32, u32>) -> Option<Message> {
     let made_by_the_kernel = [libc::RTPROT_KERNEL, libc::RTPROT_REDIRECT];
-    if made_by_the_kernel.contains(&message.byte(PROTOCOL))
-        || message.number(FLAGS) & libc::RTM_F_CLONED != 0
+    let flags = message.number(field::ROUTE_FLAGS);
+    if made_by_the_kernel.contains(&message.byte(field::PROTOCOL))
+        || flags & libc::RTM_F_CLONED != 0
     {
         return None;
     }
@@ -60,9 +55,9 @@ fn route(message: &Message, numbers: &HashMap<u32, u32>) -> Option<Message> {
     request.kind = libc::RTM_NEWROUTE;
     request.flags =
         (libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
-    request.set_number(FLAGS, message.number(FLAGS) & RTNH_F_ONLINK);
+    request.set_number(field::ROUTE_FLAGS, flags & RTNH_F_ONLINK);
     request.attributes.clear();
-    let mut somewhere = message.byte(TYPE) != libc::RTN_UNICAST;
+    let mut somewhere = message.byte(field::ROUTE_TYPE) != libc::RTN_UNICAST;
     for Attribute { kind, value } in &message.attributes {
         let value = match *kind {
             libc::RTA_CACHEINFO | RTA_EXPIRES | RTA_NH_ID => continue,
@@ -107,7 +102,7 @@ fn hops_of(mut bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
         let hop = bytes.get(..length).filter(|hop| hop.len() >= HOP)?;
-        bytes = bytes.get((length + 3) & !3..).unwrap_or_default();
+        bytes = bytes.get(message::aligned(length)..).unwrap_or_default();
         Some(hop.split_at(HOP))
     })
 }
@@ -126,7 +121,7 @@ fn translate_hops(bytes: &[u8], numbers: &HashMap<u32, u32>) -> Vec<u8> {
         hops.push(hop[3]);
         hops.extend(number.to_ne_bytes());
         hops.extend(attributes);
-        hops.resize((hops.len() + 3) & !3, 0);
+        hops.resize(message::aligned(hops.len()), 0);
     }
     hops
 }

@@ -2,22 +2,16 @@
 
 use std::{collections::HashSet, fs};
 
-use super::{Error, Step, link::Link, message::Message, redirect, socket::Socket};
+use super::{
+    Error, Step,
+    link::Link,
+    message::{Message, field},
+    redirect,
+    socket::Socket,
+};
 
 /// RTEXT_FILTER_SKIP_STATS (linux/rtnetlink.h): links without their counters.
 const WITHOUT_COUNTERS: u32 = 1 << 3;
-
-/// Fields of the structs that follow a message's header.
-pub(super) mod field {
-    /// rtm_family, ifa_family, ndm_family, family of a rule
-    pub(crate) const FAMILY: usize = 0;
-    /// ifi_index, tcm_ifindex, ifa_index, ndm_ifindex
-    pub(crate) const INDEX: usize = 4;
-    /// ifa_prefixlen, rtm_dst_len
-    pub(crate) const PREFIX: usize = 1;
-    /// ifa_scope
-    pub(crate) const SCOPE: usize = 3;
-}
 
 /// Dumps, unparsed but for the links.
 pub(super) struct Snapshot {
@@ -45,7 +39,7 @@ impl Snapshot {
         let links = Message::new(libc::RTM_GETLINK, 0)
             .with(libc::IFLA_EXT_MASK, &WITHOUT_COUNTERS.to_ne_bytes());
         let mut proxies = Message::new(libc::RTM_GETNEIGH, 0);
-        proxies.set_byte(10, libc::NTF_PROXY);
+        proxies.set_byte(field::NEIGHBOUR_FLAGS, libc::NTF_PROXY);
         let mut neighbours = dump(Message::new(libc::RTM_GETNEIGH, 0), "neighbours")?;
         neighbours.extend(dump(proxies, "proxied neighbours")?);
         Ok(Snapshot {

@@ -2,7 +2,12 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
 };
 
 use super::message::{self, HEADER, Message};
@@ -16,9 +21,10 @@ const DUMPS: usize = 20;
 
 /// Why the kernel did not do what was asked of it.
 #[derive(Debug, thiserror::Error)]
-#[error("{source}{}", .words.as_ref().map(|words| format!(" ({words})")).unwrap_or_default())]
+#[error("{error}{}", .words.as_ref().map(|words| format!(" ({words})")).unwrap_or_default())]
 pub struct Failure {
-    source: io::Error,
+    /// Not a `source`: what this says has it in it.
+    error: io::Error,
     /// What the kernel says beyond the number.
     words: Option<String>,
 }
@@ -26,7 +32,7 @@ pub struct Failure {
 impl Failure {
     /// The errno.
     pub fn errno(&self) -> Option<i32> {
-        self.source.raw_os_error()
+        self.error.raw_os_error()
     }
 
     /// Whether what was asked about is not there.
@@ -36,20 +42,21 @@ impl Failure {
             Some(libc::ENODEV | libc::ENOENT | libc::ENXIO | libc::EINVAL)
         )
     }
-}
 
-impl From<io::Error> for Failure {
-    fn from(source: io::Error) -> Failure {
-        Failure {
-            source,
-            words: None,
-        }
+    fn malformed() -> Failure {
+        io::Error::from(io::ErrorKind::InvalidData).into()
     }
 }
 
-impl Failure {
-    fn malformed() -> Failure {
-        io::Error::from(io::ErrorKind::InvalidData).into()
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure { error, words: None }
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Failure {
+        io::Error::from(errno).into()
     }
 }
 
@@ -62,19 +69,12 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn open() -> Result<Socket, Failure> {
-        // SAFETY: makes a descriptor from numbers.
-        let fd = unsafe {
-            libc::socket(
-                libc::AF_NETLINK,
-                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::NETLINK_ROUTE,
-            )
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error().into());
-        }
-        // SAFETY: new, and nobody else's.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkRoute,
+        )?;
         // Errors come with words, and without a copy of the request. A kernel that cannot do either says less.
         for option in [libc::NETLINK_CAP_ACK, libc::NETLINK_EXT_ACK] {
             let yes: libc::c_int = 1;
@@ -123,19 +123,15 @@ impl Socket {
                 return Ok(all);
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN).into())
+        Err(Errno::EAGAIN.into())
     }
 
     fn send(&mut self, message: &Message) -> Result<(), Failure> {
         self.sequence += 1;
         let bytes = message.bytes(self.sequence);
-        // SAFETY: reads the buffer. An unconnected netlink socket sends to the kernel.
-        let sent =
-            unsafe { libc::send(self.fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
-        match sent {
-            0.. => Ok(()),
-            _ => Err(io::Error::last_os_error().into()),
-        }
+        // An unconnected netlink socket sends to the kernel.
+        send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        Ok(())
     }
 
     /// Up to the end of the answer. `false`: what was dumped changed meanwhile.
@@ -150,18 +146,16 @@ impl Socket {
                 let half = |at: usize| u16::from_ne_bytes([rest[at], rest[at + 1]]);
                 let (kind, flags) = (half(4), half(6));
                 let ours = message::u32_of(&rest[8..]) == Some(self.sequence);
-                rest = rest.get((size + 3) & !3..).unwrap_or_default();
+                rest = rest.get(message::aligned(size)..).unwrap_or_default();
                 if !ours {
                     continue;
                 }
                 whole &= i32::from(flags) & libc::NLM_F_DUMP_INTR == 0;
                 match i32::from(kind) {
                     // A dump that failed on its way says so at its end.
-                    libc::NLMSG_DONE if body.len() >= 4 => {
-                        return outcome(flags, body).map(|()| whole);
+                    kind @ (libc::NLMSG_DONE | libc::NLMSG_ERROR) => {
+                        return outcome(kind, flags.into(), body).map(|()| whole);
                     }
-                    libc::NLMSG_DONE => return Ok(whole),
-                    libc::NLMSG_ERROR => return outcome(flags, body).map(|()| whole),
                     libc::NLMSG_NOOP => {}
                     _ => each(Message::parse(kind, flags, body).ok_or_else(Failure::malformed)?),
                 }
@@ -171,41 +165,66 @@ impl Socket {
 
     fn read(&mut self) -> Result<usize, Failure> {
         loop {
-            let (buffer, room) = (self.buffer.as_mut_ptr().cast(), self.buffer.len());
-            // SAFETY: writes into the buffer, no more than it holds; MSG_TRUNC only changes the number that comes back.
-            let length = unsafe { libc::recv(self.fd.as_raw_fd(), buffer, room, libc::MSG_TRUNC) };
-            let error = io::Error::last_os_error();
-            if let Ok(length) = usize::try_from(length) {
-                // Longer: more in one piece than the kernel says it sends.
-                return (length <= room)
-                    .then_some(length)
-                    .ok_or_else(Failure::malformed);
-            }
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error.into());
+            // MSG_TRUNC: the length of what there was, not of what there was room for.
+            match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_TRUNC) {
+                Ok(length) if length <= self.buffer.len() => return Ok(length),
+                // More in one piece than the kernel says it sends.
+                Ok(_) => return Err(Failure::malformed()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
             }
         }
     }
 }
 
-/// What NLMSG_ERROR says: 0, or an errno and perhaps words.
-fn outcome(flags: u16, body: &[u8]) -> Result<(), Failure> {
+/// What NLMSG_ERROR and the NLMSG_DONE of a dump say: 0, or an errno and perhaps words.
+fn outcome(kind: i32, flags: i32, body: &[u8]) -> Result<(), Failure> {
     let error = message::u32_of(body).ok_or_else(Failure::malformed)? as i32;
     if error == 0 {
         return Ok(());
     }
-    let flags = i32::from(flags);
+    // Only an error has the request, or its header, before its words.
     let request = match flags & libc::NLM_F_CAPPED {
+        _ if kind == libc::NLMSG_DONE => 0,
         0 => body.get(4..).and_then(message::u32_of).unwrap_or_default() as usize,
         _ => HEADER,
     };
     let words = (flags & libc::NLM_F_ACK_TLVS != 0)
-        .then(|| body.get((4 + request + 3) & !3..))
+        .then(|| body.get(message::aligned(4 + request)..))
         .flatten()
         .and_then(|rest| message::find(rest, NLMSGERR_ATTR_MSG))
         .map(message::text_of);
     Err(Failure {
-        source: io::Error::from_raw_os_error(error.wrapping_neg()),
+        error: io::Error::from_raw_os_error(error.wrapping_neg()),
         words,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{error::line, network::Step};
+
+    #[test]
+    fn the_kernels_words_are_in_the_error_once() {
+        let words = message::nested(&[(NLMSGERR_ATTR_MSG, b"no such thing\0")]);
+        let number = (-libc::EINVAL).to_ne_bytes();
+        let request = Message::new(libc::RTM_GETLINK, 0).bytes(1);
+        let (error, done, said) = (libc::NLMSG_ERROR, libc::NLMSG_DONE, libc::NLM_F_ACK_TLVS);
+        for (kind, flags, between) in [
+            (error, said, &request[..]),
+            (error, said | libc::NLM_F_CAPPED, &request[..HEADER]),
+            (done, said, &[]),
+        ] {
+            let body = [&number[..], between, &words].concat();
+            let error = outcome(kind, flags, &body).step("ask about", "eth0");
+            let text = line(&error.unwrap_err());
+            assert_eq!(
+                text,
+                "cannot ask about eth0 in the pod's network namespace: Invalid argument (os error 22) (no such thing)"
+            );
+        }
+        assert!(outcome(done, 0, &[0; 4]).is_ok());
+        assert!(outcome(error, 0, &[]).is_err());
+    }
 }

@@ -9,7 +9,11 @@ use std::{
     },
 };
 
-use super::{Error, Step, message::Message, socket::Socket};
+use super::{
+    Error, Step, link,
+    message::{Message, field},
+    socket::Socket,
+};
 
 const DEVICE: &str = "/dev/net/tun";
 /// `struct virtio_net_hdr_v1` before each frame (VIRTIO 1.2 §5.1.6).
@@ -76,15 +80,12 @@ pub(super) fn bring_up(socket: &mut Socket, name: &str, index: u32, mtu: u32) ->
     // The tap's ring is the queue, which drops what the guest does not take. A qdisc before it would only add a lock, and as
     // fq_codel 100 KiB of kernel memory a queue.
     let noqueue = Message::new(libc::RTM_NEWQDISC, libc::NLM_F_CREATE | libc::NLM_F_REPLACE)
-        .with_number(4, index)
-        .with_number(12, TC_H_ROOT)
+        .with_number(field::INDEX, index)
+        .with_number(field::TC_PARENT, TC_H_ROOT)
         .with_name(libc::TCA_KIND, "noqueue");
     socket.request(noqueue).step("take the queue from", name)?;
     let up = libc::IFF_UP as u32;
-    let message = Message::new(libc::RTM_NEWLINK, 0)
-        .with_number(4, index)
-        .with_number(8, up)
-        .with_number(12, up)
+    let message = link::flags(index, up, up)
         .with(libc::IFLA_MTU, &mtu.min(MOST_MTU).to_ne_bytes())
         .with(libc::IFLA_TXQLEN, &QUEUE.to_ne_bytes());
     socket.request(message).step("bring up", name)

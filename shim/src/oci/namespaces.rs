@@ -24,10 +24,6 @@ pub(super) fn convert(
 ) -> Result<agent::Namespaces, Error> {
     let mut listed = Vec::new();
     let mut shared = Vec::new();
-    let all = linux.namespaces().iter().flatten();
-    let has_user = all
-        .map(|listed| listed.typ())
-        .any(|kind| kind == Type::User);
     for namespace in linux.namespaces().as_deref().unwrap_or_default() {
         let kind = namespace.typ();
         let word = name(kind);
@@ -53,10 +49,10 @@ pub(super) fn convert(
             return Err(invalid("linux.namespaces", format!("lists {word} twice")));
         }
         listed.push(kind);
-        // A user namespace does not own the pod's network, and could not mount its sysfs.
-        if kind == Type::Network && pod.alone && !has_user {
-            shared.push(kind);
-        }
+    }
+    // A user namespace does not own the pod's network, and could not mount its sysfs.
+    if pod.alone && !listed.contains(&Type::User) {
+        shared.push(Type::Network);
     }
     let kind = |kind: Type| match (listed.contains(&kind), shared.contains(&kind)) {
         (true, true) => Kind::SANDBOX.into(),

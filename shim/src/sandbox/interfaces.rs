@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Error, Sandbox, links::Links, localhost::Localhost};
+use super::{Error, Sandbox, links, localhost};
 use crate::{network::Network, vm::Nic};
 
 impl Sandbox {
@@ -43,9 +43,9 @@ impl Sandbox {
         let Some(network) = self.network.as_ref().filter(|network| !network.is_empty()) else {
             return Ok(());
         };
-        self.links = Some(Links::follow(network.carriers()?, self.vm.clone()));
+        self.links = Some(links::start(network.carriers()?, self.vm.clone()));
         if self.localhost.is_none() {
-            self.localhost = Some(Localhost::start(network.namespace()?, self.access()));
+            self.localhost = Some(localhost::start(network.namespace()?, self.access()));
         }
         Ok(())
     }

@@ -5,20 +5,15 @@ use std::{os::fd::AsFd, sync::Arc};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{Error, background::Background};
-use crate::{network::Carriers, sys, vm::Vm};
+use crate::{error::line, network::Carriers, sys, vm::Vm};
 
 /// Follows them until it is dropped.
-#[derive(Debug)]
-pub(super) struct Links(#[allow(dead_code)] /* held for its end */ Background);
-
-impl Links {
-    pub(super) fn follow(carriers: Carriers, vm: Arc<Vm>) -> Links {
-        Links(Background::start(async move {
-            if let Err(error) = follow(carriers, &vm).await {
-                tracing::debug!(%error, "the guest's links are not followed any more");
-            }
-        }))
-    }
+pub(super) fn start(carriers: Carriers, vm: Arc<Vm>) -> Background {
+    Background::start(async move {
+        if let Err(error) = follow(carriers, &vm).await {
+            tracing::debug!(error = %line(&error), "the guest's links are not followed any more");
+        }
+    })
 }
 
 async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
@@ -36,7 +31,7 @@ async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
                 }
             }
             // The next change is another reason to look.
-            Err(error) => tracing::warn!(%error, "cannot look at the pod's links"),
+            Err(error) => tracing::warn!(error = %line(&error), "cannot look at the pod's links"),
         }
         let mut ready = heard.readable().await.map_err(Error::Stream)?;
         // `changes` reads it empty.

@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{Access, Error, background::Background};
-use crate::network::Namespace;
+use crate::{error::line, network::Namespace};
 
 /// Most ports of each family that are mirrored: a listener is a descriptor of ours.
 const MOST_PORTS: usize = 256;
@@ -35,20 +35,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 << 10;
 
-/// The listeners of one pod; they close when it is dropped, and connections go with the machine.
-#[derive(Debug)]
-pub(super) struct Localhost(#[allow(dead_code)] /* held for its end */ Background);
-
-impl Localhost {
-    pub(super) fn start(namespace: Namespace, access: Access) -> Localhost {
-        let mirror = Mirror {
-            namespace: Arc::new(namespace),
-            access,
-            room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
-            open: BTreeMap::new(),
-        };
-        Localhost(Background::start(mirror.follow()))
-    }
+/// Mirrors the listeners of one pod until it is dropped; connections go with the machine.
+pub(super) fn start(namespace: Namespace, access: Access) -> Background {
+    let mirror = Mirror {
+        namespace: Arc::new(namespace),
+        access,
+        room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+        open: BTreeMap::new(),
+    };
+    Background::start(mirror.follow())
 }
 
 struct Mirror {
@@ -66,7 +61,9 @@ impl Mirror {
             known = match self.access.agent().watch_listeners(&known).await {
                 Ok(listeners) => listeners,
                 // The pod's end is for others to tell.
-                Err(error) => return tracing::debug!(%error, "nobody is mirrored on localhost"),
+                Err(error) => {
+                    return tracing::debug!(error = %line(&error), "nobody is mirrored on localhost");
+                }
             };
             self.show(&known).await;
             // A guest that always has something new to say is heard now and then.
@@ -89,7 +86,9 @@ impl Mirror {
         let bound = tokio::task::spawn_blocking(move || namespace.listen(&addresses)).await;
         let bound = match bound.expect("binding does not panic") {
             Ok(bound) => bound,
-            Err(error) => return tracing::warn!(%error, "cannot listen on the pod's localhost"),
+            Err(error) => {
+                return tracing::warn!(error = %line(&error), "cannot listen on the pod's localhost");
+            }
         };
         for (address, listener) in new.into_iter().zip(bound) {
             let accepted = listener.and_then(|listener| {
@@ -142,7 +141,7 @@ async fn serve(listener: TcpListener, address: SocketAddr, access: Access, room:
         let access = access.clone();
         tokio::spawn(async move {
             if let Err(error) = join(stream, address, &access).await {
-                tracing::debug!(%address, %error, "a connection to the pod's localhost is reset");
+                tracing::debug!(%address, error = %line(&error), "a connection to the pod's localhost is reset");
             }
             drop(permit);
         });

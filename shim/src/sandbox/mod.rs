@@ -28,7 +28,7 @@ use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp, port};
 
 pub use self::{access::Access, error::Error, parts::Parts};
-use self::{access::LAST_WORDS, links::Links, localhost::Localhost, taken::Taken};
+use self::{access::LAST_WORDS, background::Background, taken::Taken};
 use crate::{
     agent::{self, Agent},
     cgroup::{self, Cgroup},
@@ -92,8 +92,9 @@ pub struct Sandbox {
     pairs: u32,
     limits: config::Network,
     network: Option<Network>,
-    links: Option<Links>,
-    localhost: Option<Localhost>,
+    // Held for their end.
+    links: Option<Background>,
+    localhost: Option<Background>,
     // Last: its directory must be open until the processes are gone.
     cgroup: Cgroup,
 }

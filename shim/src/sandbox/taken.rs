@@ -57,13 +57,11 @@ impl Taken {
             executable: &parts.executable,
             cgroup: cgroup.as_fd(),
         };
-        let mut network = match request.network {
-            Some(namespace) => Some({
-                let pairs = config.network.pairs(request.vcpus);
-                Network::attach(namespace, pairs, ledger)?
-            }),
-            None => None,
-        };
+        let pairs = config.network.pairs(request.vcpus);
+        let attached = request
+            .network
+            .map(|namespace| Network::attach(namespace, pairs, ledger));
+        let mut network = attached.transpose()?;
         let devices = network.as_mut().map(Network::devices).unwrap_or_default();
         let nic = |device| Nic::new(device, &config.network);
         let nics = devices.into_iter().map(nic).collect();

@@ -11,6 +11,7 @@
 //! input: another one may come. Only CloseIO ends the input.
 
 mod logger;
+mod progress;
 mod relay;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use std::{
 use tokio::task::JoinHandle;
 
 use logger::Logger;
+use progress::Progress;
 use relay::Sink;
 
 /// Why a stream cannot be used.
@@ -111,9 +113,23 @@ fn parse(name: &str) -> Result<Name, Error> {
 #[derive(Debug)]
 pub struct Ends {
     stdin: Option<PathBuf>,
-    stdout: Option<Sink>,
-    stderr: Option<Sink>,
+    stdout: Option<Target>,
+    stderr: Option<Target>,
     logger: Option<Logger>,
+}
+
+/// Where output goes.
+#[derive(Debug)]
+struct Target {
+    sink: Sink,
+    /// A FIFO's other end, in which we see what its client has not read yet.
+    fifo: Option<OwnedFd>,
+}
+
+impl From<Sink> for Target {
+    fn from(sink: Sink) -> Target {
+        Target { sink, fifo: None }
+    }
 }
 
 #[derive(Debug)]
@@ -135,8 +151,8 @@ impl Ends {
             let started = Logger::start(&path, &arguments, owner, names.terminal).await?;
             return Ok(Ends {
                 stdin,
-                stdout: Some(started.stdout),
-                stderr: started.stderr,
+                stdout: Some(started.stdout.into()),
+                stderr: started.stderr.map(Target::from),
                 logger: Some(started.logger),
             });
         }
@@ -167,9 +183,10 @@ impl Ends {
         let mut joined = Streams::default();
         joined.logger = self.logger;
         joined.waiting = self.stdin.zip(stdin);
-        for (sink, stream) in [(self.stdout, stdout), (self.stderr, stderr)] {
-            if let (Some(sink), Some(stream)) = (sink, stream) {
-                joined.output.push(relay::drain(stream, sink)?);
+        let outputs = [(self.stdout, stdout), (self.stderr, stderr)];
+        for (output, (target, stream)) in joined.output.iter_mut().zip(outputs) {
+            if let (Some(target), Some(stream)) = (target, stream) {
+                *output = Some(Output::start(stream, target)?);
             }
         }
         Ok(joined)
@@ -191,33 +208,33 @@ fn open_input(path: &Path) -> Result<Input, Error> {
     })
 }
 
-fn open_output(name: &str) -> Result<Option<Sink>, Error> {
+fn open_output(name: &str) -> Result<Option<Target>, Error> {
     match parse(name)? {
         Name::Null => Ok(None),
         Name::Fifo(path) => open_fifo(&path).map(Some),
-        Name::File(path) => open_file(&path).map(Some),
+        Name::File(path) => Ok(Some(open_file(&path)?.into())),
         // stdout's logger has both.
         Name::Binary(..) => Ok(None),
     }
 }
 
-fn open_fifo(path: &Path) -> Result<Sink, Error> {
+fn open_fifo(path: &Path) -> Result<Target, Error> {
     let error = |source| Error::Open {
         path: path.into(),
         source,
     };
     let kind = fs::metadata(path).map_err(error)?.file_type();
     if !kind.is_fifo() {
-        return open_file(path);
+        return Ok(open_file(path)?.into());
     }
-    // For reading too: a client that closes its end and comes back finds everything, and we never a broken pipe.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(error)?;
-    Sink::pipe(file.into()).map_err(error)
+    let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK).open(path);
+    // A reader of ours too, and first: a client that closes its end and comes back finds everything, and we never a broken pipe.
+    let reader = open(OpenOptions::new().read(true)).map_err(error)?;
+    let writer = open(OpenOptions::new().write(true)).map_err(error)?;
+    Ok(Target {
+        sink: Sink::pipe(writer.into()).map_err(error)?,
+        fifo: Some(reader.into()),
+    })
 }
 
 fn open_file(path: &Path) -> Result<Sink, Error> {
@@ -237,6 +254,21 @@ fn open_file(path: &Path) -> Result<Sink, Error> {
     Ok(Sink::File(file))
 }
 
+/// A running relay of output.
+#[derive(Debug)]
+struct Output {
+    relay: JoinHandle<()>,
+    progress: Progress,
+}
+
+impl Output {
+    fn start(stream: UnixStream, target: Target) -> io::Result<Output> {
+        let progress = Progress::new(target.fifo);
+        let relay = relay::drain(stream, target.sink, progress.passed())?;
+        Ok(Output { relay, progress })
+    }
+}
+
 /// The running streams of a process. Dropping them stops all.
 #[derive(Debug, Default)]
 pub struct Streams {
@@ -244,7 +276,8 @@ pub struct Streams {
     waiting: Option<(PathBuf, UnixStream)>,
     holder: Option<OwnedFd>,
     input: Option<JoinHandle<()>>,
-    output: Vec<JoinHandle<()>>,
+    /// stdout's and stderr's.
+    output: [Option<Output>; 2],
     logger: Option<Logger>,
 }
 
@@ -267,6 +300,19 @@ impl Streams {
         self.holder = None;
     }
 
+    /// Waits until the client has read the first so many bytes of stdout and of stderr, which the guest says the process had written.
+    ///
+    /// An exit is told after this, because clients take it for the end of the output (containerd 1.7's then closes its FIFOs, read
+    /// or not). A client that reads nothing for [`PATIENCE`] holds up nothing, nor does one that is slow, or a guest that counts
+    /// what never comes, for longer than `limit`.
+    pub fn heard(&self, written: [u64; 2], limit: Duration) -> impl Future<Output = ()> + use<> {
+        let outputs = self
+            .output
+            .each_ref()
+            .map(|output| output.as_ref().map(|output| output.progress.clone()));
+        progress::heard(outputs, written, limit)
+    }
+
     /// Waits until all output has been passed on; the process has ended. A process that it has left behind may keep its output
     /// open for ever, and a client may never read: hence `limit`. `false`: it has passed.
     pub async fn finish(mut self, limit: Duration) -> bool {
@@ -276,18 +322,18 @@ impl Streams {
         }
         let output = &mut self.output;
         let all = async {
-            for relay in output {
+            for output in output.iter_mut().flatten() {
                 // It ends by itself, or with a panic that was logged.
-                let _ = relay.await;
+                let _ = (&mut output.relay).await;
             }
         };
         let in_time = tokio::time::timeout(limit, all).await.is_ok();
         // Aborted or ended, they have let go of the logger's pipes before it is asked to end.
-        for relay in std::mem::take(&mut self.output) {
+        for output in std::mem::take(&mut self.output).into_iter().flatten() {
             // One that has ended was waited for above, and must not be again.
-            if !relay.is_finished() {
-                relay.abort();
-                let _ = relay.await;
+            if !output.relay.is_finished() {
+                output.relay.abort();
+                let _ = output.relay.await;
             }
         }
         if let Some(logger) = self.logger.take() {
@@ -299,7 +345,8 @@ impl Streams {
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        for relay in self.input.iter().chain(&self.output) {
+        let output = self.output.iter().flatten().map(|output| &output.relay);
+        for relay in self.input.iter().chain(output) {
             relay.abort();
         }
     }

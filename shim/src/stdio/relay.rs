@@ -7,6 +7,10 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream as StdStream,
     },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use tokio::{
@@ -35,9 +39,14 @@ impl Sink {
         Ok(Sink::Pipe(watch(fd, Interest::WRITABLE)?))
     }
 
-    async fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    /// Writes all of it, and counts what has been.
+    async fn write(&mut self, mut bytes: &[u8], passed: &AtomicU64) -> io::Result<()> {
         match self {
-            Sink::File(file) => file.write_all(bytes),
+            Sink::File(file) => {
+                file.write_all(bytes)?;
+                passed.fetch_add(bytes.len() as u64, Relaxed);
+                Ok(())
+            }
             Sink::Pipe(pipe) => {
                 while !bytes.is_empty() {
                     let mut ready = pipe.writable().await?;
@@ -46,7 +55,11 @@ impl Sink {
                     });
                     match written {
                         Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Ok(count) => bytes = &bytes[count?..],
+                        Ok(count) => {
+                            let count = count?;
+                            passed.fetch_add(count as u64, Relaxed);
+                            bytes = &bytes[count..];
+                        }
                         Err(_would_block) => {}
                     }
                 }
@@ -84,12 +97,45 @@ async fn pass_in(reader: &AsyncFd<OwnedFd>, mut stream: UnixStream) -> io::Resul
     }
 }
 
+/// How far a relay of output has come.
+#[derive(Debug, Default)]
+pub(super) struct Passed {
+    bytes: AtomicU64,
+    ended: AtomicBool,
+}
+
+impl Passed {
+    /// Bytes passed on.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Relaxed)
+    }
+
+    /// No more will be.
+    pub(super) fn ended(&self) -> bool {
+        self.ended.load(Relaxed)
+    }
+}
+
+/// Says that a relay has ended, however it does.
+struct Ending(Arc<Passed>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Relaxed);
+    }
+}
+
 /// Passes a process' output on until its end.
-pub(super) fn drain(stream: StdStream, mut sink: Sink) -> io::Result<JoinHandle<()>> {
+pub(super) fn drain(
+    stream: StdStream,
+    mut sink: Sink,
+    passed: Arc<Passed>,
+) -> io::Result<JoinHandle<()>> {
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
+    let ending = Ending(passed);
     Ok(tokio::spawn(async move {
-        if let Err(error) = pass_out(&stream, &mut sink).await {
+        if let Err(error) = pass_out(&stream, &mut sink, &ending.0.bytes).await {
             // A full disk, or a logger that has gone: the container goes on without.
             tracing::warn!(%error, "output is lost from here on");
             let mut buffer = vec![0; CHUNK];
@@ -98,14 +144,14 @@ pub(super) fn drain(stream: StdStream, mut sink: Sink) -> io::Result<JoinHandle<
     }))
 }
 
-async fn pass_out(stream: &UnixStream, sink: &mut Sink) -> io::Result<()> {
+async fn pass_out(stream: &UnixStream, sink: &mut Sink, passed: &AtomicU64) -> io::Result<()> {
     loop {
         // Before the buffer is made: nothing is held while nothing comes.
         stream.readable().await?;
         let mut buffer = vec![0; CHUNK];
         match stream.try_read(&mut buffer) {
             Ok(0) => return Ok(()),
-            Ok(count) => sink.write(&buffer[..count]).await?,
+            Ok(count) => sink.write(&buffer[..count], passed).await?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // The machine has gone: what it sent has been read before.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),

@@ -102,6 +102,72 @@ async fn a_burst_is_drained_though_its_writer_has_gone_and_the_client_is_late() 
     assert!(client.await.unwrap() == burst);
 }
 
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn output_is_heard_when_its_client_has_read_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdout = fifo(&dir, "out");
+    let names = Names {
+        stdout: stdout.clone(),
+        ..Names::default()
+    };
+    let ([_, mut guest, _], streams) = joined(&names).await;
+    // What a FIFO, the relay and a socket hold, so that nobody waits but for the client.
+    let burst = bytes(200_000);
+    guest.write_all(&burst).unwrap();
+    let heard = streams.heard([burst.len() as u64, 0], LIMIT);
+    let mut heard = std::pin::pin!(heard);
+    let mut client = tokio::net::unix::pipe::OpenOptions::new()
+        .open_receiver(stdout)
+        .unwrap();
+    let mut read = 0;
+    while read < burst.len() {
+        let pause = tokio::time::timeout(Duration::from_millis(20), &mut heard);
+        assert!(pause.await.is_err(), "told after {read} bytes");
+        let mut part = [0; 10_000];
+        read += tokio::io::AsyncReadExt::read(&mut client, &mut part)
+            .await
+            .unwrap();
+    }
+    // The process' output is still open: somebody else has it.
+    heard.await;
+    guest.write_all(b"more that nobody reads").unwrap();
+    streams.heard([burst.len() as u64, 0], LIMIT).await;
+    // Nor has the host to wait for what a guest only says, once the stream has ended.
+    let reader = tokio::spawn(async move {
+        let mut rest = Vec::new();
+        tokio::io::AsyncReadExt::read_to_end(&mut client, &mut rest)
+            .await
+            .map(|_| rest)
+    });
+    drop(guest);
+    streams.heard([u64::MAX, u64::MAX], LIMIT).await;
+    assert_eq!(reader.await.unwrap().unwrap(), b"more that nobody reads");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names {
+        stdout: fifo(&dir, "out"),
+        stderr: format!("file://{}", dir.path().join("log").display()),
+        ..Names::default()
+    };
+    let ([_, mut out, mut err], streams) = joined(&names).await;
+    // A file has no client.
+    err.write_all(b"text").unwrap();
+    let since = std::time::Instant::now();
+    streams.heard([0, 4], LIMIT).await;
+    assert!(since.elapsed() < Duration::from_millis(900));
+    for written in [4, u64::MAX] {
+        out.write_all(b"text").unwrap();
+        let since = std::time::Instant::now();
+        streams.heard([written, 4], LIMIT).await;
+        assert!((1..10).contains(&since.elapsed().as_secs()), "{since:?}");
+    }
+}
+
 #[tokio::test]
 async fn output_that_never_ends_does_not_hold_up_the_end() {
     let dir = tempfile::tempdir().unwrap();

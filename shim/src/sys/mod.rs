@@ -7,7 +7,10 @@ pub mod process;
 pub mod spawn;
 pub mod stub;
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+};
 
 use nix::sys::inotify::{InitFlags, Inotify};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -53,6 +56,16 @@ pub fn inotify_of(uid: u32) -> io::Result<Inotify> {
     };
     let thread = std::thread::Builder::new().spawn(make)?;
     thread.join().expect("nothing in it panics")
+}
+
+/// Bytes that wait to be read from a pipe (FIONREAD).
+pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int that outlives the call.
+    if unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes.unsigned_abs())
 }
 
 /// Lets the runtime watch a descriptor.

@@ -400,6 +400,7 @@ impl Tasks {
             tracing::warn!(container = %task.id, "exec processes outlive their container's init");
             self.end_execs(&task, 137);
         }
+        task.init.heard(&answer).await;
         self.finish(&task, &task.init, exit, answer.oom_killed);
         task.usage.refresh(task.pod.agent(), &task.id).await;
     }
@@ -412,6 +413,7 @@ impl Tasks {
         };
         let exit = Exit::now(answer.exit_status & 0xff);
         exec.process.settled().await;
+        exec.process.heard(&answer).await;
         self.finish(&task, &exec.process, exit, false);
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use super::Error;
 use crate::stdio::{Names, Streams};
+use bulkhead_agent_protocol::agent::WaitProcessResponse;
 
 /// How long output may take to be passed on once the process has ended: a client that does not read, or a process left behind that
 /// keeps the output open, holds up nothing for longer. As long as containerd's own shim waits.
@@ -186,6 +187,13 @@ impl Process {
     /// The size that was asked for.
     pub fn size(&self) -> Option<(u16, u16)> {
         self.plumbing().size
+    }
+
+    /// Waits until its output up to its exit has been read; see [`Streams::heard`].
+    pub async fn heard(&self, exit: &WaitProcessResponse) {
+        let written = [exit.stdout_bytes, exit.stderr_bytes];
+        let heard = self.plumbing().streams.heard(written, DRAIN);
+        heard.await;
     }
 
     /// Waits until its output has been passed on, and closes its streams.

@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr};
 use bulkhead_agent_protocol::agent;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
-    RouteNetlinkMessage,
+    RouteNetlinkMessage as Request,
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
@@ -14,6 +14,19 @@ use netlink_packet_route::{
 };
 
 use super::world::{World, with_world};
+
+/// The value of a message's first attribute of a kind.
+macro_rules! value_of {
+    ($message:expr, $kind:path) => {
+        $message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                $kind(value) => Some(value.clone()),
+                _ => None,
+            })
+    };
+}
 
 #[derive(Default)]
 struct Told {
@@ -36,31 +49,16 @@ fn read(network: &agent::Network) -> Told {
     for request in &network.requests {
         let length = u32::from_ne_bytes(request[..4].try_into().unwrap()) as usize;
         assert_eq!(length, request.len(), "one whole message");
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(request).unwrap();
+        let message = NetlinkMessage::<Request>::deserialize(request).unwrap();
         let NetlinkPayload::InnerMessage(message) = message.payload else {
             panic!("{message:?}");
         };
-        let kind = match message {
-            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::SetLink(link) => {
-                told.links.push(link);
-                "link"
-            }
-            RouteNetlinkMessage::NewAddress(address) => {
-                told.addresses.push(address);
-                "address"
-            }
-            RouteNetlinkMessage::NewNeighbour(neighbour) => {
-                told.neighbours.push(neighbour);
-                "neighbour"
-            }
-            RouteNetlinkMessage::NewRoute(route) => {
-                told.routes.push(route);
-                "route"
-            }
-            RouteNetlinkMessage::NewRule(rule) => {
-                told.rules.push(rule);
-                "rule"
-            }
+        let (kind, ()) = match message {
+            Request::NewLink(it) | Request::SetLink(it) => ("link", told.links.push(it)),
+            Request::NewAddress(it) => ("address", told.addresses.push(it)),
+            Request::NewNeighbour(it) => ("neighbour", told.neighbours.push(it)),
+            Request::NewRoute(it) => ("route", told.routes.push(it)),
+            Request::NewRule(it) => ("rule", told.rules.push(it)),
             other => panic!("{other:?}"),
         };
         if told.order.last() != Some(&kind) {
@@ -80,25 +78,13 @@ fn told_of(world: &World) -> Told {
 }
 
 fn renames(told: &Told) -> Vec<(u32, String)> {
-    let name = |link: &LinkMessage| {
-        link.attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some((link.header.index, name.clone())),
-                _ => None,
-            })
-    };
+    let name =
+        |link: &LinkMessage| Some((link.header.index, value_of!(link, LinkAttribute::IfName)?));
     told.links.iter().filter_map(name).collect()
 }
 
 fn address_of(message: &AddressMessage) -> (u32, IpAddr, u8) {
-    let address = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        });
+    let address = value_of!(message, AddressAttribute::Address);
     (
         message.header.index,
         address.unwrap(),
@@ -108,15 +94,9 @@ fn address_of(message: &AddressMessage) -> (u32, IpAddr, u8) {
 
 fn flags_of(told: &Told, address: &str) -> AddressFlags {
     let address: IpAddr = address.parse().unwrap();
-    let message = told
-        .addresses
-        .iter()
-        .find(|message| address_of(message).1 == address);
-    let flags = |attribute: &AddressAttribute| match attribute {
-        AddressAttribute::Flags(flags) => Some(*flags),
-        _ => None,
-    };
-    message.unwrap().attributes.iter().find_map(flags).unwrap()
+    let mut messages = told.addresses.iter();
+    let message = messages.find(|message| address_of(message).1 == address);
+    value_of!(message.unwrap(), AddressAttribute::Flags).unwrap()
 }
 
 /// The route to this network and prefix.
@@ -126,13 +106,7 @@ fn route<'a>(told: &'a Told, to: Option<&str>, prefix: u8, ipv6: bool) -> &'a Ro
         IpAddr::V6(to) => RouteAddress::Inet6(to),
     });
     let found = told.routes.iter().find(|route| {
-        let destination = route
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                RouteAttribute::Destination(to) => Some(to.clone()),
-                _ => None,
-            });
+        let destination = value_of!(route, RouteAttribute::Destination);
         let family = u8::from(route.header.address_family) == libc::AF_INET6 as u8;
         destination == to && route.header.destination_prefix_length == prefix && family == ipv6
     });
@@ -294,14 +268,8 @@ fn check_routes(told: &Told) {
         "{service:?}"
     );
     assert!(format!("{service:?}").contains("Mtu(1300)"), "{service:?}");
-    let RouteAttribute::MultiPath(hops) = route(told, Some("10.77.0.0"), 16, false)
-        .attributes
-        .iter()
-        .find(|attribute| matches!(attribute, RouteAttribute::MultiPath(_)))
-        .unwrap()
-    else {
-        unreachable!("found by its kind")
-    };
+    let hops = route(told, Some("10.77.0.0"), 16, false);
+    let hops = value_of!(hops, RouteAttribute::MultiPath).unwrap();
     let hops: Vec<_> = hops
         .iter()
         .map(|hop| (hop.interface_index, hop.hops, hop.flags))
@@ -333,13 +301,8 @@ fn check_routes(told: &Told) {
     // Those of the kernel's own making it makes in the guest too.
     assert_eq!(told.routes.len(), 9, "{:#?}", told.routes);
     let gateway = |route: &RouteMessage| {
-        let is = |attribute: &RouteAttribute| {
-            matches!(
-                attribute,
-                RouteAttribute::Gateway(_) | RouteAttribute::MultiPath(_)
-            )
-        };
-        route.attributes.iter().any(is)
+        value_of!(route, RouteAttribute::Gateway).is_some()
+            || value_of!(route, RouteAttribute::MultiPath).is_some()
     };
     let first = told.routes.iter().position(gateway).unwrap();
     assert!(
@@ -354,36 +317,20 @@ fn check_the_rest(told: &Told) {
         .neighbours
         .iter()
         .map(|neighbour| {
-            let to = neighbour
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(to)) => {
-                        Some(IpAddr::V4(*to))
-                    }
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(to)) => {
-                        Some(IpAddr::V6(*to))
-                    }
-                    _ => None,
-                });
-            (neighbour.header.ifindex, to.unwrap().to_string())
+            let to = match value_of!(neighbour, NeighbourAttribute::Destination) {
+                Some(NeighbourAddress::Inet(to)) => IpAddr::V4(to),
+                Some(NeighbourAddress::Inet6(to)) => IpAddr::V6(to),
+                other => panic!("{other:?}"),
+            };
+            (neighbour.header.ifindex, to.to_string())
         })
         .collect();
     assert_eq!(
         neighbours,
         [(2, "169.254.1.1".into()), (3, "fd00::99".into())]
     );
-    let mut rules: Vec<_> = told
-        .rules
-        .iter()
-        .map(|rule| {
-            let number = |attribute: &RuleAttribute| match attribute {
-                RuleAttribute::Priority(number) => Some(*number),
-                _ => None,
-            };
-            rule.attributes.iter().find_map(number).unwrap()
-        })
-        .collect();
+    let priority = |rule: &RuleMessage| value_of!(rule, RuleAttribute::Priority).unwrap();
+    let mut rules: Vec<_> = told.rules.iter().map(priority).collect();
     rules.sort();
     assert_eq!(rules, [500, 501]);
     let sysctl = |name: &str| told.sysctls.get(name).map(String::as_str);

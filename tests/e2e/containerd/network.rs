@@ -17,11 +17,7 @@ const SEEN: &str = "inet 10.55.0.2/24\nreached\n";
 
 /// Puts one end of a wire into the namespace of a process.
 fn fill(peer: &Netns, pid: u32) -> Vec<String> {
-    let name = peer.path();
-    let name = name
-        .file_name()
-        .and_then(|name| name.to_str())
-        .expect("a name");
+    let name = peer.name();
     let inside = format!("nsenter -t {pid} -n");
     vec![
         format!("ip -n {name} link add peer0 type veth peer name eth0 netns {pid}"),

@@ -83,10 +83,7 @@ fn a_bandwidth_limit_of_the_host_holds() {
         let [node, pod] = [(); 2].map(|()| Netns::new());
         let limit = json!({"bandwidth": {"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000}});
         let attached = Attachment::add(&node, &pod, "eth0", bridge(), limit);
-        let gateway = attached.result["ips"][0]["gateway"]
-            .as_str()
-            .expect("a gateway")
-            .to_owned();
+        let gateway = &attached.gateways()[0];
         let sink = node.start(
             "python3 -c 'import socket
 s=socket.create_server((\"\",9000)); print(\"ready\",flush=True); c,_=s.accept(); n=0
@@ -130,13 +127,8 @@ fn ptp_macvlan_and_ipvlan_from_their_plugins() {
             let list = json!({"name": kind, "plugins": [plugin]});
             let attached = Attachment::add(&node, &pod, "eth0", list, json!({}));
             let addresses = attached.addresses();
-            let gateways: Vec<&str> = attached.result["ips"]
-                .as_array()
-                .expect("a list")
-                .iter()
-                .map(|ip| ip["gateway"].as_str().expect("a gateway"))
-                .collect();
-            let [four, six] = gateways[..] else {
+            let gateways = attached.gateways();
+            let [four, six] = &gateways[..] else {
                 panic!("{gateways:?}")
             };
             let script = format!(
@@ -167,10 +159,7 @@ fn two_networks_in_one_pod() {
         ipam["routes"] = json!([]);
         let second = json!({"name": "second", "plugins": [{"type": "macvlan", "master": "up0", "mode": "bridge", "ipam": ipam}]});
         let second = Attachment::add(&node, &pod, "net1", second, json!({}));
-        let gateway = first.result["ips"][0]["gateway"]
-            .as_str()
-            .expect("a gateway")
-            .to_owned();
+        let gateway = &first.gateways()[0];
         let script = format!(
             "ls /sys/class/net | tr '\\n' ' '; ping -q -c2 -W5 {gateway} >/dev/null && ping -q -c2 -W5 -I net1 10.13.0.1 >/dev/null && echo both"
         );

@@ -7,12 +7,10 @@ fn upper(kind: &str) -> (Netns, Netns, Netns) {
     let (pod, node, peer) = (Netns::new(), Netns::new(), Netns::new());
     node.wire("up0", &peer, "peer0");
     peer.address("peer0", &[&format!("{PEER}/24"), &format!("{PEER6}/64")]);
-    let name = pod.path();
-    let name = name
-        .file_name()
-        .and_then(|name| name.to_str())
-        .expect("a name");
-    node.ip(&format!("link add eth0 link up0 netns {name} type {kind}"));
+    node.ip(&format!(
+        "link add eth0 link up0 netns {} type {kind}",
+        pod.name()
+    ));
     pod.ip("link set eth0 up");
     pod.address("eth0", &[&format!("{POD}/24"), &format!("{POD6}/64")]);
     (pod, node, peer)

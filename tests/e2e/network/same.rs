@@ -1,5 +1,8 @@
 //! What a container sees of its network is what runc's sees.
 
+use std::io::Write;
+use std::path::Path;
+
 use super::*;
 
 /// What `ip` and sysfs say, without what is the guest's own: indices, and the other end of a wire. Whether an
@@ -100,17 +103,9 @@ fn without_a_network_there_is_lo_and_no_device() {
 #[test]
 fn the_hosts_own_network_is_refused() {
     for path in ["/proc/self/ns/net", "/proc/1/ns/net"] {
-        let bundle = Bundle::busybox().args(&["true"]).edit(|config| {
-            for namespace in config["linux"]["namespaces"]
-                .as_array_mut()
-                .expect("a list")
-            {
-                if namespace["type"] == "network" {
-                    namespace["path"] = path.into();
-                }
-            }
-        });
-        bundle.run().refused(&["network", path]);
+        let bundle = Bundle::busybox().args(&["true"]);
+        let ran = bundle.network_at(Path::new(path)).run();
+        ran.refused(&["network", path]);
     }
 }
 
@@ -129,7 +124,6 @@ fn a_link_goes_down_and_up_as_outside() {
         inside.started.wait_for_output("1\n");
         for (change, seen) in [("down", "1\n0\n"), ("up", "1\n0\n1\n")] {
             pair.peer.ip(&format!("link set peer0 {change}"));
-            use std::io::Write;
             writeln!(stdin).expect("it reads");
             inside.started.wait_for_output(seen);
         }

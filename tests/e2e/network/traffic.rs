@@ -144,10 +144,12 @@ fn a_smaller_path_behind_the_router_is_found_out() {
 fn udp_errors_broadcast_and_names() {
     for runtime in BOTH {
         let pair = Pair::new();
-        let echo = "python3 -c 'import socket
+        let echo = &format!(
+            "python3 -c '{UNTIL_EOF}import socket
 s=socket.socket(socket.AF_INET6,socket.SOCK_DGRAM); s.bind((\"::\",6000)); print(\"ready\",flush=True)
-for i in range(3):
-  b,a=s.recvfrom(70000); s.sendto(b,a)'";
+while True:
+  b,a=s.recvfrom(70000); s.sendto(b,a)'"
+        );
         let ask = |to: &str, port: u16| {
             format!(
                 "python3 -c 'import socket
@@ -287,8 +289,7 @@ while True:
 #[test]
 fn limits_of_the_configuration_hold_in_both_directions() {
     let pair = Pair::new();
-    let config = pair.pod.path();
-    let config = std::env::temp_dir().join(config.file_name().expect("a name"));
+    let config = std::env::temp_dir().join(pair.pod.name());
     let limit = "bytes = 1000000\nburst_ms = 100\n";
     let text = format!("[network.receive]\n{limit}[network.transmit]\n{limit}");
     std::fs::write(&config, text).expect("a configuration");

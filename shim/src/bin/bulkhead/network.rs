@@ -3,7 +3,7 @@
 use bulkhead_shim::{
     config::Config,
     ledger::{self, Resource},
-    network::{self, Counters, Traffic},
+    network::{self, Counters},
 };
 use serde::Serialize;
 
@@ -42,12 +42,8 @@ pub fn network(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
 }
 
 fn pods(arguments: &Arguments, config: &Config) -> Result<Vec<Pod>, Failure> {
-    // Without the directory no pod has run since the host started.
-    let Ok(state) = config.state_dir.canonicalize() else {
-        return Ok(Vec::new());
-    };
     let mut pods = Vec::new();
-    for listed in ledger::list(&state)? {
+    for listed in ledger::list(&config.state_dir)? {
         if arguments
             .id
             .as_ref()
@@ -70,16 +66,6 @@ fn pods(arguments: &Arguments, config: &Config) -> Result<Vec<Pod>, Failure> {
 
 /// From the pod's point of view: what its interface on the host took in, it received.
 fn print(pods: &[Pod]) {
-    const NONE: Traffic = Traffic {
-        rx_packets: 0,
-        tx_packets: 0,
-        rx_bytes: 0,
-        tx_bytes: 0,
-        rx_errors: 0,
-        tx_errors: 0,
-        rx_dropped: 0,
-        tx_dropped: 0,
-    };
     println!(
         "{:40} {:12} {:>12} {:>14} {:>9} {:>12} {:>14} {:>9}",
         "POD",
@@ -93,8 +79,8 @@ fn print(pods: &[Pod]) {
     );
     for pod in pods {
         for interface in &pod.interfaces {
-            let outside = interface.outside.unwrap_or(NONE);
-            let inside = interface.inside.unwrap_or(NONE);
+            let outside = interface.outside.unwrap_or_default();
+            let inside = interface.inside.unwrap_or_default();
             println!(
                 "{:40} {:12} {:>12} {:>14} {:>9} {:>12} {:>14} {:>9}",
                 format!("{}/{}", pod.namespace, pod.id),

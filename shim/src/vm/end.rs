@@ -1,0 +1,83 @@
+//! How a machine ended, and what is told of it.
+
+use bulkhead_vmm_config::{GuestEnd, VmStats};
+
+use crate::sys::process::Death;
+
+/// How many of a guest's last console lines an error carries.
+const SHOWN: usize = 20;
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest ended.
+    Guest {
+        /// How.
+        end: GuestEnd,
+        /// Its last console lines, made printable.
+        console: Vec<String>,
+        /// Counters.
+        stats: Box<VmStats>,
+    },
+    /// The VMM said why it could not go on.
+    Failed {
+        /// Its words.
+        reason: String,
+    },
+    /// The VMM died without a word.
+    Died {
+        /// How, when we could collect it.
+        death: Option<Death>,
+        /// The last log line that tells of trouble.
+        trouble: Option<String>,
+        /// Its last log lines.
+        log: Vec<String>,
+    },
+}
+
+impl End {
+    /// The last lines of the guest's console, or of the VMM's log.
+    pub fn last_lines(&self) -> &[String] {
+        match self {
+            End::Guest { console, .. } => &console[console.len().saturating_sub(SHOWN)..],
+            End::Failed { .. } => &[],
+            End::Died { log, .. } => log,
+        }
+    }
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            End::Guest { end, console, .. } => {
+                f.write_str(match end {
+                    GuestEnd::PowerOff => "the guest powered off",
+                    GuestEnd::Reboot => "the guest rebooted",
+                    GuestEnd::Panic => "the guest's kernel panicked",
+                    GuestEnd::TripleFault => "the guest stopped by a triple fault",
+                    GuestEnd::Stopped => "the virtual machine was stopped",
+                    GuestEnd::KvmError => "KVM could not go on running the guest",
+                })?;
+                let telling = console
+                    .iter()
+                    .rev()
+                    .find(|line| line.contains("Kernel panic"));
+                match telling.or(console.last()) {
+                    Some(line) => write!(f, ": {line}"),
+                    None => Ok(()),
+                }
+            }
+            End::Failed { reason } => write!(f, "{reason}"),
+            End::Died { death, trouble, .. } => {
+                f.write_str("the virtual machine's process died")?;
+                if let Some(death) = death {
+                    write!(f, " by {death}")?;
+                }
+                match trouble {
+                    Some(line) => write!(f, ": {line}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! The machine: `bulkhead-vmm run`, its requests and its events.
+//!
+//! ```text
+//! starting ── Running ──► running ── Ended ──► gone (process collected)
+//!    │                       │
+//!    └────────── Failed, or dead without a word ──► gone
+//! ```
+
+mod end;
+mod hardware;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::VecDeque,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bulkhead_vmm_config::{Event, Fd, PortOffer, Request, Stamp, VmStats};
+use tokio::sync::{oneshot, watch};
+
+pub use self::{
+    end::End,
+    hardware::{Hardware, Nic},
+};
+use crate::{
+    control,
+    error::line,
+    ledger::Ledger,
+    logs::printable,
+    peer::{self, Peer, Place},
+};
+
+/// Why the machine cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process could not be started.
+    #[error(transparent)]
+    Peer(#[from] peer::Error),
+    /// The control socket broke.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// The machine is gone.
+    #[error("{0}")]
+    Gone(End),
+    /// It said no.
+    #[error("the virtual machine refused {request}: {reason}")]
+    Refused {
+        /// What was asked.
+        request: &'static str,
+        /// Its words.
+        reason: String,
+    },
+}
+
+type Answer = oneshot::Sender<Result<Option<VmStats>, String>>;
+
+#[derive(Debug, Default)]
+struct Shared {
+    stamps: Vec<Stamp>,
+    waiting: VecDeque<Answer>,
+}
+
+/// A request's turn to be answered. It is given up unless the request has been sent, whether that failed or was not waited for: no
+/// answer will come, and the next one would be taken for it.
+struct Turn<'a>(&'a Mutex<Shared>);
+
+impl Turn<'_> {
+    /// After all others. Only who holds `Vm::sending` may have one.
+    fn last(shared: &Mutex<Shared>, answer: Answer) -> Turn<'_> {
+        locked(shared).waiting.push_back(answer);
+        Turn(shared)
+    }
+
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        // Still the last, unless a broken machine has answered more than it was asked: then there is none.
+        locked(self.0).waiting.pop_back();
+    }
+}
+
+fn locked(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().expect("no panic while it is held")
+}
+
+/// A machine.
+#[derive(Debug)]
+pub struct Vm {
+    peer: Arc<Peer>,
+    shared: Arc<Mutex<Shared>>,
+    end: watch::Receiver<Option<End>>,
+    /// Keeps the order of packets that of `Shared::waiting`.
+    sending: tokio::sync::Mutex<()>,
+}
+
+impl Vm {
+    /// Starts the process and sends it its configuration. It runs when [`Vm::stamps`] says so.
+    pub async fn start(
+        place: Place<'_>,
+        hardware: Hardware<'_>,
+        ledger: &mut Ledger,
+    ) -> Result<Vm, Error> {
+        let peer = Arc::new(Peer::start(place, "run", ledger)?);
+        let mut fds = Vec::new();
+        let config = hardware::config(place.sandbox, &hardware, &peer, &mut fds);
+        let sent = peer.control.send(&config, &fds).await;
+        let vm = Vm::of(peer);
+        match sent {
+            Ok(()) => Ok(vm),
+            // It died before it could read: its own words say more than our broken pipe.
+            Err(control::Error::Io { .. }) => Err(Error::Gone(vm.ended().await)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads what the process says from now on.
+    fn of(peer: Arc<Peer>) -> Vm {
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let (ended, end) = watch::channel(None);
+        tokio::spawn(watch_events(peer.clone(), shared.clone(), ended));
+        Vm {
+            peer,
+            shared,
+            end,
+            sending: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// The VMM's pid.
+    pub fn pid(&self) -> i32 {
+        self.peer.pid
+    }
+
+    /// The phases reached so far.
+    pub fn stamps(&self) -> Vec<Stamp> {
+        locked(&self.shared).stamps.clone()
+    }
+
+    /// Waits until the process is gone and tells how it ended.
+    pub async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await {
+            Ok(end) => end.clone().expect("waited for it"),
+            Err(_) => End::Died {
+                death: None,
+                trouble: self.peer.tail.trouble(),
+                log: self.peer.tail.lines(),
+            },
+        }
+    }
+
+    /// Lets the guest dial `port` once; its bytes come out of the other end of `fd`'s socketpair.
+    pub async fn offer_port(&self, port: u32, fd: OwnedFd) -> Result<(), Error> {
+        let offer = Request::OfferPort(PortOffer { port, fd: Fd(0) });
+        self.request("a stream", &offer, &[fd.as_raw_fd()])
+            .await
+            .map(drop)
+    }
+
+    /// Adds a network interface; the guest finds it when it looks again.
+    pub async fn plug(&self, nic: Nic) -> Result<(), Error> {
+        let mut fds = Vec::new();
+        let device = nic.config(hardware::indices(&mut fds));
+        self.request("a network interface", &Request::PlugNet(device), &fds)
+            .await
+            .map(drop)
+    }
+
+    /// Tells the guest whether the link of its Nth network device carries frames.
+    pub async fn set_link(&self, device: u32, up: bool) -> Result<(), Error> {
+        let request = Request::SetLink { device, up };
+        self.request("a change of a link", &request, &[])
+            .await
+            .map(drop)
+    }
+
+    /// Takes back a port that the guest has not dialled.
+    pub async fn withdraw_port(&self, port: u32) -> Result<(), Error> {
+        let request = Request::WithdrawPort { port };
+        self.request("to forget a stream", &request, &[])
+            .await
+            .map(drop)
+    }
+
+    /// Kills the process without a word; [`Vm::ended`] tells.
+    pub fn kill(&self) {
+        self.peer.kill();
+    }
+
+    /// Counters as of now.
+    pub async fn stats(&self) -> Result<VmStats, Error> {
+        let stats = self.request("its counters", &Request::Stats, &[]).await?;
+        Ok(stats.unwrap_or_default())
+    }
+
+    /// Ends the machine without asking the guest.
+    pub async fn stop(&self) -> Result<(), Error> {
+        let _order = self.sending.lock().await;
+        Ok(self.peer.control.send(&Request::Stop, &[]).await?)
+    }
+
+    async fn request(
+        &self,
+        name: &'static str,
+        request: &Request,
+        fds: &[i32],
+    ) -> Result<Option<VmStats>, Error> {
+        let (answer, answered) = oneshot::channel();
+        let sent = {
+            let _order = self.sending.lock().await;
+            let turn = Turn::last(&self.shared, answer);
+            let sent = self.peer.control.send(request, fds).await;
+            if sent.is_ok() {
+                turn.keep();
+            }
+            sent
+        };
+        match sent {
+            Ok(()) => {}
+            Err(control::Error::Io { .. }) => return Err(Error::Gone(self.ended().await)),
+            Err(error) => return Err(error.into()),
+        }
+        match answered.await {
+            Ok(Ok(stats)) => Ok(stats),
+            Ok(Err(reason)) => Err(Error::Refused {
+                request: name,
+                reason,
+            }),
+            Err(_) => Err(Error::Gone(self.ended().await)),
+        }
+    }
+}
+
+/// Reads events until the machine is gone, then publishes how.
+async fn watch_events(
+    peer: Arc<Peer>,
+    shared: Arc<Mutex<Shared>>,
+    ended: watch::Sender<Option<End>>,
+) {
+    let mut last_words = None;
+    loop {
+        match peer.control.receive::<Event>().await {
+            Ok(Some(event)) => {
+                if let Some(end) = on_event(event, &shared) {
+                    last_words = Some(end);
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                last_words.get_or_insert(End::Failed {
+                    reason: line(&error),
+                });
+                // Nobody hears it any more: its end would not come by itself.
+                peer.kill();
+                break;
+            }
+        }
+    }
+    let death = peer.death().await;
+    let end = last_words.unwrap_or_else(|| End::Died {
+        death,
+        trouble: peer.tail.trouble(),
+        log: peer.tail.lines(),
+    });
+    // Whoever waits for an answer learns that there will be none.
+    locked(&shared).waiting.clear();
+    let _ = ended.send(Some(end));
+}
+
+fn on_event(event: Event, shared: &Mutex<Shared>) -> Option<End> {
+    let mut shared = locked(shared);
+    let mut answer = |answer| {
+        if let Some(waiting) = shared.waiting.pop_front() {
+            // The one who asked may have given up.
+            let _ = waiting.send(answer);
+        }
+    };
+    match event {
+        Event::Running => {}
+        Event::Done => answer(Ok(None)),
+        Event::Refused { reason } => answer(Err(printable(&reason))),
+        Event::Stats(stats) => answer(Ok(Some(stats))),
+        Event::Reached(stamp) => shared.stamps.push(stamp),
+        Event::Ended {
+            end,
+            console,
+            stats,
+        } => {
+            return Some(End::Guest {
+                end,
+                console: console.iter().map(|line| printable(line)).collect(),
+                stats: Box::new(stats),
+            });
+        }
+        Event::Failed { reason } => {
+            return Some(End::Failed {
+                reason: printable(&reason),
+            });
+        }
+    }
+    None
+}
