@@ -116,7 +116,7 @@ pub(crate) fn configure(network: &agent::Network, owns_machine: bool) -> Result<
 }
 
 fn apply(network: &agent::Network, interfaces: &Interfaces) -> Result<(), NetworkError> {
-    let requests = translated(network, interfaces)?;
+    let mut requests = translated(network, interfaces)?;
     let sysctls = ordered(network)?;
     let of_all = sysctls.partition_point(|(reach, ..)| *reach != Reach::Interface);
     let renames = requests
@@ -129,21 +129,22 @@ fn apply(network: &agent::Network, interfaces: &Interfaces) -> Result<(), Networ
             source,
         })?;
     let mut number = 0;
-    let mut make = |requests: &[Request]| {
-        requests.iter().try_for_each(|request| {
+    let mut make = |requests: &mut [Request]| {
+        requests.iter_mut().try_for_each(|request| {
             number += 1;
-            match kernel.request(&mut request.message.clone()) {
+            match kernel.request(&mut request.message) {
                 Ok(()) => Ok(()),
                 Err(refusal) if refusal.errno == Errno::EEXIST => Ok(()),
                 Err(refusal) => Err(refused(number, &request.message, &refusal)),
             }
         })
     };
+    let (names, rest) = requests.split_at_mut(renames);
     write(&sysctls[..of_all])?;
-    make(&requests[..renames])?;
+    make(names)?;
     // The interfaces have their names now, and no addresses yet.
     write(&sysctls[of_all..])?;
-    make(&requests[renames..])
+    make(rest)
 }
 
 fn refused(number: usize, message: &[u8], refusal: &Refusal) -> NetworkError {
@@ -160,11 +161,7 @@ fn translated(
     interfaces: &Interfaces,
 ) -> Result<Vec<Request>, NetworkError> {
     let translate = |(place, message): (usize, &Vec<u8>)| {
-        let translated = Request::new(message).and_then(|mut request| {
-            request.translate(interfaces)?;
-            Ok(request)
-        });
-        translated.map_err(|source| NetworkError::Invalid {
+        Request::new(message, interfaces).map_err(|source| NetworkError::Invalid {
             number: place + 1,
             what: request::describe(message),
             source,

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::netlink::{Attribute, Cut, HEADER, Records, attributes, read_u16, read_u32};
+use super::netlink::{Cut, HEADER, Records, attributes, read_u16, read_u32};
 
 /// Index of lo in every network namespace.
 const LO: u32 = 1;
@@ -107,18 +107,17 @@ impl Kind {
     }
 }
 
-/// A message to the kernel, at least as long as its header and body.
+/// A message to the kernel that names the guest's interfaces.
 #[derive(Debug)]
 pub(super) struct Request {
-    kind: Kind,
     /// It gives an interface its name.
     pub(super) renames: bool,
     pub(super) message: Vec<u8>,
 }
 
 impl Request {
-    /// Takes a whole message.
-    pub(super) fn new(message: &[u8]) -> Result<Self, RequestError> {
+    /// Takes a whole message in which the interfaces are agent.proto's.
+    pub(super) fn new(message: &[u8], interfaces: &Interfaces) -> Result<Self, RequestError> {
         let number =
             read_u16(message, 4).ok_or(RequestError::Malformed("it is shorter than a header"))?;
         let kind = Kind::new(number).ok_or_else(|| RequestError::Foreign(name(number)))?;
@@ -130,24 +129,17 @@ impl Request {
         if message.len() < HEADER + kind.body() {
             return Err(RequestError::Malformed("it is shorter than its type"));
         }
-        Ok(Self {
-            kind,
-            renames: false,
-            message: message.to_owned(),
-        })
-    }
-
-    /// Makes it name the guest's interfaces.
-    pub(super) fn translate(&mut self, interfaces: &Interfaces) -> Result<(), RequestError> {
-        let (body, rest) = self.message[HEADER..].split_at_mut(self.kind.body());
-        if matches!(self.kind, Kind::Link | Kind::Address | Kind::Neighbour) {
+        let (mut message, mut renames) = (message.to_owned(), false);
+        let (body, rest) = message[HEADER..].split_at_mut(kind.body());
+        if matches!(kind, Kind::Link | Kind::Address | Kind::Neighbour) {
             interfaces.replace(body, INTERFACE)?;
         }
         for attribute in attributes(rest) {
             // Those of the other kinds are checked to be whole as well.
-            let Attribute { kind, value } = attribute?;
-            match (self.kind, kind) {
-                (Kind::Link, libc::IFLA_IFNAME) => self.renames = true,
+            let attribute = attribute?;
+            let value = attribute.value;
+            match (kind, attribute.kind) {
+                (Kind::Link, libc::IFLA_IFNAME) => renames = true,
                 (Kind::Route, libc::RTA_OIF | libc::RTA_IIF) => {
                     interfaces.replace_some(value, 0)?;
                 }
@@ -159,7 +151,7 @@ impl Request {
                 _ => {}
             }
         }
-        Ok(())
+        Ok(Self { renames, message })
     }
 }
 

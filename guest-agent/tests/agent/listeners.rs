@@ -162,8 +162,10 @@ async fn no_change_is_missed_among_thousands() {
     stays(&guest, &ports(&[], &[])).await;
     let left: Vec<Vec<TcpListener>> = (0..4u16)
         .map(|thread| {
+            let runtime = tokio::runtime::Handle::current();
             inside(&guest, move || {
-                let bind = |n| TcpListener::bind(("127.0.0.1", 1000 + thread * 1000 + n)).unwrap();
+                let _entered = runtime.enter();
+                let bind = |n| shared_listener(1000 + thread * 1000 + n);
                 // More than the ring holds; the last round keeps every tenth.
                 for _ in 0..4 {
                     (0..500).for_each(|n| drop(bind(n)));
@@ -181,6 +183,15 @@ async fn no_change_is_missed_among_thousands() {
     expect(&guest, &ports(&wanted, &[])).await;
     drop(left);
     expect(&guest, &ports(&[], &[])).await;
+}
+
+/// A listener on a port that another may still have: a program that another test starts has copies of all our descriptors between
+/// fork and exec.
+fn shared_listener(port: u16) -> TcpListener {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_reuseport(true).unwrap();
+    socket.bind(([127, 0, 0, 1], port).into()).unwrap();
+    socket.listen(1).unwrap().into_std().unwrap()
 }
 
 #[tokio::test]

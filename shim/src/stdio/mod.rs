@@ -303,7 +303,7 @@ impl Streams {
     /// Waits until the client has read the first so many bytes of stdout and of stderr, which the guest says the process had written.
     ///
     /// An exit is told after this, because clients take it for the end of the output (containerd 1.7's then closes its FIFOs, read
-    /// or not). A client that reads nothing for [`PATIENCE`] holds up nothing, nor does one that is slow, or a guest that counts
+    /// or not). A client that reads nothing for [`progress::PATIENCE`] holds up nothing, nor does one that is slow, or a guest that counts
     /// what never comes, for longer than `limit`.
     pub fn heard(&self, written: [u64; 2], limit: Duration) -> impl Future<Output = ()> + use<> {
         let outputs = self

@@ -12,7 +12,7 @@ use super::relay::Passed;
 use crate::sys;
 
 /// How long a client may read nothing before it is not waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// How soon, and then how often, is looked: a FIFO says when there is room, not when it is empty.
 const SOON: Duration = Duration::from_millis(1);
 const OFTEN: Duration = Duration::from_millis(16);

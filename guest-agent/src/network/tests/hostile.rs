@@ -58,8 +58,7 @@ fn a_next_hop_without_an_interface_stays_one() {
     let message = inet(0, 0, 0)
         .with(libc::RTA_MULTIPATH, &next_hop(0, "10.0.0.1"))
         .finish();
-    let mut request = Request::new(&message).unwrap();
-    request.translate(&Interfaces(Vec::new())).unwrap();
+    let request = Request::new(&message, &Interfaces(Vec::new())).unwrap();
     assert_eq!(request.message, message);
 }
 
@@ -97,8 +96,7 @@ proptest! {
         let message = Message::new(kind, 0, &bytes).finish();
         for message in [message, bytes] {
             request::describe(&message);
-            if let Ok(mut request) = Request::new(&message) {
-                let _ = request.translate(&Interfaces(vec![7]));
+            if let Ok(request) = Request::new(&message, &Interfaces(vec![7])) {
                 prop_assert_eq!(request.message.len(), message.len());
             }
         }

@@ -180,8 +180,21 @@ impl Buffers<'_> {
     /// # Errors
     /// The chain is shorter.
     pub fn write(&self, memory: &GuestMemoryMmap, data: &[u8]) -> Result<(), Fault> {
+        self.write_at(memory, 0, data)
+    }
+
+    /// Copies `data` behind the first `skip` bytes.
+    ///
+    /// # Errors
+    /// The chain is shorter.
+    pub fn write_at(
+        &self,
+        memory: &GuestMemoryMmap,
+        skip: usize,
+        data: &[u8],
+    ) -> Result<(), Fault> {
         let mut done = 0;
-        self.each(memory, 0, data.len(), |slice| {
+        self.each(memory, skip, data.len(), |slice| {
             slice.copy_from(&data[done..]);
             done += slice.len();
         })

@@ -60,14 +60,8 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Largest size of each queue, powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// The device's configuration space; reads past its end are zeros.
+    /// The device's configuration space at the start; reads past its end are zeros. No driver writes into it.
     fn config(&self) -> &[u8];
-    /// Takes a write into the configuration space; the offset is inside [`VirtioDevice::config`].
-    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-    /// Tells a network device whether its link is up. `true`: the configuration has changed.
-    fn set_link(&mut self, _up: bool) -> bool {
-        false
-    }
     /// Whether another process takes the kicks and raises the interrupt.
     fn interrupts_directly(&self) -> bool {
         false

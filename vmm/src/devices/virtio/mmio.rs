@@ -44,9 +44,9 @@ const VENDOR: u32 = 0x484b_4c42;
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
-const DRIVER_OK: u8 = 4;
+pub(super) const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
-const FAILED: u8 = 0x80;
+pub(super) const FAILED: u8 = 0x80;
 
 /// There is a device already, or its place has too few queues.
 #[derive(Debug, Error)]
@@ -126,6 +126,11 @@ impl MmioTransport {
         self.signal.registers()
     }
 
+    /// The way to the driver, which no lock of the transport is in.
+    pub fn signal(&self) -> Signal {
+        self.signal.clone()
+    }
+
     /// The kicks, by queue index, for ioeventfds at [`QUEUE_NOTIFY`] with the index as 4-byte data match.
     ///
     /// # Errors
@@ -158,20 +163,6 @@ impl MmioTransport {
         self.show_constants();
         self.show_selected();
         Ok(())
-    }
-
-    /// Tells the driver whether a network device's link is up.
-    pub fn set_link(&mut self, up: bool) {
-        if !self.device.set_link(up) {
-            return;
-        }
-        let registers = self.registers();
-        registers.store_config(self.device.config());
-        let generation = registers.load(VIRTIO_MMIO_CONFIG_GENERATION);
-        registers.store(VIRTIO_MMIO_CONFIG_GENERATION, generation.wrapping_add(1));
-        if self.status & (DRIVER_OK | FAILED) == DRIVER_OK {
-            self.signal.config_changed();
-        }
     }
 
     /// Everything that no write changes. What is not stored reads zero: there is no VIRTIO_F_RING_RESET.
@@ -404,18 +395,6 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let config = u64::from(VIRTIO_MMIO_CONFIG);
-        if let Some(offset) = offset.checked_sub(config) {
-            let length = self.device.config().len() as u64;
-            match offset.checked_add(data.len() as u64) {
-                Some(end) if end <= length => {
-                    self.device.write_config(offset as usize, data);
-                    self.registers().store_config(self.device.config());
-                }
-                _ => self.signal.note(Fault::Register((config + offset) as u16)),
-            }
-            return;
-        }
         match (register(offset, data.len()), data.try_into()) {
             (Some(register), Ok(value)) => self.write_register(register, u32::from_le_bytes(value)),
             _ => self.signal.note(Fault::Register(offset as u16)),
@@ -425,7 +404,8 @@ impl BusDevice for MmioTransport {
 
 /// §4.2.2.2: registers are 32 bits wide and aligned.
 fn register(offset: u64, width: usize) -> Option<u16> {
-    (width == 4 && offset.is_multiple_of(4)).then_some(offset as u16)
+    let aligned = width == 4 && offset.is_multiple_of(4);
+    u16::try_from(offset).ok().filter(|_| aligned)
 }
 
 fn half(value: u64, select: u32) -> u32 {

@@ -89,12 +89,12 @@ impl VirtQueue {
         self.layout
     }
 
-    /// Becomes readable when the driver has made chains available.
+    /// Becomes readable when the driver has made chains available, and stays so unless it is taken; each kick is an edge.
     pub fn kick(&self) -> &EventFd {
         &self.kick
     }
 
-    /// Empties the kick, before the ring is looked at.
+    /// Empties a kick that is watched for its level, before the ring is looked at.
     pub fn take_kick(&self) {
         // The eventfd does not block: an error says that it was empty.
         let _ = self.kick.read();

@@ -50,9 +50,9 @@ impl Registers {
         u32::from_le(self.word(offset).fetch_or(bits.to_le(), Ordering::SeqCst))
     }
 
-    /// Clears bits of a register.
-    pub fn clear(self, offset: u32, bits: u32) {
-        self.word(offset).fetch_and(!bits.to_le(), Ordering::SeqCst);
+    /// Clears bits of a register; returns what it was.
+    pub fn clear(self, offset: u32, bits: u32) -> u32 {
+        u32::from_le(self.word(offset).fetch_and(!bits.to_le(), Ordering::SeqCst))
     }
 
     /// Replaces the configuration space.
@@ -102,7 +102,7 @@ mod tests {
             assert_eq!(data, [0; 8], "{past:#x}");
         }
         assert_eq!(page.set(4, 0x10), 0x0403_0201);
-        page.clear(4, 1);
+        assert_eq!(page.clear(4, 1), 0x0403_0211);
         assert_eq!(page.load(4), 0x0403_0210);
     }
 }

@@ -4,10 +4,13 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS};
+use virtio_bindings::bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fault::{Fault, Notice, Observer};
+use super::mmio::{DRIVER_OK, FAILED};
 use super::registers::Registers;
 use crate::irq::{Interrupt, IrqFd};
 
@@ -46,12 +49,22 @@ impl Signal {
         self.raise();
     }
 
-    /// Tells the driver that the configuration space has changed, which has been stored before.
-    pub fn config_changed(&self) {
-        self.0
-            .registers
-            .set(VIRTIO_MMIO_INTERRUPT_STATUS, CONFIG_CHANGE);
-        self.raise();
+    /// Sets bits of a word of the configuration space, or clears them, and tells the driver that runs if that is a change. Only
+    /// one thread may do so.
+    pub fn change_config(&self, word: u32, bits: u32, on: bool) {
+        let registers = self.0.registers;
+        let change = if on { Registers::set } else { Registers::clear };
+        if (change(registers, word, bits) & bits != 0) == on {
+            return;
+        }
+        let generation = registers.load(VIRTIO_MMIO_CONFIG_GENERATION);
+        registers.store(VIRTIO_MMIO_CONFIG_GENERATION, generation.wrapping_add(1));
+        let runs = u32::from(DRIVER_OK);
+        let status = registers.load(VIRTIO_MMIO_STATUS);
+        if status & (runs | u32::from(FAILED)) == runs {
+            registers.set(VIRTIO_MMIO_INTERRUPT_STATUS, CONFIG_CHANGE);
+            self.raise();
+        }
     }
 
     /// The guest's fault in a queue: asks for a reset (§2.1.2) and counts.

@@ -1,10 +1,11 @@
 //! System calls that move bytes straight between a descriptor and guest memory.
 //!
 //! Guest memory changes under our hands: no Rust reference to it may exist, so the kernel gets raw pointers. This module
-//! holds all `unsafe` of the virtio devices.
+//! holds all `unsafe` of the virtio devices but the ioctl(2)s of a tap.
 
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
@@ -14,20 +15,16 @@ pub(super) const MAX_BUFFERS: usize = 128;
 
 /// A list of guest buffers for one system call.
 pub(super) struct IoVecs<'m> {
-    /// One more than guest buffers, for one of our own.
-    vecs: [libc::iovec; MAX_BUFFERS + 1],
+    /// The first `count` are written: no 2 KiB to be zeroed for each frame. One more than guest buffers, for one of our own.
+    vecs: [MaybeUninit<libc::iovec>; MAX_BUFFERS + 1],
     count: usize,
     memory: PhantomData<&'m ()>,
 }
 
 impl<'m> IoVecs<'m> {
     pub(super) fn new() -> IoVecs<'m> {
-        let empty = libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        };
         IoVecs {
-            vecs: [empty; MAX_BUFFERS + 1],
+            vecs: [const { MaybeUninit::uninit() }; MAX_BUFFERS + 1],
             count: 0,
             memory: PhantomData,
         }
@@ -39,19 +36,19 @@ impl<'m> IoVecs<'m> {
 
     /// Appends a buffer; the caller has asked [`IoVecs::free`].
     pub(super) fn push(&mut self, slice: &VolatileSlice<'m>) {
-        self.vecs[self.count] = libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        };
-        self.count += 1;
+        self.append(slice.ptr_guard_mut().as_ptr(), slice.len());
     }
 
-    /// Appends memory of ours, once in a list; the kernel may write to it.
+    /// Appends memory of ours, for which there is room once in a full list; the kernel may write to it.
     pub(super) fn push_own(&mut self, bytes: &'m mut [u8]) {
-        self.vecs[self.count] = libc::iovec {
-            iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: bytes.len(),
-        };
+        self.append(bytes.as_mut_ptr(), bytes.len());
+    }
+
+    fn append(&mut self, base: *mut u8, length: usize) {
+        self.vecs[self.count].write(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: length,
+        });
         self.count += 1;
     }
 
@@ -59,13 +56,7 @@ impl<'m> IoVecs<'m> {
     pub(super) fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         retry(|| {
             // SAFETY: as in `receive`; and memory of ours is borrowed exclusively for 'm.
-            unsafe {
-                libc::readv(
-                    fd.as_raw_fd(),
-                    self.vecs.as_ptr(),
-                    self.count as libc::c_int,
-                )
-            }
+            unsafe { libc::readv(fd.as_raw_fd(), self.list(), self.count as libc::c_int) }
         })
     }
 
@@ -73,13 +64,7 @@ impl<'m> IoVecs<'m> {
     pub(super) fn write(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         retry(|| {
             // SAFETY: as in `read`; the kernel only reads.
-            unsafe {
-                libc::writev(
-                    fd.as_raw_fd(),
-                    self.vecs.as_ptr(),
-                    self.count as libc::c_int,
-                )
-            }
+            unsafe { libc::writev(fd.as_raw_fd(), self.list(), self.count as libc::c_int) }
         })
     }
 
@@ -87,8 +72,8 @@ impl<'m> IoVecs<'m> {
     pub(super) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let mut message = self.message();
         retry(|| {
-            // SAFETY: each iovec is a mapped guest buffer, as `push` took it from a VolatileSlice whose mapping outlives 'm;
-            // no reference to those bytes exists in this process, so the kernel may write them at any time.
+            // SAFETY: each of the first `count` iovecs is a mapped guest buffer, as `push` took it from a VolatileSlice whose
+            // mapping outlives 'm; no reference to those bytes exists in this process, so the kernel may write them at any time.
             unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
         })
     }
@@ -108,10 +93,14 @@ impl<'m> IoVecs<'m> {
         })
     }
 
+    fn list(&self) -> *const libc::iovec {
+        self.vecs.as_ptr().cast()
+    }
+
     fn message(&mut self) -> libc::msghdr {
         // SAFETY: all-zero bytes are a msghdr without address, buffers and control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = self.vecs.as_mut_ptr();
+        message.msg_iov = self.vecs.as_mut_ptr().cast();
         message.msg_iovlen = self.count;
         message
     }

@@ -59,7 +59,6 @@ impl Control {
 
     /// Executes the commands that are there.
     pub fn serve(&mut self) -> Result<(), Fault> {
-        self.queue.take_kick();
         for _ in 0..TURN {
             if !self.queue.pop(&mut self.chain)? {
                 match self.queue.ask_for_kick()? {

@@ -110,9 +110,9 @@ impl VirtioDevice for Slot {
         &[]
     }
 
-    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
-        // §4.2.2.2: a driver ignores a device without an id.
-        Err(Fault::QueueMissing(0).into())
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        // Not reached: VERSION_1 is not offered, without which no driver gets past FEATURES_OK.
+        Err(Fault::Features(activation.features).into())
     }
 
     fn reset(&mut self) {}
@@ -310,11 +310,6 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> &[u8] {
         &self.config
-    }
-
-    fn set_link(&mut self, up: bool) -> bool {
-        let status = if up { VIRTIO_NET_S_LINK_UP as u8 } else { 0 };
-        std::mem::replace(&mut self.config[STATUS], status) != status
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

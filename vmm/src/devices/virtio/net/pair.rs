@@ -1,10 +1,12 @@
 //! A receive and a transmit queue with their queue of the tap, on one thread.
+//!
+//! Kicks and timers are watched for their edges: each makes one event, and none has to be read, which would be a system call more
+//! for each wake-up.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -24,23 +26,14 @@ const CONTROL: u32 = 3;
 const RECEIVE_TIMER: u32 = 4;
 const TRANSMIT_TIMER: u32 = 5;
 
-/// A timer whose read does not wait: an event of one that was armed again meanwhile may still come.
-fn timer() -> std::io::Result<TimerFd> {
-    let timer = TimerFd::new()?;
-    // SAFETY: the descriptor is the timer's, which is open as long as it is borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) };
-    fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok(timer)
-}
-
 /// What runs between activation and reset.
 pub struct Running {
-    pub receiver: Receiver,
-    pub transmitter: Transmitter,
+    receiver: Receiver,
+    transmitter: Transmitter,
     /// Of the first pair.
-    pub control: Option<Control>,
-    pub tap: Arc<Tap>,
-    pub signal: Signal,
+    control: Option<Control>,
+    tap: Arc<Tap>,
+    signal: Signal,
     timers: Option<[TimerFd; 2]>,
     /// What the tap is watched for.
     interest: EventSet,
@@ -86,26 +79,9 @@ impl Pair {
 
     /// Begins to serve.
     pub fn start(&mut self, mut running: Running) -> Result<(), ActivateError> {
-        let limited =
-            running.receiver.limiter.is_active() || running.transmitter.limiter.is_active();
-        let watch = || -> std::io::Result<()> {
-            let poller = &self.poller;
-            if limited {
-                let timers = [timer()?, timer()?];
-                poller.add(&timers[0], RECEIVE_TIMER, EventSet::IN)?;
-                poller.add(&timers[1], TRANSMIT_TIMER, EventSet::IN)?;
-                running.timers = Some(timers);
-            }
-            poller.add(running.receiver.queue().kick(), RECEIVE, EventSet::IN)?;
-            poller.add(running.transmitter.queue().kick(), TRANSMIT, EventSet::IN)?;
-            if let Some(control) = &running.control {
-                poller.add(control.queue().kick(), CONTROL, EventSet::IN)?;
-            }
-            poller.add(&*running.tap, TAP, running.interest)
-        };
-        let watched = { watch }();
+        let attached = running.attach(&self.poller);
         self.running = Some(running);
-        watched.map_err(|error| {
+        attached.map_err(|error| {
             self.stop();
             ActivateError::Host(Box::new(error))
         })
@@ -113,19 +89,8 @@ impl Pair {
 
     /// Ends serving: guest memory and the interrupt are not touched any more.
     pub fn stop(&mut self) {
-        let Some(running) = self.running.take() else {
-            return;
-        };
-        // They are watched as long as the device runs; a failure leaves a key that nobody knows.
-        let poller = &self.poller;
-        let _ = poller.remove(&*running.tap);
-        let _ = poller.remove(running.receiver.queue().kick());
-        let _ = poller.remove(running.transmitter.queue().kick());
-        if let Some(control) = &running.control {
-            let _ = poller.remove(control.queue().kick());
-        }
-        for timer in running.timers.iter().flatten() {
-            let _ = poller.remove(timer);
+        if let Some(running) = self.running.take() {
+            running.detach(&self.poller);
         }
     }
 }
@@ -143,6 +108,34 @@ impl Handler for Pair {
 }
 
 impl Running {
+    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        if self.receiver.limiter.is_active() || self.transmitter.limiter.is_active() {
+            let timers = self.timers.insert([TimerFd::new()?, TimerFd::new()?]);
+            poller.add(&timers[0], RECEIVE_TIMER, edge)?;
+            poller.add(&timers[1], TRANSMIT_TIMER, edge)?;
+        }
+        poller.add(self.receiver.queue().kick(), RECEIVE, edge)?;
+        poller.add(self.transmitter.queue().kick(), TRANSMIT, edge)?;
+        if let Some(control) = &self.control {
+            poller.add(control.queue().kick(), CONTROL, edge)?;
+        }
+        poller.add(&*self.tap, TAP, self.interest)
+    }
+
+    /// What is not watched is nothing to fail for; a key that is left over nobody knows.
+    fn detach(&self, poller: &Poller) {
+        let _ = poller.remove(&*self.tap);
+        let _ = poller.remove(self.receiver.queue().kick());
+        let _ = poller.remove(self.transmitter.queue().kick());
+        if let Some(control) = &self.control {
+            let _ = poller.remove(control.queue().kick());
+        }
+        for timer in self.timers.iter().flatten() {
+            let _ = poller.remove(timer);
+        }
+    }
+
     fn serve(&mut self, key: u32, events: EventSet, poller: &Poller) -> Result<(), Fault> {
         match key {
             // It cannot be muted, and nothing else says so while the driver has posted no buffers.
@@ -157,20 +150,9 @@ impl Running {
                     self.receive()?;
                 }
             }
-            RECEIVE => self.receive()?,
-            TRANSMIT => self.transmit()?,
+            RECEIVE | RECEIVE_TIMER => self.receive()?,
+            TRANSMIT | TRANSMIT_TIMER => self.transmit()?,
             CONTROL => return self.control.as_mut().map_or(Ok(()), Control::serve),
-            RECEIVE_TIMER | TRANSMIT_TIMER => {
-                if let Some(timers) = &mut self.timers {
-                    let index = usize::from(key == TRANSMIT_TIMER);
-                    // It may have been armed again since it fired; then there is nothing to read.
-                    let _ = timers[index].wait();
-                }
-                match key {
-                    RECEIVE_TIMER => self.receive()?,
-                    _ => self.transmit()?,
-                }
-            }
             _ => {}
         }
         self.watch(poller);
@@ -179,7 +161,6 @@ impl Running {
 
     fn receive(&mut self) -> Result<(), Fault> {
         if self.receive_wait == receive::Wait::Gone {
-            self.receiver.queue().take_kick();
             return Ok(());
         }
         self.receive_wait = self.receiver.serve()?;

@@ -4,9 +4,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bulkhead_vmm_config::NetStats;
 use thiserror::Error;
+use virtio_bindings::bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
+use virtio_bindings::bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
-use super::{Backend, Counters, Net};
+use super::{Backend, Counters, Net, STATUS};
 use crate::devices::virtio::mmio::{MmioTransport, PlaceTaken};
+use crate::devices::virtio::signal::Signal;
+
+/// The word of the configuration space in which the status is, and the link's bit of it.
+const LINK_WORD: u32 = VIRTIO_MMIO_CONFIG + (STATUS as u32 & !3);
+const LINK_UP: u32 = VIRTIO_NET_S_LINK_UP << (8 * (STATUS % 4));
 
 /// A device cannot be added.
 #[derive(Debug, Error)]
@@ -22,6 +29,8 @@ pub enum PlugError {
 /// Devices first, then empty places; both in the order of the shim.
 pub struct NetPorts {
     transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Of the transports, whose locks a driver can have held for long.
+    signals: Vec<Signal>,
     counters: Vec<Counters>,
     vcpus: usize,
 }
@@ -31,6 +40,7 @@ impl NetPorts {
     pub fn new(counters: Vec<Counters>, vcpus: usize) -> NetPorts {
         NetPorts {
             transports: Vec::new(),
+            signals: Vec::new(),
             counters,
             vcpus,
         }
@@ -38,6 +48,7 @@ impl NetPorts {
 
     /// Adds the next device's, or the next place's.
     pub fn add(&mut self, transport: Arc<Mutex<MmioTransport>>) {
+        self.signals.push(lock(&transport).signal());
         self.transports.push(transport);
     }
 
@@ -61,18 +72,19 @@ impl NetPorts {
 
     /// Tells the guest whether a device's link is up. `false`: there is no such device.
     pub fn set_link(&self, device: u32, up: bool) -> bool {
-        let device = device as usize;
-        let exists = device < self.counters.len();
-        if exists {
-            lock(&self.transports[device]).set_link(up);
-        }
-        exists
+        let devices = &self.signals[..self.counters.len()];
+        let signal = devices.get(device as usize);
+        signal.map(|signal| set_link(signal, up)).is_some()
     }
 
     /// Of each device.
     pub fn stats(&self) -> Vec<NetStats> {
         self.counters.iter().map(Counters::snapshot).collect()
     }
+}
+
+pub(super) fn set_link(signal: &Signal, up: bool) {
+    signal.change_config(LINK_WORD, LINK_UP, up);
 }
 
 fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {

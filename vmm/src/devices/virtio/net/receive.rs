@@ -90,7 +90,6 @@ impl Receiver {
 
     /// Moves frames until there is something to wait for, or others must have their turn, which is waiting for a frame, too.
     pub fn serve(&mut self) -> Result<Wait, Fault> {
-        self.queue.take_kick();
         self.queue.suppress_kicks()?;
         let mut wait = Wait::Frame;
         for _ in 0..TURN {
@@ -239,13 +238,8 @@ impl Receiver {
         });
         let count = 1 + ends.take_while(|&end| end < length).count();
         let number = (count as u16).to_le_bytes();
-        let mut done = 0;
-        self.posted[0]
-            .writable()
-            .each(&self.memory, header::NUM_BUFFERS, 2, |slice| {
-                slice.copy_from(&number[done..]);
-                done += slice.len();
-            })?;
+        let first = self.posted[0].writable();
+        first.write_at(&self.memory, header::NUM_BUFFERS, &number)?;
         let mut left = length;
         for _ in 0..count {
             let Some(chain) = self.posted.pop_front() else {

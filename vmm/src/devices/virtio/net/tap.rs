@@ -62,18 +62,21 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Says which frames the guest takes unfinished: `TUN_F_*`.
+    /// Says which frames the guest takes unfinished: `TUN_F_*`. An interface that is gone has none.
     ///
     /// # Errors
     /// The host does not know one of them.
     pub fn set_offloads(&self, flags: libc::c_uint) -> io::Result<()> {
-        self.ioctl(libc::TUNSETOFFLOAD, flags.into())
+        match self.ioctl(libc::TUNSETOFFLOAD, flags.into()) {
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Ok(()),
+            other => other,
+        }
     }
 
     /// Takes part in the interface's traffic, or does not, which is how a queue begins that the driver has not asked for.
     ///
     /// # Errors
-    /// The interface is gone.
+    /// The interface has as many queues as it can have.
     pub fn attach_queue(&self, attached: bool) -> io::Result<()> {
         let mut request = empty_request();
         request.ifr_ifru.ifru_flags = match attached {
@@ -81,7 +84,7 @@ impl Tap {
             false => libc::IFF_DETACH_QUEUE as libc::c_short,
         };
         match self.ioctl(libc::TUNSETQUEUE, (&raw const request) as libc::c_ulong) {
-            // It is so already.
+            // It is so already, or the interface is gone.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             other => other,
         }

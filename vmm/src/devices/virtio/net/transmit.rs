@@ -76,7 +76,6 @@ impl Transmitter {
 
     /// Moves frames until there are none, or until something stands in their way.
     pub fn serve(&mut self) -> Result<Wait, Fault> {
-        self.queue.take_kick();
         self.queue.suppress_kicks()?;
         let wait = self.send_all();
         self.queue.signal_used()?;
@@ -146,13 +145,9 @@ impl Transmitter {
         list.push_own(&mut header);
         if !buffers.list(&self.memory, header::SIZE, length, &mut list)? {
             // More pieces than one call takes, which no driver has a reason for.
-            whole.reserve_exact(length);
-            buffers.each(&self.memory, header::SIZE, length, |slice| {
-                let start = whole.len();
-                whole.resize(start + slice.len(), 0);
-                slice.copy_to(&mut whole[start..]);
-            })?;
-            list.push_own(&mut whole);
+            whole.resize(header::SIZE + length, 0);
+            buffers.read(&self.memory, &mut whole)?;
+            list.push_own(&mut whole[header::SIZE..]);
         }
         Ok(list.write(self.tap.as_fd()))
     }

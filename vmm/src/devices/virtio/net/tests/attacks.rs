@@ -1,7 +1,10 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use proptest::prelude::*;
 
 use super::super::super::test_driver::{HIGH_RAM, INDIRECT, NEXT, RAM_SIZE};
 use super::*;
+use crate::bus::BusDevice;
 
 /// Breaks one rule; the device stops, says so, and works again after a reset.
 fn refused(queue: u32, fault: &str, attack: impl FnOnce(&mut Driver)) {
@@ -162,10 +165,7 @@ fn a_reset_does_not_fill_the_buckets() {
 #[test]
 fn odd_features_are_a_device_without_those_offloads() {
     for odd in [VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_USO4] {
-        let mut wire = Wire::new(1, 1500);
-        let mut events = Loop::new();
-        let net = device(&mut events, backend(wire.take_taps()));
-        let mut driver = Driver::new(net, memory());
+        let mut driver = Guest::not_started(1, 1500, |backend| backend).driver;
         let wanted = 1 << 32 | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << odd;
         let offered = driver.offered();
         driver.start_with(wanted & offered);
@@ -179,6 +179,21 @@ fn an_interface_that_goes_away_under_an_idle_driver_does_not_spin() {
     let mut guest = Guest::new();
     guest.events.settle();
     guest.wire.delete_interface();
+    assert!(guest.events.is_quiet());
+}
+
+#[test]
+fn an_interface_that_is_gone_is_nothing_that_a_driver_can_fill_the_log_with() {
+    let mut guest = Guest::with(2, 1500, |backend| backend);
+    guest.wire.delete_interface();
+    for _ in 0..3 {
+        guest.driver.start();
+        guest.events.settle();
+    }
+    let failures = guest.driver.notices.failures.lock().unwrap();
+    assert!(failures.is_empty(), "{failures:?}");
+    drop(failures);
+    assert!(!guest.driver.needs_reset());
     assert!(guest.events.is_quiet());
 }
 
@@ -256,4 +271,48 @@ proptest! {
         guest.send(&[0; header::SIZE], &frame(100, 3));
         prop_assert_eq!(guest.stats().sent, sent + 1);
     }
+}
+
+#[test]
+fn a_driver_that_starts_the_device_without_end_does_not_hold_up_who_talks_to_the_shim() {
+    let mut wire = Wire::new(1, 1500);
+    let net = Net::new(backend(wire.take_taps())).unwrap();
+    let mut ports = NetPorts::new(vec![net.counters()], 1);
+    let driver = Driver::new(net, memory());
+    let transport = Arc::new(Mutex::new(driver.transport));
+    ports.add(transport.clone());
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let guest = std::thread::spawn(move || {
+        let write = |register: u64, value: u32| {
+            let mut transport = transport.lock().unwrap();
+            transport.write(register, &value.to_le_bytes());
+        };
+        while !stopped.load(Ordering::Relaxed) {
+            for (register, value) in [
+                (reg::STATUS, 0),
+                (reg::STATUS, 1),
+                (reg::STATUS, 3),
+                (reg::DRIVER_FEATURES_SEL, 1),
+                (reg::DRIVER_FEATURES, 1),
+                (reg::STATUS, 0xb),
+                (reg::STATUS, 0xf),
+            ] {
+                write(register, value);
+            }
+        }
+    });
+    let mut took = Vec::new();
+    for nth in 0..50 {
+        // Not the next after the last, which finds the lock free.
+        std::thread::sleep(Duration::from_millis(7));
+        let began = Instant::now();
+        assert!(ports.set_link(0, nth % 2 == 0));
+        took.push(began.elapsed());
+    }
+    stop.store(true, Ordering::Relaxed);
+    guest.join().unwrap();
+    // Most of them, for the test's own thread may have to wait for a processor.
+    took.sort();
+    assert!(took[40] < Duration::from_millis(1), "{took:?}");
 }

@@ -54,14 +54,18 @@ impl Guest {
     }
 
     fn with(queues: usize, mtu: i32, change: impl FnOnce(Backend) -> Backend) -> Guest {
+        let mut guest = Guest::not_started(queues, mtu, change);
+        guest.driver.start();
+        guest
+    }
+
+    fn not_started(queues: usize, mtu: i32, change: impl FnOnce(Backend) -> Backend) -> Guest {
         let mut wire = Wire::new(queues, mtu);
         let mut events = Loop::new();
         let net = device(&mut events, change(backend(wire.take_taps())));
         let counters = net.counters();
-        let mut driver = Driver::new(net, memory());
-        driver.start();
         Guest {
-            driver,
+            driver: Driver::new(net, memory()),
             events,
             wire,
             counters,
@@ -270,22 +274,18 @@ fn a_full_receive_queue_resumes_when_it_is_drained() {
 
 #[test]
 fn without_merged_buffers_a_frame_has_one_and_does_not_spill() {
-    let mut wire = Wire::new(1, 9000);
-    let mut events = Loop::new();
-    let net = device(&mut events, backend(wire.take_taps()));
-    let counters = net.counters();
-    let mut driver = Driver::new(net, memory());
-    driver.start_with(1 << 32 | 1 << VIRTIO_NET_F_MAC);
+    let mut guest = Guest::not_started(1, 9000, |backend| backend);
+    guest.driver.start_with(1 << 32 | 1 << VIRTIO_NET_F_MAC);
     for nth in 0..2 {
-        driver.queues[0].add(&[(BUFFERS + 2048 * nth, 1526, WRITE)]);
+        guest.driver.queues[0].add(&[(BUFFERS + 2048 * nth, 1526, WRITE)]);
     }
-    driver.notify(0);
-    wire.send(&frame(4000, 9));
-    wire.send(&frame(1000, 10));
-    events.settle();
-    assert_eq!(driver.queues[0].take_used(), Some((0, 1012)));
-    assert_eq!(driver.queues[0].take_used(), None);
-    let stats = counters.snapshot();
+    guest.driver.notify(0);
+    guest.wire.send(&frame(4000, 9));
+    guest.wire.send(&frame(1000, 10));
+    guest.events.settle();
+    assert_eq!(guest.driver.queues[0].take_used(), Some((0, 1012)));
+    assert_eq!(guest.driver.queues[0].take_used(), None);
+    let stats = guest.stats();
     assert_eq!((stats.received, stats.receive_dropped), (1, 1));
 }
 
@@ -345,14 +345,14 @@ fn a_change_of_the_link_interrupts_the_driver_once() {
     guest.driver.interrupts();
     let generation = guest.driver.read(0xfc);
     for _ in 0..2 {
-        guest.driver.transport.set_link(false);
+        ports::set_link(&guest.driver.transport.signal(), false);
     }
     assert_eq!(guest.driver.read(0x104) >> 16 & 1, 0);
     assert_eq!(guest.driver.read(reg::INTERRUPT_STATUS) & 2, 2);
     assert_eq!(guest.driver.interrupts(), 1);
     assert_eq!(guest.driver.read(0xfc), generation + 1);
     guest.driver.write(reg::INTERRUPT_ACK, 2);
-    guest.driver.transport.set_link(true);
+    ports::set_link(&guest.driver.transport.signal(), true);
     assert_eq!(guest.driver.read(0x104) >> 16 & 1, 1);
     assert_eq!(guest.driver.interrupts(), 1);
 }
