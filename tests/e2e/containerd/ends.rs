@@ -101,12 +101,16 @@ fn the_host_kills_the_machine_for_memory() {
     listener.finish();
 }
 
-/// No limit of the container's: all memory of the machine.
+/// No limit of the container's: all memory of the machine, of which there is little, or filling it takes a minute here.
 #[test]
 fn the_guest_runs_out_of_memory() {
+    let small = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(&small, "memory_mib = 128\n").expect("it can be written");
+    let small = small.path().to_str().expect("a plain path");
     let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
     let script = "sleep 2; exec tail /dev/zero";
-    let log = ends_with(&[], script, &[137], |running| {
+    let words = ["--runtime-config-path", small];
+    let log = ends_with(&words, script, &[137], |running| {
         eventually("the kernel of the guest kills it", || {
             running.status().as_deref() == Some("STOPPED")
         });
