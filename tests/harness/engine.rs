@@ -146,6 +146,26 @@ impl Engine {
         ran.text()
     }
 
+    /// A running `ctr events` that hears what happens from now on. It says nothing when it has subscribed, so something is made to
+    /// happen until it does.
+    pub fn listen(&self) -> Started {
+        let mut command = self.ctr(&["events"]);
+        command.env("TZ", "UTC");
+        let listener = Started::spawn(command);
+        for count in 0..200 {
+            if listener.output().contains("/namespaces/update") {
+                return listener;
+            }
+            self.ok(&[
+                "namespaces",
+                "label",
+                "default",
+                &format!("listener={count}"),
+            ]);
+        }
+        panic!("ctr events hears nothing: {}", listener.errors());
+    }
+
     /// A container's bundle.
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.state

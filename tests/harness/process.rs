@@ -114,6 +114,11 @@ impl Started {
         })
     }
 
+    /// What it has written to its standard output so far.
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.so_far()).into_owned()
+    }
+
     /// What it has written to its standard error so far.
     pub fn errors(&self) -> String {
         String::from_utf8_lossy(&self.stderr.so_far()).into_owned()

@@ -2,7 +2,6 @@
 
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, Started, fresh_id, tail};
 use nix::sys::signal::Signal;
@@ -288,10 +287,7 @@ fn metrics_are_those_of_the_container() {
 #[test]
 fn events_come_in_order() {
     for runtime in [RUNC, BULKHEAD] {
-        let mut command = Engine::get().ctr(&["events"]);
-        command.env("TZ", "UTC");
-        let listener = Started::spawn(command);
-        thread::sleep(Duration::from_millis(500));
+        let listener = Engine::get().listen();
         let running = Running::start(runtime, &[], "sleep 1000");
         assert_eq!(running.exec("exit 3").status, 3);
         let id = running.id.clone();

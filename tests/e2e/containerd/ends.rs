@@ -88,7 +88,7 @@ fn the_agent_crashes() {
 
 #[test]
 fn the_host_kills_the_machine_for_memory() {
-    let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+    let listener = Engine::get().listen();
     ends_with(&[], "sleep 1000", &[137], |_| {
         let vmm = processes(&["bulkhead-vmm run"])[0];
         let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
@@ -107,7 +107,7 @@ fn the_guest_runs_out_of_memory() {
     let small = tempfile::NamedTempFile::new().expect("a file");
     fs::write(&small, "memory_mib = 128\n").expect("it can be written");
     let small = small.path().to_str().expect("a plain path");
-    let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+    let listener = Engine::get().listen();
     let script = "sleep 2; exec tail /dev/zero";
     let words = ["--runtime-config-path", small];
     let log = ends_with(&words, script, &[137], |running| {
@@ -135,7 +135,7 @@ fn the_shim_is_killed() {
 #[test]
 fn running_out_of_memory_is_told() {
     for runtime in [RUNC, BULKHEAD] {
-        let listener = bulkhead_tests::Started::spawn(Engine::get().ctr(&["events"]));
+        let listener = Engine::get().listen();
         let script = "sleep 1; exec dd if=/dev/zero of=/dev/null bs=200M count=1";
         let running = Running::start(runtime, &["--memory-limit", "33554432"], script);
         eventually("it is killed", || {

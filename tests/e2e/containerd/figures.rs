@@ -1,10 +1,9 @@
 //! How long things take beside runc, in one run of the lab. Printed, not judged: an emulated host is no place for limits.
 //! `make bench` reads the lines that begin with "figure".
 
-use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use bulkhead_tests::{BULKHEAD, Engine, IMAGE, RUNC, Started, fresh_id, samples};
+use bulkhead_tests::{BULKHEAD, Engine, IMAGE, RUNC, fresh_id, samples};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -79,12 +78,7 @@ struct Run {
 fn run(runtime: &str, listen: bool) -> Run {
     let engine = Engine::get();
     let id = fresh_id();
-    let listener = listen.then(|| {
-        let listener = Started::spawn(engine.ctr(&["events"]));
-        // It says nothing when it has subscribed.
-        thread::sleep(Duration::from_secs(1));
-        listener
-    });
+    let listener = listen.then(|| engine.listen());
     let logged = engine.log().len();
     let began = now();
     engine.ok(&["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/true"]);
