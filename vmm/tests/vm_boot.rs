@@ -3,7 +3,12 @@
 use bulkhead_vmm::spec::MAX_VCPUS;
 use bulkhead_vmm_config::{Event, GuestEnd, Phase, Request};
 
+#[path = "vm_boot/hostile.rs"]
+mod hostile;
 mod support;
+#[allow(dead_code, reason = "the device's own tests use the rest")]
+#[path = "../src/devices/virtio/net/tests/wire.rs"]
+mod wire;
 
 use support::guest::{Act, Told, initramfs};
 use support::{Ended, Machine, Setup, kernel};

@@ -139,16 +139,23 @@ pub fn initramfs_with(program: &[u8]) -> Vec<u8> {
     cpio(&[("init", 0o100_755, program)])
 }
 
-/// A static executable of one segment.
+/// A static executable of one segment, to be run by Linux.
 fn elf(code: &[u8]) -> Vec<u8> {
-    const ADDRESS: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
+    elf_at(0x40_0000 + ELF_HEADERS, code)
+}
+
+/// Bytes before the code of [`elf_at`].
+const ELF_HEADERS: u64 = 64 + 56;
+
+/// The same, whose code is at this address, behind the headers.
+pub fn elf_at(entry: u64, code: &[u8]) -> Vec<u8> {
+    let address = entry - ELF_HEADERS;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     for half in [2_u16, 62] {
         file.extend(half.to_le_bytes());
     }
     file.extend(1_u32.to_le_bytes());
-    for word in [ADDRESS + HEADERS, 64, 0] {
+    for word in [entry, 64, 0] {
         file.extend(word.to_le_bytes());
     }
     file.extend(0_u32.to_le_bytes());
@@ -158,8 +165,8 @@ fn elf(code: &[u8]) -> Vec<u8> {
     for word in [1_u32, 5] {
         file.extend(word.to_le_bytes());
     }
-    let size = HEADERS + code.len() as u64;
-    for word in [0, ADDRESS, ADDRESS, size, size, 4096] {
+    let size = ELF_HEADERS + code.len() as u64;
+    for word in [0, address, address, size, size, 4096] {
         file.extend(word.to_le_bytes());
     }
     file.extend(code);

@@ -2,6 +2,7 @@ mod attacks;
 mod control;
 mod wire;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,9 +24,10 @@ struct Guest {
     counters: Counters,
 }
 
-fn backend(taps: Vec<Tap>) -> Backend {
+fn backend(taps: Vec<OwnedFd>) -> Backend {
+    let taps = taps.into_iter().map(|fd| Tap::new(fd).unwrap());
     Backend {
-        taps,
+        taps: taps.collect(),
         mac: MAC,
         mtu: 1500,
         receive_limit: RateLimit::default(),

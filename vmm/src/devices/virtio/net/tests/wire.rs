@@ -1,4 +1,4 @@
-//! A tap in a network namespace of the test's thread, and a packet socket at its other end.
+//! A tap in a network namespace of the test's thread, and a packet socket at its other end. Tests that boot a guest have it, too.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -6,8 +6,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::sched::{CloneFlags, unshare};
-
-use super::super::Tap;
 
 pub(super) const NAME: &str = "tap0";
 
@@ -117,9 +115,8 @@ impl Wire {
         }
     }
 
-    pub(super) fn take_taps(&mut self) -> Vec<Tap> {
-        let taps = std::mem::take(&mut self.taps);
-        taps.into_iter().map(|fd| Tap::new(fd).unwrap()).collect()
+    pub(super) fn take_taps(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.taps)
     }
 
     /// Sends a frame to the guest.
