@@ -8,6 +8,31 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
+/// The share takes no device nodes: they are bound over files there. runc makes them, where the host's file system has them.
+#[test]
+fn devices_are_there_without_a_mount_on_dev() {
+    let bundle = Bundle::busybox().edit(|config| {
+        let mounts = config["mounts"].as_array_mut().expect("a list");
+        mounts.retain(|mount| {
+            let destination = mount["destination"].as_str().expect("a path");
+            !destination.starts_with("/dev")
+        });
+        config["root"]["readonly"] = false.into();
+    });
+    let script = "for name in null zero full random urandom tty; do stat -c '%n %F %t,%T %a %u' /dev/$name; done
+        echo x >/dev/null && head -c 3 /dev/zero | od -An -tx1 && readlink /dev/stdin";
+    assert_eq!(
+        bundle.script(script).run().ok(),
+        "/dev/null character special file 1,3 666 0\n\
+         /dev/zero character special file 1,5 666 0\n\
+         /dev/full character special file 1,7 666 0\n\
+         /dev/random character special file 1,8 666 0\n\
+         /dev/urandom character special file 1,9 666 0\n\
+         /dev/tty character special file 5,0 666 0\n \
+         00 00 00\n/proc/self/fd/0"
+    );
+}
+
 #[test]
 fn output_errors_and_status_come_back_and_nothing_is_left() {
     let host = Host::now();

@@ -99,11 +99,14 @@ pub(crate) fn store(spec: &Container) -> Result<OwnedFd, MountError> {
         .map_err(|e| MountError::path("/dev", "creation of a tmpfs for device nodes", e.errno))?;
     for (index, device) in nodes(spec).iter().enumerate() {
         let mut device = device.clone();
-        let translate = |mappings, id, what| {
-            idmap::outside(mappings, id)
-                .ok_or_else(|| MountError::path(&device.path, what, Errno::EINVAL))
-        };
         let namespaces = spec.namespaces.get_or_default();
+        // Without a user namespace there are no mappings, and ids are what they are.
+        let mapped = !namespaces.uid_mappings.is_empty();
+        let translate = |mappings, id, what| match mapped {
+            false => Ok(id),
+            true => idmap::outside(mappings, id)
+                .ok_or_else(|| MountError::path(&device.path, what, Errno::EINVAL)),
+        };
         let uid = translate(&namespaces.uid_mappings, device.uid, "mapping its uid")?;
         let gid = translate(&namespaces.gid_mappings, device.gid, "mapping its gid")?;
         (device.uid, device.gid) = (uid, gid);

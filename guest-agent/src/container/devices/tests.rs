@@ -140,7 +140,15 @@ fn a_directory_bound_to_dev_is_left_alone() {
 #[test]
 fn an_unmapped_owner_is_refused() {
     let mut spec = Container::default();
-    spec.namespaces.mut_or_insert_default();
-    let error = store(&spec).expect_err("no id is mapped").to_string();
+    let namespaces = spec.namespaces.mut_or_insert_default();
+    namespaces
+        .uid_mappings
+        .push(bulkhead_agent_protocol::agent::IdMapping {
+            container_id: 1,
+            host_id: 1000,
+            size: 1,
+            ..Default::default()
+        });
+    let error = store(&spec).expect_err("0 is not mapped").to_string();
     assert!(error.contains("/dev/null: mapping its uid"), "{error}");
 }
