@@ -4,7 +4,12 @@
 use std::arch::global_asm;
 
 use bulkhead_vmm::arch::x86_64::layout;
+use bulkhead_vmm::devices::virtio::signal::NEEDS_RESET;
 use bulkhead_vmm_config::{ANNOUNCE_PORT, announce};
+use virtio_bindings::bindings::virtio_mmio::*;
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 
 use super::guest::elf_at;
 
@@ -21,25 +26,9 @@ const END: u64 = 0x106_0000;
 /// Descriptors of each queue.
 pub const SIZE: u16 = 16;
 
-pub const WRITE: u16 = 2;
-pub const NEXT: u16 = 1;
-pub const INDIRECT: u16 = 4;
-
-/// Registers (VIRTIO 1.2 §4.2.2).
-mod reg {
-    pub const DRIVER_FEATURES: u64 = 0x20;
-    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
-    pub const QUEUE_SEL: u64 = 0x30;
-    pub const QUEUE_NUM: u64 = 0x38;
-    pub const QUEUE_READY: u64 = 0x44;
-    pub const QUEUE_NOTIFY: u64 = 0x50;
-    pub const STATUS: u64 = 0x70;
-    pub const QUEUE_DESC: u64 = 0x80;
-    pub const QUEUE_AVAIL: u64 = 0x90;
-    pub const QUEUE_USED: u64 = 0xa0;
-}
-
-const NEEDS_RESET: u32 = 0x40;
+pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 // A step is four words: 1, address, value, unused: stores. 2, address, mask, value: waits until the masked word is the value.
 // 0: the end, announced as a power-off.
@@ -135,9 +124,14 @@ impl Driver {
         self.image[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn store(&mut self, register: u64, value: u32) {
-        self.script
-            .extend([1, (self.window + register) as u32, value, 0]);
+    /// Where a register is (VIRTIO 1.2 §4.2.2).
+    fn register(&self, register: u32) -> u64 {
+        self.window + u64::from(register)
+    }
+
+    fn store(&mut self, register: u32, value: u32) {
+        let address = self.register(register) as u32;
+        self.script.extend([1, address, value, 0]);
     }
 
     fn wait(&mut self, address: u64, mask: u32, value: u32) {
@@ -149,29 +143,29 @@ impl Driver {
         self.generation += 1;
         self.available.fill(0);
         for status in [0, 1, 3] {
-            self.store(reg::STATUS, status);
+            self.store(VIRTIO_MMIO_STATUS, status);
         }
         for (half, bits) in [(0, features), (1, 1)] {
-            self.store(reg::DRIVER_FEATURES_SEL, half);
-            self.store(reg::DRIVER_FEATURES, bits);
+            self.store(VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
+            self.store(VIRTIO_MMIO_DRIVER_FEATURES, bits);
         }
-        self.store(reg::STATUS, 0xb);
+        self.store(VIRTIO_MMIO_STATUS, 0xb);
         for queue in 0..self.queues {
-            self.store(reg::QUEUE_SEL, queue);
-            self.store(reg::QUEUE_NUM, SIZE.into());
+            self.store(VIRTIO_MMIO_QUEUE_SEL, queue);
+            self.store(VIRTIO_MMIO_QUEUE_NUM, SIZE.into());
             for (register, part) in [
-                (reg::QUEUE_DESC, 0),
-                (reg::QUEUE_AVAIL, AVAILABLE),
-                (reg::QUEUE_USED, USED),
+                (VIRTIO_MMIO_QUEUE_DESC_LOW, 0),
+                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE),
+                (VIRTIO_MMIO_QUEUE_USED_LOW, USED),
             ] {
                 let address = self.ring(queue) + part;
                 self.store(register, address as u32);
                 self.store(register + 4, (address >> 32) as u32);
             }
-            self.store(reg::QUEUE_READY, 1);
+            self.store(VIRTIO_MMIO_QUEUE_READY, 1);
         }
-        self.store(reg::STATUS, 0xf);
-        self.wait(self.window + reg::STATUS, !0, 0xf);
+        self.store(VIRTIO_MMIO_STATUS, 0xf);
+        self.wait(self.register(VIRTIO_MMIO_STATUS), !0, 0xf);
     }
 
     fn ring(&self, queue: u32) -> u64 {
@@ -214,12 +208,12 @@ impl Driver {
 
     /// Kicks a queue.
     pub fn kick(&mut self, queue: u32) {
-        self.store(reg::QUEUE_NOTIFY, queue);
+        self.store(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
     }
 
     /// Waits until the device asks for a reset.
     pub fn wait_for_refusal(&mut self) {
-        let status = self.window + reg::STATUS;
+        let status = self.register(VIRTIO_MMIO_STATUS);
         self.wait(status, NEEDS_RESET, NEEDS_RESET);
     }
 

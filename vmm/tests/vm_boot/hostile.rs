@@ -5,10 +5,11 @@
 use std::io::Write;
 
 use bulkhead_vmm_config::{GuestEnd, NetDevice, RateLimit};
+use virtio_bindings::bindings::virtio_net::*;
 
 use crate::support::driver::{BUFFERS, Driver, INDIRECT, NEXT, SIZE, WRITE};
 use crate::support::{self, Setup};
-use crate::wire::{Wire, frame};
+use crate::wire::{BAD_HEADERS, Wire, frame};
 
 /// The only device before it is vsock.
 const WINDOW: usize = 1;
@@ -16,8 +17,10 @@ const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
 const CONTROL: u32 = 2;
 const HEADER: usize = 12;
-/// VIRTIO_NET_F_CSUM, HOST_TSO4, MRG_RXBUF and CTRL_VQ.
-const FEATURES: u32 = 1 | 1 << 11 | 1 << 15 | 1 << 17;
+const FEATURES: u32 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_CTRL_VQ;
 const RAM_END: u64 = 128 << 20;
 
 /// Frames of the good driver, before and after.
@@ -81,16 +84,11 @@ fn refused(queue: u32, fault: &str, attack: impl FnOnce(&mut Driver)) {
 
 #[test]
 fn bad_headers() {
-    for header in [
-        // A checksum behind the frame's end.
-        [1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
-        // Segments with a header that is longer than the frame.
-        [1, 1, 0xff, 0xff, 0xa8, 5, 34, 0, 16, 0, 0, 0],
-        // A kind of segments that was not negotiated.
-        [1, 4, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
-        // A kind that there is not.
-        [1, 2, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
-    ] {
+    // The last one's segments were not negotiated.
+    for header in BAD_HEADERS
+        .into_iter()
+        .chain([[1, 4, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0]])
+    {
         refused(SEND, "net_header", |driver| {
             driver.put(BUFFERS, &header);
             driver.put(BUFFERS + HEADER as u64, &frame(100, 2));

@@ -107,13 +107,7 @@ fn buffers_to_receive_that_break_a_rule() {
 
 #[test]
 fn headers_that_break_a_rule() {
-    for header in [
-        [1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0, 0, 90, 0, 9, 0, 0, 0],
-        [1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0],
-        [1, 2, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
-        [1, 1, 0xff, 0xff, 0xa8, 5, 34, 0, 16, 0, 0, 0],
-    ] {
+    for header in BAD_HEADERS {
         refused(1, "net_header", |driver| {
             let memory = &driver.memory;
             memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();

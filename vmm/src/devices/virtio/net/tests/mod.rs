@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead_vmm_config::RateLimit;
 use vm_memory::{Bytes, GuestAddress};
 
-use self::wire::{Wire, frame};
+use self::wire::{BAD_HEADERS, Wire, frame};
 use super::super::test_driver::{BUFFERS, Driver, Loop, WRITE, memory, reg};
 use super::pair::Pair;
 use super::*;

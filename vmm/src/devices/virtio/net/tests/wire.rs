@@ -182,6 +182,16 @@ impl Wire {
     }
 }
 
+/// Headers (VIRTIO 1.2 §5.1.6) that no driver may put before a frame of 100 bytes: checksums behind its end, a segment size of 0,
+/// a kind of segments that there is not, headers that are longer than the frame.
+pub(super) const BAD_HEADERS: [[u8; 12]; 5] = [
+    [1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
+    [1, 0, 0, 0, 0, 0, 90, 0, 9, 0, 0, 0],
+    [1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0],
+    [1, 2, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
+    [1, 1, 0xff, 0xff, 0xa8, 5, 34, 0, 16, 0, 0, 0],
+];
+
 /// A frame of an experimental type, which no stack answers.
 pub(super) fn frame(length: usize, seed: u8) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..length)
