@@ -5,6 +5,7 @@ use ttrpc::Code;
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
+use crate::sockets::SocketError;
 use crate::volume::VolumeError;
 
 /// An RPC failed.
@@ -72,6 +73,9 @@ pub(crate) enum Error {
     /// A volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// A socket of the host.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
 }
 
 impl Error {
@@ -108,6 +112,9 @@ impl Error {
                 | NetworkError::Refused { .. }
                 | NetworkError::System { .. } => Code::INTERNAL,
             },
+            Self::Socket(SocketError::Served(_)) => Code::ALREADY_EXISTS,
+            Self::Socket(SocketError::NoConnection(_)) => Code::NOT_FOUND,
+            Self::Socket(SocketError::System { .. }) => Code::INTERNAL,
             Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Volume(VolumeError::System { .. }) => Code::INTERNAL,
         }

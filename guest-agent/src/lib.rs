@@ -22,6 +22,7 @@ mod rpc;
 mod sandbox;
 mod service;
 mod share;
+mod sockets;
 mod stdio;
 mod stream;
 mod sys;

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::network::{self, Watch};
 use crate::reaper::Exit;
 use crate::share::Share;
+use crate::sockets::Sockets;
 use crate::volume::Volumes;
 use crate::{log, machine};
 
@@ -25,6 +26,7 @@ pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     share: Arc<Share>,
     volumes: Arc<Volumes>,
+    pub(crate) sockets: Sockets,
     /// Held while the network is being made: renames of two requests must not meet.
     network: Arc<Mutex<()>>,
     listeners: Watch,
@@ -42,6 +44,7 @@ impl Sandbox {
             containers: Mutex::default(),
             share: Arc::default(),
             volumes: Arc::default(),
+            sockets: Sockets::default(),
             network: Arc::default(),
             listeners: Watch::default(),
             started: AtomicBool::new(false),
@@ -128,6 +131,21 @@ impl Sandbox {
         request: &agent::ConnectListenerRequest,
     ) -> Result<(), Error> {
         Ok(network::connect(&self.launcher.host, request).await?)
+    }
+
+    /// Ends what is listened at in a place of the share, and unmounts it if it was the last that used it.
+    pub(crate) async fn end_sockets(&self, place: String) {
+        self.sockets.end(&place).await;
+        let share = Arc::clone(&self.share);
+        blocking(move || share.release(&place)).await;
+    }
+
+    /// Joins a connection to a socket of the host with a port of the host.
+    pub(crate) async fn answer_connection(
+        &self,
+        request: &agent::AnswerConnectionRequest,
+    ) -> Result<(), Error> {
+        Ok(self.sockets.answer(&self.launcher.host, request).await?)
     }
 
     /// Makes a container.

@@ -234,6 +234,63 @@ impl agent_ttrpc::Agent for Service {
         empty(to_the_end(async move { sandbox.connect_listener(&request).await }).await)
     }
 
+    async fn serve_socket(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ServeSocketRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { Ok(sandbox.sockets.serve(request).await?) }).await)
+    }
+
+    async fn stop_socket(
+        &self,
+        _: &TtrpcContext,
+        request: agent::SocketRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        let stop = async move {
+            sandbox.sockets.stop(request.socket).await;
+            Ok(())
+        };
+        empty(to_the_end(stop).await)
+    }
+
+    async fn end_sockets(
+        &self,
+        _: &TtrpcContext,
+        request: agent::EndSocketsRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        let end = async move {
+            sandbox.end_sockets(request.place).await;
+            Ok(())
+        };
+        empty(to_the_end(end).await)
+    }
+
+    async fn next_connection(
+        &self,
+        _: &TtrpcContext,
+        _: agent::Empty,
+    ) -> ttrpc::Result<agent::SocketConnection> {
+        let (socket, connection) = self.0.sockets.next().await;
+        Ok(agent::SocketConnection {
+            socket,
+            connection,
+            ..Default::default()
+        })
+    }
+
+    async fn answer_connection(
+        &self,
+        _: &TtrpcContext,
+        request: agent::AnswerConnectionRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.answer_connection(&request).await }).await)
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         let sandbox = Arc::clone(&self.0);
         // Shutting down blocks until everything is dead; not on the thread that the answer needs.

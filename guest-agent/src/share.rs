@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use bulkhead_agent_protocol::agent;
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
 use crate::container::{is_bind, open_guest_path};
@@ -54,14 +55,26 @@ impl Share {
         paths.sort();
         paths.dedup();
         for path in paths {
-            if users.values().flatten().any(|used| *used == path) {
-                continue;
-            }
-            match umount2(path.as_str(), MntFlags::UMOUNT_NOFOLLOW) {
-                // A file is in the share's own file system, and a container that failed early never came here.
-                Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
-                Err(errno) => log::warn(&format!("cannot unmount {path}: {errno}")),
-            }
+            unmount_unused(&users, &path);
         }
+    }
+
+    /// Unmounts a path that sockets kept busy, unless a container uses it.
+    pub(crate) fn release(&self, path: &str) {
+        unmount_unused(&self.users(), path);
+    }
+}
+
+/// With the table locked.
+fn unmount_unused(users: &HashMap<String, Vec<String>>, path: &str) {
+    if users.values().flatten().any(|used| used == path) {
+        return;
+    }
+    match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        // A file is in the share's own file system, and a container that failed early never came here.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        // Sockets are served there (`sockets`): it goes with them.
+        Err(Errno::EBUSY) => log::info(&format!("{path} stays mounted for those who use it")),
+        Err(errno) => log::warn(&format!("cannot unmount {path}: {errno}")),
     }
 }

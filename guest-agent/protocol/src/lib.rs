@@ -6,10 +6,14 @@ mod watched;
 pub use watched::Watched;
 
 /// Version of `agent.proto`, sent in `StartSandboxRequest`. Shim and agent are installed together.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Largest RPC message that either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;
+
+/// Longest datagram that is relayed to a socket of the host, in bytes: Linux sends none that is longer, unless somebody raises
+/// net.core.wmem_default (212,992).
+pub const MAX_DATAGRAM: usize = 256 << 10;
 
 #[allow(
     missing_docs,

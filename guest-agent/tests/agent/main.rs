@@ -6,4 +6,5 @@ mod listeners;
 mod network;
 mod processes;
 mod security;
+mod sockets;
 mod streams;
