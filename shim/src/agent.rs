@@ -8,11 +8,12 @@ use std::{future::Future, os::unix::net::UnixStream, time::Duration};
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
-        CgroupFile, ChangeVolumeRequest, ConnectListenerRequest, Container, ContainerRequest,
-        CreateContainerRequest, CreateExecRequest, Empty, Listeners, Network, ProcessRequest,
-        ResizeTerminalRequest, Resources, SignalProcessRequest, StartSandboxRequest,
-        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
-        WaitProcessResponse,
+        AnswerConnectionRequest, CgroupFile, ChangeVolumeRequest, ConnectListenerRequest,
+        Container, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty,
+        EndSocketsRequest, Listeners, Network, ProcessRequest, ResizeTerminalRequest, Resources,
+        ServeSocketRequest, SignalProcessRequest, SocketConnection, SocketRequest,
+        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange,
+        VolumeRequest, WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -363,6 +364,54 @@ impl Agent {
     pub async fn delete_volume(&self, number: u64) -> Result<(), Error> {
         let request = volume(number);
         call("DeleteVolume", self.0.delete_volume(unbounded(), &request)).await?;
+        Ok(())
+    }
+
+    /// Listens at a socket of the host.
+    pub async fn serve_socket(&self, request: &ServeSocketRequest) -> Result<(), Error> {
+        call("ServeSocket", self.0.serve_socket(unbounded(), request)).await?;
+        Ok(())
+    }
+
+    /// Listens there no longer; connections go on.
+    pub async fn stop_socket(&self, socket: u64) -> Result<(), Error> {
+        let request = SocketRequest {
+            socket,
+            ..SocketRequest::default()
+        };
+        call("StopSocket", self.0.stop_socket(unbounded(), &request)).await?;
+        Ok(())
+    }
+
+    /// Ends all sockets of a place in the share, with their connections.
+    pub async fn end_sockets(&self, place: &str) -> Result<(), Error> {
+        let request = EndSocketsRequest {
+            place: place.into(),
+            ..EndSocketsRequest::default()
+        };
+        call("EndSockets", self.0.end_sockets(unbounded(), &request)).await?;
+        Ok(())
+    }
+
+    /// Answers when somebody has connected to such a socket.
+    pub async fn next_connection(&self) -> Result<SocketConnection, Error> {
+        let nothing = Empty::default();
+        call(
+            "NextConnection",
+            self.0.next_connection(unbounded(), &nothing),
+        )
+        .await
+    }
+
+    /// Joins a connection with the stream with this port; 0: closes it.
+    pub async fn answer_connection(&self, connection: u64, stream_port: u32) -> Result<(), Error> {
+        let request = AnswerConnectionRequest {
+            connection,
+            stream_port,
+            ..AnswerConnectionRequest::default()
+        };
+        let answered = self.0.answer_connection(unbounded(), &request);
+        call("AnswerConnection", answered).await?;
         Ok(())
     }
 

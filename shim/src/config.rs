@@ -74,6 +74,8 @@ pub struct Config {
     pub uid_count: u32,
     /// Words appended to the guest kernel's command line.
     pub kernel_arguments: Vec<String>,
+    /// Whether pods may connect to sockets of the host's servers that they bind: a way out of their machines.
+    pub host_sockets: bool,
     /// The file share.
     pub share: Share,
     /// Network interfaces.
@@ -157,6 +159,7 @@ impl Default for Config {
             uid_base: 1_900_000_000,
             uid_count: 65_536,
             kernel_arguments: Vec::new(),
+            host_sockets: false,
             share: Share::default(),
             network: Network::default(),
         }
@@ -325,6 +328,11 @@ mod tests {
         let config = parse("memory_mib = 256\nkernel = \"/k\"\n[share]\nqueues = 2\n").unwrap();
         assert_eq!(config.memory_mib, 256);
         assert_eq!(config.share.queues, 2);
+        assert!(
+            !config.host_sockets,
+            "a way out of the machine is opened by hand"
+        );
+        assert!(parse("host_sockets = true").unwrap().host_sockets);
         assert_eq!(config.installed().unwrap().kernel, Path::new("/k"));
     }
 

@@ -9,6 +9,7 @@
 //! oci      config.json ─► what the agent is told, or a refusal by name
 //! cri      Kubernetes' words about a pod ─► the same
 //! kubelet_volume   configMaps and the like: in the guest's memory, following the host
+//! host_sockets     sockets of host servers in what a pod binds: relayed, where the operator allows it
 //! network  the pod's interfaces ─► taps for the VMM, and what the agent is told of addresses and routes
 //! io       a container's streams ─► anything
 //!
@@ -25,6 +26,7 @@ pub mod error;
 pub mod events;
 pub mod fs;
 pub mod hooks;
+pub mod host_sockets;
 pub mod ids;
 pub mod io;
 pub mod kubelet_volume;

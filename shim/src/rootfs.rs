@@ -237,6 +237,12 @@ impl Share {
         Ok(())
     }
 
+    /// Of a container's bind mounts, each one's index in its list of mounts and the number that it has in the share.
+    pub fn places(&self, container: &str) -> impl Iterator<Item = (usize, u64)> {
+        let placed = self.placed(container).into_iter();
+        placed.flat_map(|placed| placed.binds.iter().copied())
+    }
+
     fn placed(&self, container: &str) -> Option<&Placed> {
         let mut all = self.containers.iter();
         all.find(|placed| placed.container == container)

@@ -15,6 +15,7 @@ use super::Error;
 use crate::{
     agent::{self, Agent},
     fs::Fs,
+    host_sockets::Sockets,
     io,
     kubelet_volume::Volumes,
     vm::{self, Vm},
@@ -30,6 +31,7 @@ pub struct Access {
     pub(super) fs: Arc<Fs>,
     pub(super) agent: Agent,
     pub(super) volumes: Volumes,
+    pub(super) sockets: Sockets,
     pub(super) next_port: Arc<AtomicU32>,
 }
 
@@ -62,6 +64,7 @@ impl Access {
         stdio: wire::Stdio,
     ) -> Result<(), Error> {
         self.volumes.fill(container).await?;
+        self.sockets.fill(container, self).await?;
         let created = self.agent.create_container(container, spec, stdio).await;
         match created {
             Ok(()) => Ok(()),

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, network, rootfs, vm};
+use crate::{agent, cgroup, config, fs, host_sockets, kubelet_volume, ledger, network, rootfs, vm};
 
 /// Why there is no pod, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,9 @@ pub enum Error {
     /// A volume of kubelet's.
     #[error(transparent)]
     Volume(#[from] kubelet_volume::Error),
+    /// A socket of the host.
+    #[error(transparent)]
+    Socket(#[from] host_sockets::Error),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] agent::Error),

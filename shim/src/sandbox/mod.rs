@@ -34,7 +34,7 @@ use crate::{
     cgroup::{self, Cgroup},
     config::{self, Config},
     fs::Fs,
-    kubelet_volume,
+    host_sockets, kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
     network::Network,
@@ -81,6 +81,7 @@ pub struct Sandbox {
     vm: Arc<Vm>,
     agent: Agent,
     volumes: kubelet_volume::Owner,
+    sockets: host_sockets::Owner,
     agent_log: Tail,
     next_port: Arc<AtomicU32>,
     shm_bytes: u64,
@@ -122,6 +123,11 @@ impl Sandbox {
                 fs: Arc::new(taken.fs),
                 vm: Arc::new(taken.vm),
                 volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
+                sockets: host_sockets::Owner::new(
+                    taken.agent.clone(),
+                    taken.uid,
+                    config.host_sockets,
+                ),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 next_port: Arc::new(AtomicU32::new(port::FIRST_STREAM)),
@@ -236,6 +242,7 @@ impl Sandbox {
             fs: self.fs.clone(),
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
+            sockets: self.sockets.sockets().clone(),
             next_port: self.next_port.clone(),
         }
     }
@@ -270,6 +277,7 @@ impl Sandbox {
     /// # Errors
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
+        self.sockets.sockets().check(plan)?;
         self.fs.serving().await?;
         let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
         let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
@@ -280,7 +288,12 @@ impl Sandbox {
             Ok(()) => {
                 let volumes = plan.binds.iter().filter(in_guest);
                 let placed = self.volumes.volumes().place(container, volumes);
-                placed.map_err(Error::from)
+                placed.map_err(Error::from).and_then(|()| {
+                    let places = self.share.places(container);
+                    let bind = |index| plan.binds.iter().find(|bind| bind.mount == index);
+                    let binds = places.filter_map(|(index, place)| Some((place, bind(index)?)));
+                    Ok(self.sockets.sockets().place(container, binds)?)
+                })
             }
             Err(error @ rootfs::Error::Exists(_)) => return Err(error.into()),
             Err(error) => Err(error.into()),
@@ -361,6 +374,7 @@ impl Sandbox {
     /// Takes a container's files out of the share, whatever the guest thinks of it.
     pub async fn withdraw_container(&mut self, container: &str) -> Result<(), Error> {
         self.volumes.volumes().leave(container).await;
+        self.sockets.sockets().leave(container).await;
         Ok(self
             .share
             .remove(&mut self.ledger, container, &self.fs)

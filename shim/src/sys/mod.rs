@@ -2,6 +2,7 @@
 
 pub mod daemon;
 pub mod files;
+pub mod identity;
 pub mod mount;
 pub mod process;
 pub mod spawn;

@@ -73,6 +73,9 @@ impl Error {
             Error::Invalid(_) | Error::Id(_) | Error::Oci(_) | Error::Cri(_) => {
                 Code::INVALID_ARGUMENT
             }
+            Error::Sandbox(sandbox::Error::Socket(error)) if error.is_refusal() => {
+                Code::INVALID_ARGUMENT
+            }
             Error::Unimplemented(_) => Code::UNIMPLEMENTED,
             Error::Hung(_) => Code::DEADLINE_EXCEEDED,
             Error::Agent(agent::Error::Refused { code, .. }) => match code {
