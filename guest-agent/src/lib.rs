@@ -4,6 +4,7 @@
 //!  vsock 1024 ── ttrpc ──► service ──► sandbox ──► container::{create, exec} ── clone3 ──► stage (re-exec of this binary)
 //!  vsock 1026… ── bytes ─► stdio ◄── pipes or a terminal ──────────────────────────────────► the container's process
 //!                          network: interfaces as the shim tells; what listens in the pod, and connections to it
+//!                          sockets: listeners at sockets of the host, and their connections to it
 //!                          reaper ◄── SIGCHLD: the only place that waits for children
 //! ```
 //!

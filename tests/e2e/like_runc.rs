@@ -1,5 +1,7 @@
 //! The same bundle under runc and under Bulkhead: what the process sees of itself is the same.
 
+mod host_sockets;
+
 use bulkhead_tests::{Bundle, Runtime};
 use serde_json::{Value, json};
 
