@@ -2,6 +2,7 @@
 //! runc fails is a bad test.
 
 mod cni;
+mod features;
 mod ends;
 mod hooks;
 mod kinds;
