@@ -37,6 +37,7 @@ use crate::{
     kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
+    mount_points,
     network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
@@ -271,6 +272,9 @@ impl Sandbox {
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
         self.fs.serving().await?;
+        if plan.root.read_only {
+            mount_points::make(&plan.root.path, &plan.mount_points(), plan.owner())?;
+        }
         let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
         let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
         let added = match self
