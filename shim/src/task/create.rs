@@ -242,7 +242,7 @@ impl Tasks {
     /// A container of a pod that runs.
     async fn make_member(&self, mut wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
         if let Some(files) = &pod.plan.files {
-            files.add_to(&mut wanted.bundle.spec);
+            files.add_to(&mut wanted.bundle.spec, &pod.plan.paths);
         }
         let mut plan = wanted.plan(&pod.plan)?;
         pod.admit(&plan.container.namespaces)?;
