@@ -376,3 +376,28 @@ for directory in ("/tmp", "/volume"):
         );
     }
 }
+
+/// Nothing of the host is in it: its processes are the guest's, its only interface is lo, and what it leaves behind ends with it.
+#[test]
+fn a_container_with_a_mount_namespace_alone_has_the_guest_to_itself() {
+    let host = Host::now();
+    let bundle = Bundle::busybox()
+        .edit(|config| {
+            config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+            config["hostname"] = json!("");
+        })
+        .script(
+            "(sleep 1000 </dev/null >/dev/null 2>&1 &); cat /proc/1/comm; ls /sys/class/net; \
+             ls /proc | grep -c '^[0-9]'; uname -r; exit 3",
+        );
+    let ran = bundle.run();
+    let text = ran.text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((ran.status, lines.len()), (3, 4), "{ran}");
+    assert_eq!(lines[..2], ["init", "lo"], "{ran}");
+    let processes: u32 = lines[2].parse().expect("a count");
+    // The agent, the shell, sleep, ls, grep and threads of the kernel.
+    assert!((5..100).contains(&processes), "{ran}");
+    assert!(lines[3].ends_with("-bulkhead"), "{ran}");
+    host.assert_nothing_left();
+}
