@@ -5,6 +5,7 @@
 
 mod devices;
 mod hooks;
+mod mount_points;
 mod mounts;
 mod namespaces;
 mod numbers;
@@ -29,6 +30,7 @@ use bulkhead_agent_protocol::agent;
 use oci_spec::runtime as spec;
 
 pub use hooks::{HostHook, HostHooks};
+pub use mount_points::{MountPoint, PointKind};
 pub use mounts::{HostBind, HostPropagation};
 pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{LATER_INTERFACES, PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
@@ -178,6 +180,26 @@ pub struct Plan {
     pub annotations: HashMap<String, String>,
     /// `ociVersion`.
     pub oci_version: String,
+}
+
+impl Plan {
+    /// What the container needs to find in its root.
+    pub fn mount_points(&self) -> Vec<MountPoint> {
+        mount_points::of(&self.container, &self.binds)
+    }
+
+    /// Uid and gid of the container's root user outside of the container's user namespace.
+    pub fn owner(&self) -> (u32, u32) {
+        let namespaces = self.container.namespaces.get_or_default();
+        let outside = |mappings: &[agent::IdMapping]| {
+            let mapping = mappings.iter().find(|mapping| mapping.container_id == 0);
+            mapping.map_or(0, |mapping| mapping.host_id)
+        };
+        (
+            outside(&namespaces.uid_mappings),
+            outside(&namespaces.gid_mappings),
+        )
+    }
 }
 
 /// The directory that becomes the container's root.

@@ -62,6 +62,24 @@ fn paths_of_others_are_refused() {
 }
 
 #[test]
+fn a_member_without_a_namespace_that_others_would_share_is_refused() {
+    for kind in ["pid", "network", "mount"] {
+        let (_dir, bundle) = bundle(|config| {
+            let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
+            listed.retain(|namespace| namespace["type"] != kind);
+        });
+        let error = plan_in_pod(&bundle, "c", &paths()).unwrap_err().to_string();
+        assert!(error.contains(&format!("without {kind}")), "{error}");
+    }
+    let (_dir, bundle) = bundle(|config| {
+        let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
+        listed.retain(|namespace| namespace["type"] != "ipc");
+    });
+    let plan = plan_in_pod(&bundle, "c", &paths()).unwrap();
+    assert_eq!(plan.container.namespaces.ipc, Kind::AGENT.into());
+}
+
+#[test]
 fn an_engines_default_profile_is_ignored_and_a_chosen_one_is_not() {
     let (_dir, chosen) = bundle(|config| {
         config["process"]["apparmorProfile"] = json!("mine");

@@ -20,12 +20,12 @@ mod taken;
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU32},
+    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
-use bulkhead_vmm_config::{Phase, Stamp, port};
+use bulkhead_vmm_config::{Phase, Stamp};
 
 pub use self::{access::Access, error::Error, parts::Parts};
 use self::{access::LAST_WORDS, background::Background, taken::Taken};
@@ -37,6 +37,7 @@ use crate::{
     kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
+    mount_points,
     network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
@@ -82,7 +83,6 @@ pub struct Sandbox {
     agent: Agent,
     volumes: kubelet_volume::Owner,
     agent_log: Tail,
-    next_port: Arc<AtomicU32>,
     shm_bytes: u64,
     /// Queues of an interface, and what the operator says about them.
     pairs: u32,
@@ -124,7 +124,6 @@ impl Sandbox {
                 volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
-                next_port: Arc::new(AtomicU32::new(port::FIRST_STREAM)),
                 shm_bytes: 0,
                 pairs: config.network.pairs(request.vcpus),
                 limits: config.network.clone(),
@@ -236,7 +235,6 @@ impl Sandbox {
             fs: self.fs.clone(),
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
-            next_port: self.next_port.clone(),
         }
     }
 
@@ -271,6 +269,9 @@ impl Sandbox {
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
         self.fs.serving().await?;
+        if plan.root.read_only {
+            mount_points::make(&plan.root.path, &plan.mount_points(), plan.owner())?;
+        }
         let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
         let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
         let added = match self

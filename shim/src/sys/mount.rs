@@ -21,6 +21,20 @@ const AT_RECURSIVE: u32 = 0x8000;
 const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x0000_0004;
 const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x0000_0040;
 const MOUNT_ATTR_RDONLY: u64 = 1;
+const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
+
+/// Words of mountinfo and the `MOUNT_ATTR_*` that they stand for (show_mnt_opts() of the kernel's fs/proc_namespace.c).
+const ATTRIBUTES: [(&str, u64); 8] = [
+    ("ro", MOUNT_ATTR_RDONLY),
+    ("nosuid", 0x2),
+    ("nodev", 0x4),
+    ("noexec", 0x8),
+    ("noatime", 0x10),
+    ("nodiratime", 0x80),
+    ("nosymfollow", 0x20_0000),
+    // Numerically zero; neither this nor noatime is strictatime.
+    ("relatime", 0),
+];
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
@@ -192,6 +206,19 @@ pub struct MountLine {
     pub options: String,
 }
 
+impl MountLine {
+    /// Its options as `MOUNT_ATTR_*`.
+    pub fn attributes(&self) -> u64 {
+        let has = |word: &str| self.options.split(',').any(|option| option == word);
+        let strict = match has("noatime") || has("relatime") {
+            true => 0,
+            false => MOUNT_ATTR_STRICTATIME,
+        };
+        let found = ATTRIBUTES.iter().filter(|(word, _)| has(word));
+        found.fold(strict, |all, (_, attribute)| all | attribute)
+    }
+}
+
 /// All mounts of this process' mount namespace, in the kernel's order.
 pub fn mounts() -> io::Result<Vec<MountLine>> {
     let text = fs::read("/proc/self/mountinfo")?;
@@ -291,6 +318,18 @@ mod tests {
     fn mountinfo_escapes_are_undone() {
         assert_eq!(unescape(b"/a\\040b\\134c"), PathBuf::from("/a b\\c"));
         assert_eq!(unescape(b"/plain\\9"), PathBuf::from("/plain\\9"));
+    }
+
+    #[test]
+    fn options_are_attributes() {
+        let attributes = |options| {
+            let line = format!("20 1 0:20 / /mnt {options} - tmpfs tmpfs rw");
+            mount_line(line.as_bytes()).unwrap().attributes()
+        };
+        assert_eq!(attributes("rw,relatime"), 0);
+        assert_eq!(attributes("rw"), 0x20);
+        assert_eq!(attributes("ro,nosuid,nodev,noexec,noatime"), 0x1f);
+        assert_eq!(attributes("rw,nosymfollow,nodiratime,relatime"), 0x20_0080);
     }
 
     #[test]

@@ -242,7 +242,7 @@ impl Tasks {
     /// A container of a pod that runs.
     async fn make_member(&self, mut wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
         if let Some(files) = &pod.plan.files {
-            files.add_to(&mut wanted.bundle.spec);
+            files.add_to(&mut wanted.bundle.spec, &pod.plan.paths);
         }
         let mut plan = wanted.plan(&pod.plan)?;
         pod.admit(&plan.container.namespaces)?;
@@ -290,12 +290,14 @@ impl Tasks {
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
-            let started = match init.open_input() {
-                Ok(()) => task.pod.agent().start(&task.id).await.map_err(Error::from),
-                Err(error) => Err(error),
+            let started = match task.pod.agent().start(&task.id).await {
+                // Only now: what is sent earlier goes to whoever has dialled the stream, if the agent has not.
+                Ok(()) => init.open_input(),
+                Err(error) => Err(error.into()),
             };
             if let Err(error) = started {
-                // It never ran: its end is told by this error and not by an event.
+                // It never ran, or runs without the input that it was to have: its end is told by this error and not by an event.
+                let _ = task.pod.agent().signal(&task.id, libc::SIGKILL).await;
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }

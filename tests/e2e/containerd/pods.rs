@@ -1,5 +1,7 @@
 //! Pods, by the annotations and the namespace paths that CRI gives to their containers.
 
+mod vsock;
+
 use std::fs;
 use std::process::Command;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::cri::messages::{NamespaceMode, NamespaceOption, PodSandboxConfig};
 use bulkhead_tests::{Bundle, Host};
-use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, ShutdownRequest};
+use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, PidsRequest, ShutdownRequest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -105,6 +105,44 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
             fs::read_to_string(file("second")).expect("it wrote"),
             "shared\n"
         );
+        // Without the pod's ipc namespace a tmpfs on /dev/shm is the member's own.
+        let private = |script: &str| {
+            member(&shim, pid, script).edit(|config| {
+                let listed = config["linux"]["namespaces"].as_array_mut();
+                listed
+                    .expect("a list")
+                    .retain(|namespace| namespace["type"] != "ipc");
+            })
+        };
+        let third =
+            private("cat /dev/shm/x 2>&1; echo mine > /dev/shm/x; echo ready; exec sleep 1000");
+        let third = services.container(&shim, pid, &third, &file("third")).await;
+        eventually("it has written", || {
+            fs::read_to_string(file("third")).is_ok_and(|text| text.ends_with("ready\n"))
+        });
+        let fourth = private("ls /dev/shm; echo other > /dev/shm/x; cat /dev/shm/x");
+        let fourth = services
+            .container(&shim, pid, &fourth, &file("fourth"))
+            .await;
+        assert_eq!(services.end(&fourth).await, 0);
+        let read = |name: &str| fs::read_to_string(file(name)).expect("it wrote");
+        assert_eq!(read("fourth"), "other\n");
+        assert!(read("third").contains("No such file"), "{}", read("third"));
+        let killed = KillRequest {
+            id: third.clone(),
+            signal: Signal::SIGKILL as u32,
+            ..Default::default()
+        };
+        services
+            .task
+            .kill(context(), &killed)
+            .await
+            .expect("killed");
+        assert_eq!(services.end(&third).await, 137);
+        let fifth = member(&shim, pid, "cat /dev/shm/x");
+        let fifth = services.container(&shim, pid, &fifth, &file("fifth")).await;
+        assert_eq!(services.end(&fifth).await, 0);
+        assert_eq!(read("fifth"), "shared\n");
         // What is no member is refused, and the pod goes on when a member's shim is let go.
         let stranger = Bundle::busybox().script("true");
         stranger.write();
