@@ -62,8 +62,13 @@ check: deps ## fmt, clippy with warnings denied, docs, cargo-deny, unit tests
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items --quiet
+	tests/notice --check
 	tests/cargo-deny check --hide-inclusion-graph licenses bans sources
 	cargo test --release --workspace --exclude bulkhead-tests
+
+.PHONY: notice
+notice: ## write NOTICE: what is linked into the programs, by licence
+	tests/notice
 
 .PHONY: build
 build: deps ## the programs

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::{ChildStdin, Command};
 use std::time::{Duration, SystemTime};
 
-use bulkhead_tests::{Bundle, Host, Runtime, Started, sha256, soak};
+use bulkhead_tests::{Bundle, Host, Runtime, Started, must, sha256, soak};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
@@ -136,15 +136,7 @@ fn an_image_unpacked_by_umoci_runs() {
     let busybox = Bundle::busybox();
     let tag = format!("{}:test", image.display());
     let umoci = |words: &[&str]| {
-        let output = Command::new("umoci")
-            .args(words)
-            .output()
-            .expect("umoci is installed");
-        assert!(
-            output.status.success(),
-            "umoci {words:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        must(Command::new("umoci").args(words));
     };
     umoci(&["init", "--layout", image.to_str().expect("a plain path")]);
     umoci(&["new", "--image", &tag]);

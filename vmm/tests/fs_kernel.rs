@@ -610,7 +610,9 @@ fn a_tree_is_let_go_while_it_is_used() {
             let none = None::<&str>;
             mount(Some(source.path()), &point, none, MsFlags::MS_BIND, none).unwrap();
             let before = seen.load(Ordering::Relaxed);
+            let since = std::time::Instant::now();
             while seen.load(Ordering::Relaxed) < before + 3 {
+                assert!(since.elapsed().as_secs() < 60, "{cycle}: nobody reads");
                 std::thread::yield_now();
             }
             m.engine.detach(&worker, "c/rootfs").unwrap();
@@ -618,7 +620,7 @@ fn a_tree_is_let_go_while_it_is_used() {
             let refused = std::time::Instant::now();
             while let Err(error) = umount2(&point, MntFlags::empty()) {
                 assert_eq!(error, nix::errno::Errno::EBUSY, "{cycle}");
-                assert!(refused.elapsed().as_secs() < 2, "{cycle}: stays busy");
+                assert!(refused.elapsed().as_secs() < 60, "{cycle}: stays busy");
             }
         }
         m

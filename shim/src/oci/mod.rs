@@ -36,6 +36,9 @@ pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{LATER_INTERFACES, PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
 
+/// The newest OCI runtime-spec whose configuration is converted or refused by name.
+pub const NEWEST_SPEC: &str = "1.3.0";
+
 /// Where the agent mounts the share.
 pub const GUEST_SHARE: &str = "/run/bulkhead/share";
 

@@ -168,7 +168,8 @@ fn a_terminal_has_a_size_and_echoes() {
             &id,
             "/bin/sh",
             "-c",
-            "sleep 1; stty size; tty; exit 5",
+            // The size comes a moment after the start.
+            "until stty size | grep -q 77; do sleep 0.1; done; stty size; tty; exit 5",
         ]);
         let line: Vec<String> = std::iter::once(ctr.get_program())
             .chain(ctr.get_args())

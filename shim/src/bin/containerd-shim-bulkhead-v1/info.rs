@@ -33,7 +33,7 @@ pub fn info() -> Result<()> {
 fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.3.0",
+        "ociVersionMax": bulkhead_shim::oci::NEWEST_SPEC,
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],

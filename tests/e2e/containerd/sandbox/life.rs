@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::cri::messages::{NamespaceMode, NamespaceOption, PodSandboxConfig};
-use bulkhead_tests::{Bundle, Host};
+use bulkhead_tests::{Bundle, Host, run};
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, PidsRequest, ShutdownRequest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use ttrpc::Code;
 
 use super::{SHIM, Shim, member};
-use crate::rpc::{block_on, code, context, state};
+use crate::rpc::{UNMOVED, block_on, code, context, state};
 use crate::{eventually, processes, shims_end};
 
 #[test]
@@ -202,29 +202,35 @@ fn what_is_asked_about_a_pod_does_not_wait_for_its_guest() {
                 kill(*pid, signal).expect("it runs");
             }
         };
-        let slowest = async |state: &str| {
-            let mut slowest = Duration::ZERO;
+        // Of each call the quickest of five, as in rpc.rs.
+        let unmoved = async |state: &str| {
+            let mut quickest = [Duration::MAX; 3];
             for _ in 0..5 {
+                let mut timed = |call: usize, since: Instant| {
+                    quickest[call] = quickest[call].min(since.elapsed());
+                };
                 let since = Instant::now();
                 let status = services.status(id).await.expect("answered");
+                timed(0, since);
                 assert_eq!(status.state, state);
-                slowest = slowest.max(since.elapsed());
                 let since = Instant::now();
                 assert_eq!(services.ping(id).await.is_ok(), state == "SANDBOX_READY");
-                slowest = slowest.max(since.elapsed());
+                timed(1, since);
                 let since = Instant::now();
                 services.metrics(id).await.expect("answered");
-                slowest = slowest.max(since.elapsed());
+                timed(2, since);
             }
-            println!("slowest with {state}: {slowest:?}");
-            assert!(slowest < Duration::from_millis(100), "{slowest:?}");
+            println!("status, ping, metrics with {state}: {quickest:?}");
+            for took in quickest {
+                assert!(took < UNMOVED, "{quickest:?}");
+            }
         };
         signal(Signal::SIGSTOP);
-        slowest("SANDBOX_READY").await;
+        unmoved("SANDBOX_READY").await;
         signal(Signal::SIGKILL);
         let waited = services.wait(id).await.expect("it has ended");
         assert_eq!(waited.exit_status, 137);
-        slowest("SANDBOX_NOTREADY").await;
+        unmoved("SANDBOX_NOTREADY").await;
         services.stop(id).await.expect("nothing is left to stop");
         services.shut_down(id).await.expect("it ends");
     });
@@ -327,8 +333,9 @@ fn a_machine_that_hangs_in_its_boot_is_an_error_in_time() {
         });
         kill(Pid::from_raw(vmm[0]), Signal::SIGSTOP).expect("it runs");
     });
+    // The 3 s of the configuration, and what a busy machine makes of the rest; never the usual 60 s for a boot.
     let took = since.elapsed();
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(50), "{took:?}");
 }
 
 /// StartSandbox with this configuration, and `meanwhile` beside it, is an error, and nothing is left.
@@ -371,8 +378,8 @@ fn a_killed_shim_leaves_its_pod_to_delete() {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
     }
     shims_end();
-    let deleted = shim.command("delete").output().expect("it is installed");
-    assert!(deleted.status.success(), "{deleted:?}");
+    let deleted = run(&mut shim.command("delete"));
+    assert_eq!(deleted.status, 0, "{deleted}");
     eventually("the machine ends", || {
         processes(&["bulkhead-vmm"]).is_empty()
     });
