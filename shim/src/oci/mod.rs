@@ -205,6 +205,15 @@ impl Plan {
     }
 }
 
+/// Where a container's root comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RootFrom {
+    /// The directory that config.json names.
+    Bundle,
+    /// A list of mounts beside config.json: what `root.path` names need not exist.
+    Mounts,
+}
+
 /// The directory that becomes the container's root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRoot {
@@ -222,7 +231,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
         alone: true,
         ..PodPaths::default()
     };
-    convert(bundle, container_id, &pod)
+    convert(bundle, container_id, &pod, RootFrom::Bundle)
 }
 
 /// The network namespace that a configuration names.
@@ -232,15 +241,25 @@ pub fn network(bundle: &Bundle) -> Option<PathBuf> {
 }
 
 /// The same for a container of an engine, in a pod whose paths of the host are `pod`.
-pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+pub fn plan_in_pod(
+    bundle: &Bundle,
+    container_id: &str,
+    pod: &PodPaths,
+    root: RootFrom,
+) -> Result<Plan, Error> {
     refuse_labels(bundle.spec.process().as_ref(), DEFAULT_PROFILES)?;
-    convert(bundle, container_id, pod)
+    convert(bundle, container_id, pod, root)
 }
 
-fn convert(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+fn convert(
+    bundle: &Bundle,
+    container_id: &str,
+    pod: &PodPaths,
+    root: RootFrom,
+) -> Result<Plan, Error> {
     let spec = &bundle.spec;
     refuse(spec)?;
-    let root = host_root(bundle)?;
+    let root = host_root(bundle, root)?;
     let linux = spec
         .linux()
         .as_ref()
@@ -401,7 +420,7 @@ fn refuse(spec: &spec::Spec) -> Result<(), Error> {
     }
 }
 
-fn host_root(bundle: &Bundle) -> Result<HostRoot, Error> {
+fn host_root(bundle: &Bundle, from: RootFrom) -> Result<HostRoot, Error> {
     let root = bundle
         .spec
         .root()
@@ -409,13 +428,15 @@ fn host_root(bundle: &Bundle) -> Result<HostRoot, Error> {
         .ok_or_else(|| invalid("root", "is missing"))?;
     // join leaves an absolute path as it is.
     let path = bundle.directory.join(root.path());
-    let found = fs::metadata(&path).map_err(|source| Error::Read {
-        path: path.clone(),
-        source,
-    })?;
-    if !found.is_dir() {
-        let reason = format!("{} is not a directory", path.display());
-        return Err(invalid("root.path", reason));
+    if from == RootFrom::Bundle {
+        let found = fs::metadata(&path).map_err(|source| Error::Read {
+            path: path.clone(),
+            source,
+        })?;
+        if !found.is_dir() {
+            let reason = format!("{} is not a directory", path.display());
+            return Err(invalid("root.path", reason));
+        }
     }
     Ok(HostRoot {
         path,

@@ -24,7 +24,7 @@ use crate::{
     hooks::{self, State},
     ids,
     layers::Layer,
-    oci::{self, Bundle, Plan, PodPlan, Role},
+    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
     stdio::{Ends, Names, Owner, Streams},
 };
 
@@ -85,7 +85,11 @@ impl Wanted {
     }
 
     fn plan(&self, pod: &PodPlan) -> Result<Plan, Error> {
-        let mut plan = oci::plan_in_pod(&self.bundle, &self.id, &pod.paths)?;
+        let root = match self.layers.is_empty() {
+            true => RootFrom::Bundle,
+            false => RootFrom::Mounts,
+        };
+        let mut plan = oci::plan_in_pod(&self.bundle, &self.id, &pod.paths, root)?;
         let process = plan.container.process.mut_or_insert_default();
         // The client has made its streams by this word, not by config.json's.
         process.terminal = self.names.terminal;

@@ -17,6 +17,7 @@ use super::{Error, metrics::memory_events};
 use crate::{
     agent::{self, Agent},
     config::Config,
+    ids,
     layers::{Layer, Roots},
     oci::{Plan, PodPlan},
     sandbox::{self, Access, Parts, Request, Sandbox},
@@ -164,7 +165,7 @@ impl Pod {
             stub,
         };
         let hostname = match order.plan.hostname.as_str() {
-            "" => order.id,
+            "" => ids::hostname(order.id),
             name => name,
         };
         let done = match meanwhile(&mut held).await {

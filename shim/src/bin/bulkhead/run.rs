@@ -270,7 +270,7 @@ impl Run<'_> {
         }
         self.hooks("createRuntime", self.pid()).await?;
         let hostname = match self.plan.container.hostname.as_str() {
-            "" => id,
+            "" => ids::hostname(id),
             name => name,
         };
         sandbox.ready(hostname).await.map_err(told)?;
