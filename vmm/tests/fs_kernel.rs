@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
+use bulkhead_vmm_config::LISTEN_SUFFIX;
 use nix::errno::Errno;
 use nix::fcntl::{
     AT_FDCWD, AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, open, renameat2,
@@ -94,6 +96,63 @@ fn rename_flags() {
     rename("b", "d", RenameFlags::RENAME_WHITEOUT).unwrap();
     let whiteout = fs::metadata(m.host("b")).unwrap();
     assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0);
+}
+
+#[test]
+fn who_listens_at_a_socket_of_the_host_is_reached_by_its_name() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let reached = |listener: &UnixListener, path: &Path| {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(b"hi").unwrap();
+        let mut heard = [0; 2];
+        listener.accept().unwrap().0.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"hi");
+    };
+    let refused = |path: &Path| UnixStream::connect(path).unwrap_err().kind();
+    for cache in [NO_CACHE, CACHED] {
+        let m = Mounted::new(cache);
+        let at_suffix = |name: &str| m.at(&format!("{name}{LISTEN_SUFFIX}"));
+        let host = UnixListener::bind(m.host("s")).unwrap();
+        fs::set_permissions(m.host("s"), fs::Permissions::from_mode(0o640)).unwrap();
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        let agent = UnixListener::bind(at_suffix("s")).unwrap();
+        reached(&agent, &m.at("s"));
+        assert_eq!(fs::metadata(m.at("s")).unwrap().mode() & 0o777, 0o640);
+        let stranger = "import socket\ntry: socket.socket(socket.AF_UNIX).connect('s')\nexcept OSError as e: print(e.errno)";
+        let stranger = format!("python3 -c \"{stranger}\"");
+        let told = shell_as(1000, 1000, m.point.path(), &stranger);
+        assert_eq!(told.trim(), libc::EACCES.to_string(), "the mode counts");
+        // Nothing was made, and the host's server has heard nothing.
+        let names: Vec<_> = fs::read_dir(m.share.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["s"]);
+        host.set_nonblocking(true).unwrap();
+        assert_eq!(host.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        // By another name of the inode too, and no more by this one when the host has another socket there.
+        fs::hard_link(m.host("s"), m.host("link")).unwrap();
+        reached(&agent, &m.at("link"));
+        fs::remove_file(m.host("s")).unwrap();
+        let _again = UnixListener::bind(m.host("s")).unwrap();
+        std::thread::sleep(Duration::from_millis(cache.entry_ms + 50));
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        let again = UnixListener::bind(at_suffix("s")).unwrap();
+        reached(&again, &m.at("s"));
+        reached(&agent, &m.at("link"));
+        drop(again);
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        assert!(m.host("s").exists());
+        // Only a socket that is there.
+        fs::write(m.host("f"), b"").unwrap();
+        let error = |name| {
+            UnixListener::bind(at_suffix(name))
+                .unwrap_err()
+                .raw_os_error()
+        };
+        assert_eq!(error("f"), Some(libc::ENOTSOCK));
+        assert_eq!(error("none"), Some(libc::ENOENT));
+    }
 }
 
 #[test]

@@ -54,6 +54,11 @@ pub const MAX_DEVICES: usize = 14;
 #[serde(transparent)]
 pub struct Fd(pub u32);
 
+/// What the guest's agent appends to a socket's name when it binds there, to listen in the place of the host's server: the fs
+/// process makes nothing then, and answers with the socket that has the name without it. No more than 107 bytes are left for both
+/// (unix(7)).
+pub const LISTEN_SUFFIX: &str = "\u{1}listen";
+
 /// The I/O port to which the guest's agent announces what it is about to do, one byte a write ([`announce`]).
 ///
 /// Nothing else answers port I/O in the machine, so that each write is one exit.

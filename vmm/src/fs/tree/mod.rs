@@ -37,6 +37,7 @@ mod lookup;
 mod mounts;
 mod names;
 mod session;
+mod sockets;
 pub mod sys;
 mod xattr;
 

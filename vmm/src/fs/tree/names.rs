@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::inodes::Inode;
 use super::sys::{self, Result};
-use super::{Call, Engine, reply};
+use super::{Call, Engine, reply, sockets};
 use crate::fs::wire::{MkdirIn, MknodIn};
 
 impl Engine {
@@ -20,6 +20,9 @@ impl Engine {
 
     pub(super) fn mknod(&self, call: &mut Call<'_>, body: &MknodIn, name: &CStr) -> Result<()> {
         let parent = self.parent_with_room(call)?;
+        if let Some(socket) = sockets::listened_at(body, call.uid, name) {
+            return self.listen(call, &parent, &socket);
+        }
         call.worker.become_caller(call.uid, call.gid, body.umask)?;
         // The guard lets through no device but 0:0.
         sys::make_node(parent.as_fd(), name, body.mode, 0)?;
