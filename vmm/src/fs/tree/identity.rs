@@ -97,11 +97,13 @@ impl Worker {
             // SAFETY: no memory is passed; the raw call changes this thread only.
             Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) })?;
             self.gid = gid;
+            stay_undumpable()?;
         }
         if self.uid != uid {
             // SAFETY: as above.
             Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) })?;
             self.uid = uid;
+            stay_undumpable()?;
         }
         let umask = umask & 0o777;
         if self.umask != umask {
@@ -128,6 +130,14 @@ impl Worker {
         self.set_id = keep;
         Ok(())
     }
+}
+
+/// A change of ids gives the process back the dumpable attribute of `fs.suid_dumpable`, which
+/// systemd-coredump sets to 2: root's core dumps are written (credentials are in prctl(2),
+/// `PR_SET_DUMPABLE`).
+fn stay_undumpable() -> Result<()> {
+    // SAFETY: no memory is passed.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
 fn read_capabilities() -> Result<[CapData; 2]> {
