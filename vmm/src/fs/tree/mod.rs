@@ -38,6 +38,7 @@ mod mounts;
 mod names;
 mod session;
 pub mod sys;
+mod version;
 mod xattr;
 
 /// The data of a READ or a WRITE, wherever it lies. Only the transport knows.
