@@ -82,7 +82,9 @@ fn a_member_without_a_namespace_that_others_would_share_is_refused() {
             let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
             listed.retain(|namespace| namespace["type"] != kind);
         });
-        let error = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle).unwrap_err().to_string();
+        let error = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(&format!("without {kind}")), "{error}");
     }
     let (_dir, bundle) = bundle(|config| {

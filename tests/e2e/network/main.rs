@@ -2,8 +2,8 @@
 //! runc fails is a bad test.
 
 mod cni;
-mod features;
 mod ends;
+mod features;
 mod hooks;
 mod kinds;
 mod localhost;
