@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_gettime, clock_settime};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::announce::{Announcement, announce};
+use crate::clock;
 
 /// Where the share is mounted.
 pub const SHARE: &str = "/run/bulkhead/share";
@@ -46,31 +46,12 @@ pub fn set_hostname(name: &str) -> Result<(), MachineError> {
     nix::unistd::sethostname(name).map_err(system(format!("set host name \"{name}\"")))
 }
 
-/// Sees to it that the wall clock is not behind `passed_ns` (since the epoch), a time that the host has passed; answers by how many
-/// ns it was.
-///
-/// The kernel has read the clock from KVM at boot (kvm-clock's MSR_KVM_WALL_CLOCK), which is exact. The time in a request is not:
-/// the request has waited for the boot. It is a bound, for a kernel that was told not to ask KVM ("no-kvmclock").
-pub fn clock_at_least(passed_ns: u64) -> Result<u64, MachineError> {
-    let now = clock_gettime(ClockId::CLOCK_REALTIME).map_err(system("read the clock"))?;
-    let behind = behind_ns(passed_ns, &now);
-    if behind > 0 {
-        let time = TimeSpec::new(
-            (passed_ns / 1_000_000_000) as i64,
-            (passed_ns % 1_000_000_000) as i64,
-        );
-        clock_settime(ClockId::CLOCK_REALTIME, time).map_err(system("set the clock"))?;
-    }
-    Ok(behind)
-}
-
-/// How much later `passed_ns` is than `now`, in ns. A clock before 1970 counts as one of 1970.
-fn behind_ns(passed_ns: u64, now: &TimeSpec) -> u64 {
-    let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
-    let now_ns = seconds
-        .saturating_mul(1_000_000_000)
-        .saturating_add(now.tv_nsec() as u64);
-    passed_ns.saturating_sub(now_ns)
+/// Sets the wall clock to the host's; `passed_ns` (since the epoch) is a time that the host has passed not long ago.
+pub fn set_clock(passed_ns: u64) -> Result<(), MachineError> {
+    clock::set(passed_ns).map_err(|source| MachineError::System {
+        what: "set the clock by the host's".to_owned(),
+        source,
+    })
 }
 
 /// Mounts the virtio-fs share with this tag.
@@ -227,25 +208,6 @@ mod tests {
             path("net.ipv4.conf.eth0/1.forwarding").as_deref(),
             Some("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
         );
-    }
-
-    #[test]
-    fn only_a_clock_that_is_behind_is_behind() {
-        let passed = 1_700_000_000_500_000_000;
-        assert_eq!(
-            behind_ns(passed, &TimeSpec::new(1_700_000_000, 0)),
-            500_000_000
-        );
-        assert_eq!(
-            behind_ns(passed, &TimeSpec::new(1_700_000_000, 500_000_000)),
-            0
-        );
-        assert_eq!(behind_ns(passed, &TimeSpec::new(1_700_000_003, 0)), 0);
-        assert_eq!(
-            behind_ns(passed, &TimeSpec::new(-1, 999_999_999)),
-            passed - 999_999_999
-        );
-        assert_eq!(behind_ns(0, &TimeSpec::new(0, 0)), 0);
     }
 
     #[test]

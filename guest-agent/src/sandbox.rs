@@ -71,13 +71,7 @@ impl Sandbox {
             return Err(Error::Started);
         }
         if self.owns_machine {
-            let behind = machine::clock_at_least(request.realtime_ns)?;
-            if behind > 0 {
-                log::warn(&format!(
-                    "the guest's clock was {behind} ns behind a time that the host had passed, and was set to that time: the kernel \
-                     does not have KVM's clock"
-                ));
-            }
+            machine::set_clock(request.realtime_ns)?;
             if !request.hostname.is_empty() {
                 machine::set_hostname(&request.hostname)?;
             }

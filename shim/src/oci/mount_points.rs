@@ -73,8 +73,7 @@ pub(super) fn of(container: &agent::Container, binds: &[HostBind]) -> Vec<MountP
             false => PointKind::File,
         };
         add(&mount.destination, kind, true);
-        let mut parts = Path::new(&mount.destination).components().skip(1);
-        dev_is_bound |= is_bind && parts.by_ref().eq(Path::new("dev").components());
+        dev_is_bound |= is_bind && Path::new(&mount.destination) == Path::new("/dev");
     }
     // Who binds a directory to /dev fills it.
     if !dev_is_bound {
