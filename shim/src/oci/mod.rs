@@ -4,6 +4,7 @@
 //! sources of bind mounts are placed in the share (`rootfs.rs`), and the agent is told where in the guest they are.
 
 mod devices;
+mod features;
 mod hooks;
 mod mount_points;
 mod mounts;
@@ -29,6 +30,7 @@ use std::{
 use bulkhead_agent_protocol::agent;
 use oci_spec::runtime as spec;
 
+pub use features::features;
 pub use hooks::{HostHook, HostHooks};
 pub use mount_points::{MountPoint, PointKind};
 pub use mounts::{HostBind, HostPropagation};

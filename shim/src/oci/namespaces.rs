@@ -145,18 +145,21 @@ fn required(listed: &[Type], alone: bool) -> Result<(), Error> {
     }
 }
 
-/// The name that config.json has for it.
+/// All kinds, with the names that config.json has for them.
+pub(super) const KINDS: [(Type, &str); 8] = [
+    (Type::Cgroup, "cgroup"),
+    (Type::Ipc, "ipc"),
+    (Type::Mount, "mount"),
+    (Type::Network, "network"),
+    (Type::Pid, "pid"),
+    (Type::Time, "time"),
+    (Type::User, "user"),
+    (Type::Uts, "uts"),
+];
+
 fn name(kind: Type) -> &'static str {
-    match kind {
-        Type::Mount => "mount",
-        Type::Cgroup => "cgroup",
-        Type::Uts => "uts",
-        Type::Ipc => "ipc",
-        Type::User => "user",
-        Type::Pid => "pid",
-        Type::Network => "network",
-        Type::Time => "time",
-    }
+    let found = KINDS.iter().find(|(known, _)| *known == kind);
+    found.expect("all kinds are listed").1
 }
 
 pub(super) fn mappings(list: &[spec::LinuxIdMapping]) -> Vec<agent::IdMapping> {

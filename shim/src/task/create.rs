@@ -167,17 +167,30 @@ impl Tasks {
                 "the pod {sandbox:?} of container {:?} does not run here",
                 wanted.id
             ))),
-            (_, Some(pod)) => Err(Error::State(format!(
-                "this shim runs the pod {:?}, and container {:?} is not a member of it",
+            // One shim is one pod: who asks on its socket means this pod, whatever the engine's annotations are.
+            (Role::Alone, Some(pod)) => self.make_member(wanted, pod).await,
+            (Role::Sandbox, Some(pod)) => Err(Error::State(format!(
+                "this shim runs the pod {:?} and does not make the pod {:?}",
                 pod.id, wanted.id
             ))),
             (_, None) if self.api_pod().is_some() => Err(Error::State(format!(
-                "this shim's pod is made by the sandbox service, and container {:?} is not a member of it",
+                "this shim's sandbox does not run, and container {:?} would be a member of it",
+                wanted.id
+            ))),
+            // Nor does one that is about to run a pod make another one beside it.
+            (_, None) if self.makes_another(&wanted.id) => Err(Error::State(format!(
+                "this shim makes a pod and does not make that of container {:?} beside it",
                 wanted.id
             ))),
             (Role::Sandbox, None) => self.make_sandbox(wanted).await,
             (Role::Alone, None) => self.make_alone(wanted).await,
         }
+    }
+
+    fn makes_another(&self, id: &str) -> bool {
+        let slots = self.slots();
+        let mut others = slots.iter().filter(|(other, _)| *other != id);
+        others.any(|(_, slot)| matches!(slot, Slot::Making))
     }
 
     /// A pod's own container: the machine, and nothing in it.
@@ -324,6 +337,11 @@ impl Tasks {
             self.events.publish(started);
         })
         .map_err(|phase| init.refuse("start", phase))?;
+        if task.guest.is_some() {
+            // So that there is something to tell from the first Stats on, even if the guest hangs by then.
+            let task = task.clone();
+            tokio::spawn(async move { task.usage.refresh(&task.pod, &task.id).await });
+        }
         Ok(task.pid())
     }
 }
