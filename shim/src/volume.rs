@@ -4,7 +4,6 @@
 //! there. So sources that show the same files have to be one mount, and others must never be.
 
 use std::{
-    collections::HashSet,
     fs, io,
     os::fd::{AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
@@ -39,72 +38,65 @@ enum Beneath {
 }
 
 impl Identity {
-    /// Looks at an open source.
+    /// Looks at an open source, which is at `path` among `mounts`.
     pub fn of(
-        source: BorrowedFd<'_>,
+        path: &Path,
+        mounts: &[MountLine],
         found: &Object,
         depth: Depth,
         propagation: HostPropagation,
-    ) -> io::Result<Identity> {
-        let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-        let mounts = mount::mounts()?;
+    ) -> Identity {
         let object = (found.device, found.inode);
         let Some(own) = mounts.iter().find(|line| line.id == found.mount) else {
             // A chroot(2) hides what is above it: then only its own mount is known to be the same.
-            return Ok(Identity {
+            return Identity {
                 device: String::new(),
-                path,
+                path: path.into(),
                 object,
                 options: String::new(),
                 beneath: Beneath::Follows(found.mount, depth),
-            });
+            };
         };
         // An idmapped view of a directory differs from another one in what no list tells.
         let follows = propagation == HostPropagation::Slave || is_idmapped(own);
         let beneath = match (follows, depth) {
             (true, _) => Beneath::Follows(found.mount, depth),
             (false, Depth::Top) => Beneath::Fixed(Vec::new()),
-            (false, Depth::Whole) => fixed(&mounts, own, &path),
+            (false, Depth::Whole) => fixed(mounts, own, path),
         };
-        let inside = path.strip_prefix(&own.point).unwrap_or(&path);
-        Ok(Identity {
+        let inside = path.strip_prefix(&own.point).unwrap_or(path);
+        Identity {
             device: own.device.clone(),
             path: own.root.join(inside),
             object,
             options: own.options.clone(),
             beneath,
-        })
+        }
     }
+}
+
+/// Where an open object is.
+pub fn place(object: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", object.as_raw_fd()))
 }
 
 fn is_idmapped(line: &MountLine) -> bool {
     line.options.split(',').any(|option| option == "idmapped")
 }
 
-/// The mounts that a recursive copy of `path`, which is in the mount `own`, takes along.
+/// What of the mounts beneath `path`, which is in the mount `own`, a recursive copy shows.
 fn fixed(mounts: &[MountLine], own: &MountLine, path: &Path) -> Beneath {
-    let mut taken = HashSet::from([own.id]);
-    let mut beneath = Vec::new();
-    // A mount is listed after its parent, unless it was moved: go on until there are no more.
-    loop {
-        let before = beneath.len();
-        for line in mounts {
-            let is_new = taken.contains(&line.parent) && !taken.contains(&line.id);
-            let Some(place) = line.point.strip_prefix(path).ok().filter(|_| is_new) else {
-                continue;
-            };
-            taken.insert(line.id);
-            if is_idmapped(line) {
-                return Beneath::Follows(own.id, Depth::Whole);
-            }
-            let (device, options) = (line.device.clone(), line.options.clone());
-            beneath.push((place.into(), device, line.root.clone(), options));
-        }
-        if beneath.len() == before {
-            beneath.sort();
-            return Beneath::Fixed(beneath);
-        }
+    let nested = mount::taken_along(mounts, own, path);
+    if nested.iter().any(|(_, line)| is_idmapped(line)) {
+        return Beneath::Follows(own.id, Depth::Whole);
     }
+    let one = |(place, line): (&Path, &MountLine)| {
+        let (device, options) = (line.device.clone(), line.options.clone());
+        (place.into(), device, line.root.clone(), options)
+    };
+    let mut beneath: Vec<_> = nested.into_iter().map(one).collect();
+    beneath.sort();
+    Beneath::Fixed(beneath)
 }
 
 #[cfg(test)]
@@ -115,7 +107,8 @@ mod tests {
     fn identity(path: &Path, depth: Depth) -> Identity {
         let file = fs::File::open(path).unwrap();
         let found = mount::object(file.as_fd()).unwrap();
-        Identity::of(file.as_fd(), &found, depth, HostPropagation::Private).unwrap()
+        let (path, mounts) = (place(file.as_fd()).unwrap(), mount::mounts().unwrap());
+        Identity::of(&path, &mounts, &found, depth, HostPropagation::Private)
     }
 
     fn line(id: u64, parent: u64, point: &str, options: &str) -> MountLine {
@@ -126,6 +119,7 @@ mod tests {
             root: "/".into(),
             point: point.into(),
             options: options.into(),
+            kind: "tmpfs".into(),
         }
     }
 

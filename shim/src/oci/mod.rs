@@ -5,6 +5,7 @@
 
 mod devices;
 mod hooks;
+pub mod host_interfaces;
 mod mounts;
 mod namespaces;
 mod numbers;
