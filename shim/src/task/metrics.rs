@@ -197,8 +197,10 @@ fn memory(text: &str) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        workingset_refault: get("workingset_refault_anon") + get("workingset_refault_file"),
-        workingset_activate: get("workingset_activate_anon") + get("workingset_activate_file"),
+        workingset_refault: get("workingset_refault_anon")
+            .saturating_add(get("workingset_refault_file")),
+        workingset_activate: get("workingset_activate_anon")
+            .saturating_add(get("workingset_activate_file")),
         workingset_nodereclaim: get("workingset_nodereclaim"),
         pgrefill: get("pgrefill"),
         pgscan: get("pgscan"),
@@ -344,6 +346,13 @@ mod tests {
             file("io.stat", &"1:1 \n".repeat(10_000)),
         ]);
         assert_eq!((metrics.cpu.usage_usec, metrics.memory.usage), (0, 0));
+        let most = format!(
+            "workingset_refault_anon {0}\nworkingset_refault_file {0}\n",
+            u64::MAX
+        );
+        let metrics = convert(&[file("memory.stat", &most)]);
+        assert_eq!(metrics.memory.workingset_refault, u64::MAX);
+        let metrics = convert(&[file("io.stat", &"1:1 \n".repeat(10_000))]);
         assert_eq!(metrics.io.usage.len(), MAX_DEVICES);
     }
 
