@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::AsRawFd,
         unix::{
-            fs::{DirBuilderExt, PermissionsExt},
+            fs::DirBuilderExt,
             net::{UnixListener, UnixStream},
         },
     },
@@ -85,7 +85,7 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
         .mode(0o700)
         .create(directory)
         .with_context(|| format!("cannot make the directory {}", directory.display()))?;
-    let bound = match UnixListener::bind(path) {
+    let bound = match bind_for_root(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if UnixStream::connect(path).is_ok() {
                 return Ok(None);
@@ -93,14 +93,22 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
             // A dead shim's.
             fs::remove_file(path)
                 .with_context(|| format!("cannot remove the socket {}", path.display()))?;
-            UnixListener::bind(path)
+            bind_for_root(path)
         }
         other => other,
     };
     let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect the socket {}", path.display()))?;
     Ok(Some(listener))
+}
+
+/// Nobody but its owner may connect, from the moment on at which it is there.
+fn bind_for_root(path: &Path) -> io::Result<UnixListener> {
+    use nix::sys::stat::{Mode, umask};
+    // This program has one thread, so that no other file is made meanwhile.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    umask(before);
+    bound
 }
 
 fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result<()> {
@@ -133,5 +141,21 @@ fn adjust_oom_score(pid: u32) {
         let score = (score + 1).min(1000).to_string();
         // Without it the kernel's choice is a little worse.
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), score);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_socket_is_roots_from_its_first_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = bind_for_root(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 }
