@@ -24,7 +24,10 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::ledger::{self, Ledger, Resource};
+use crate::{
+    ledger::{self, Ledger, Resource},
+    sys::device_filter,
+};
 
 /// Where cgroup v2 is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -181,6 +184,28 @@ impl Cgroup {
     /// For `CLONE_INTO_CGROUP`.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// Bounds what a process of the pod can do to the host that fell to its guest: no device node opens, and there are no more
+    /// than `tasks` processes and threads.
+    pub fn contain(&self, tasks: u64) -> Result<(), Error> {
+        let failed = |action| {
+            move |source| Error::Io {
+                action,
+                path: self.path.clone(),
+                source,
+            }
+        };
+        device_filter::allow_only_null(self.as_fd())
+            .map_err(failed("forbid devices (CONFIG_CGROUP_BPF) in"))?;
+        match self.write("pids.max", &tasks.to_string()) {
+            // The parents were not given the controller.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::warn!(cgroup = %self.path.display(), "no pids controller: the pod's processes are not counted");
+                Ok(())
+            }
+            other => other.map_err(failed("set pids.max of")),
+        }
     }
 
     /// Writes one control file.

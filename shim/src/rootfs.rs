@@ -13,7 +13,7 @@
 use std::{
     fs, io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         unix::{
             ffi::OsStrExt,
             fs::{DirBuilderExt, OpenOptionsExt},
@@ -28,8 +28,8 @@ use nix::mount::{MsFlags, mount};
 use crate::{
     fs as fs_process,
     ledger::{self, Ledger, Leftover, Resource, Ticket},
-    oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot},
-    sys::mount::{self as mounts, Depth, DetachedTree, Object},
+    oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot, host_interfaces},
+    sys::mount::{self as mounts, Depth, DetachedTree, MountLine, Object},
     volume::{self, Identity, Layout},
 };
 
@@ -69,6 +69,31 @@ pub enum Error {
     /// It was not added, or is removed.
     #[error("container {0} has no files in the pod")]
     Absent(String),
+    /// The host's kernel in the form of files.
+    #[error(
+        "{path} is in the host's {kind}, which would show the host; mount a {kind} of the guest instead"
+    )]
+    HostInterface {
+        /// What was to be shown.
+        path: PathBuf,
+        /// The file system.
+        kind: &'static str,
+    },
+    /// The same, mounted in what was to be shown.
+    #[error(
+        "the host's {kind} at {place} would come along with {path}; bind {path} without what is mounted in it (\"bind\" instead of \"rbind\"), or the directories in it that are wanted"
+    )]
+    NestedInterface {
+        /// What was to be shown.
+        path: PathBuf,
+        /// Where in it.
+        place: PathBuf,
+        /// The file system.
+        kind: &'static str,
+    },
+    /// It was none when config.json was read.
+    #[error("{0} has become a device of the host, and device numbers mean nothing in a guest")]
+    Device(PathBuf),
     /// It could not be recorded.
     #[error(transparent)]
     Ledger(#[from] ledger::Error),
@@ -188,6 +213,36 @@ impl Wish<'_> {
         }
     }
 
+    /// Looks at what was opened. Whoever could swap the path since config.json was read has swapped it before this.
+    fn check(
+        &self,
+        opened: BorrowedFd<'_>,
+        found: &Object,
+        mounts: &[MountLine],
+        place: &Path,
+    ) -> Result<(), Error> {
+        let path = || self.source.to_path_buf();
+        if found.is_device {
+            return Err(Error::Device(path()));
+        }
+        let kind = host_interfaces::of_open(opened).map_err(io_error("look at", self.source))?;
+        if let Some(kind) = kind {
+            return Err(Error::HostInterface { path: path(), kind });
+        }
+        let nested = match self.depth {
+            Depth::Top => None,
+            Depth::Whole => host_interfaces::taken_along_with(mounts, found, place),
+        };
+        match nested {
+            Some((place, kind)) => Err(Error::NestedInterface {
+                path: path(),
+                place: self.source.join(place),
+                kind,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a mount that is read-only on the host to this extent lets its user do what is asked. One that lets it do more
     /// gives the guest nothing: it got that for another container of the pod, and the user's own mount in the guest is
     /// read-only.
@@ -291,8 +346,10 @@ impl Share {
         let source = wish.source;
         let opened = open(source, wish.directory).map_err(io_error("open", source))?;
         let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
-        let (identity, layout) = volume::look(opened.as_fd(), &found, wish.depth, wish.propagation)
-            .map_err(io_error("find the mount of", source))?;
+        let mounts = mounts::mounts().map_err(io_error("list the mounts for", source))?;
+        let place = volume::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
+        let (identity, layout) =
+            volume::look(&place, &mounts, &found, wish.depth, wish.propagation);
         let count = layout.beneath.len();
         if count > MAX_SUBMOUNTS {
             let path = source.to_path_buf();
@@ -306,6 +363,7 @@ impl Share {
             let number = mounted.number;
             return Ok(Source { number, layout });
         }
+        wish.check(opened.as_fd(), &found, &mounts, &place)?;
         let tree = DetachedTree::clone_of_open(opened.as_fd(), wish.depth)
             .map_err(io_error("clone the mount of", source))?;
         let propagation = match wish.propagation {
@@ -314,6 +372,9 @@ impl Share {
         };
         tree.set_propagation(propagation)
             .map_err(io_error("detach from its peers", source))?;
+        // Before it can be seen: what the fs process could be made to do, it cannot do with these files.
+        tree.set_inert()
+            .map_err(io_error("forbid devices and programs of", source))?;
         if let Some(depth) = wish.read_only {
             tree.set_read_only(depth)
                 .map_err(io_error("make read-only", source))?;

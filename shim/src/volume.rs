@@ -56,30 +56,29 @@ pub struct Submount {
     pub attributes: u64,
 }
 
-/// Looks at an open source.
+/// Looks at an open source, which is at `path` among `mounts`.
 pub fn look(
-    source: BorrowedFd<'_>,
+    path: &Path,
+    mounts: &[MountLine],
     found: &Object,
     depth: Depth,
     propagation: HostPropagation,
-) -> io::Result<(Identity, Layout)> {
-    let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let mounts = mount::mounts()?;
+) -> (Identity, Layout) {
     let object = (found.device, found.inode);
     let Some(own) = mounts.iter().find(|line| line.id == found.mount) else {
         // A chroot(2) hides what is above it: then only its own mount is known to be the same.
         let identity = Identity {
             device: String::new(),
-            path,
+            path: path.into(),
             object,
             options: String::new(),
             beneath: Beneath::Follows(found.mount, depth),
         };
-        return Ok((identity, Layout::default()));
+        return (identity, Layout::default());
     };
     let taken = match depth {
         Depth::Top => Vec::new(),
-        Depth::Whole => taken_along(&mounts, own, &path),
+        Depth::Whole => mount::taken_along(mounts, own, path),
     };
     // An idmapped view of a directory differs from another one in what no list tells.
     let mut all = taken.iter().map(|(_, line)| *line).chain([own]);
@@ -88,7 +87,7 @@ pub fn look(
         true => Beneath::Follows(found.mount, depth),
         false => fixed(&taken),
     };
-    let inside = path.strip_prefix(&own.point).unwrap_or(&path);
+    let inside = path.strip_prefix(&own.point).unwrap_or(path);
     let identity = Identity {
         device: own.device.clone(),
         path: own.root.join(inside),
@@ -100,37 +99,16 @@ pub fn look(
         attributes: own.attributes(),
         beneath: visible(&taken, own),
     };
-    Ok((identity, layout))
+    (identity, layout)
+}
+
+/// Where an open object is.
+pub fn place(object: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", object.as_raw_fd()))
 }
 
 fn is_idmapped(line: &MountLine) -> bool {
     line.options.split(',').any(|option| option == "idmapped")
-}
-
-/// The mounts that a recursive copy of `path`, which is in the mount `own`, takes along, with their places in it; a mount comes
-/// before those in it.
-fn taken_along<'a>(
-    mounts: &'a [MountLine],
-    own: &MountLine,
-    path: &Path,
-) -> Vec<(&'a Path, &'a MountLine)> {
-    let mut taken = HashSet::from([own.id]);
-    let mut beneath = Vec::new();
-    // A mount is listed after its parent, unless it was moved: go on until there are no more.
-    loop {
-        let before = beneath.len();
-        for line in mounts {
-            let is_new = taken.contains(&line.parent) && !taken.contains(&line.id);
-            let Some(place) = line.point.strip_prefix(path).ok().filter(|_| is_new) else {
-                continue;
-            };
-            taken.insert(line.id);
-            beneath.push((place, line));
-        }
-        if beneath.len() == before {
-            return beneath;
-        }
-    }
 }
 
 fn fixed(taken: &[(&Path, &MountLine)]) -> Beneath {
@@ -176,8 +154,8 @@ mod tests {
     fn identity(path: &Path, depth: Depth) -> Identity {
         let file = fs::File::open(path).unwrap();
         let found = mount::object(file.as_fd()).unwrap();
-        let looked = look(file.as_fd(), &found, depth, HostPropagation::Private);
-        looked.unwrap().0
+        let (path, mounts) = (place(file.as_fd()).unwrap(), mount::mounts().unwrap());
+        look(&path, &mounts, &found, depth, HostPropagation::Private).0
     }
 
     fn line(id: u64, parent: u64, point: &str, options: &str) -> MountLine {
@@ -188,6 +166,7 @@ mod tests {
             root: "/".into(),
             point: point.into(),
             options: options.into(),
+            kind: "tmpfs".into(),
         }
     }
 
@@ -209,7 +188,7 @@ mod tests {
         let own = line(20, 1, "/data", "rw");
         let mut mounts = vec![line(1, 0, "/", "rw"), own.clone()];
         let path = Path::new("/data/volume");
-        let fixed = |mounts: &[MountLine]| fixed(&taken_along(mounts, &own, path));
+        let fixed = |mounts: &[MountLine]| fixed(&mount::taken_along(mounts, &own, path));
         assert_eq!(fixed(&mounts), Beneath::Fixed(Vec::new()));
         mounts.push(line(21, 20, "/data/volumes", "rw"));
         mounts.push(line(22, 1, "/data/volume/not-in-this-mount", "rw"));
@@ -227,7 +206,7 @@ mod tests {
     fn a_walk_meets_what_nothing_else_covers() {
         let own = line(20, 1, "/v", "rw,relatime");
         let places = |mounts: &[MountLine]| -> Vec<(String, u64)> {
-            let found = visible(&taken_along(mounts, &own, Path::new("/v")), &own);
+            let found = visible(&mount::taken_along(mounts, &own, Path::new("/v")), &own);
             let mut found: Vec<_> = found
                 .iter()
                 .map(|submount| {

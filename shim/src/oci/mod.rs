@@ -6,6 +6,7 @@
 mod devices;
 mod features;
 mod hooks;
+pub mod host_interfaces;
 mod mount_points;
 mod mounts;
 mod namespaces;

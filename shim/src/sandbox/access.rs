@@ -80,15 +80,31 @@ impl Access {
 
     /// Waits until the pod cannot go on, and tells why.
     pub async fn trouble(&self) -> Error {
+        let gone = async {
+            tokio::select! {
+                end = self.vm.ended() => vm::Error::Gone(end).into(),
+                error = self.fs.gone() => match self.vm.is_killed() {
+                    // Both were, by us: the machine's end is what counts.
+                    true => vm::Error::Gone(self.vm.ended().await).into(),
+                    false => error.into(),
+                },
+            }
+        };
+        let mut gone = std::pin::pin!(gone);
         tokio::select! {
-            end = self.vm.ended() => vm::Error::Gone(end).into(),
-            error = self.fs.gone() => error.into(),
+            error = &mut gone => error,
+            lost = self.agent.lost() => {
+                // Mostly the first sign of the machine's end, which says more.
+                let trouble = tokio::time::timeout(LAST_WORDS, gone).await;
+                trouble.unwrap_or_else(|_| lost.into())
+            }
         }
     }
 
-    /// Ends the machine at once, whatever it does: everyone who waits for it gets an error.
+    /// Ends both processes at once, whatever they do: everyone who waits for one of them gets an error.
     pub fn kill(&self) {
         self.vm.kill();
+        self.fs.kill();
     }
 
     /// Of a broken connection the machine's own words say why, if they come soon.

@@ -7,7 +7,7 @@ use crate::{
     ledger::Resource,
     network::{self, Network},
     sys::{
-        process::ProcessId,
+        process::{self, ProcessId},
         stub::{self, Stub},
     },
     vm::Nic,
@@ -39,7 +39,10 @@ impl Sandbox {
         if let Some(id) = ProcessId::of(stub.pid()) {
             let role = "bulkhead-pod".into();
             self.ledger.take(Resource::Process { id, role })?;
+            self.stub = Some(id);
         }
+        // It stands for the containers: who looks at their pid's score finds theirs.
+        process::set_oom_score_adj(stub.pid(), self.oom.now()).map_err(Error::Stub)?;
         self.namespace
             .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
         Ok(stub)

@@ -219,6 +219,7 @@ impl Tasks {
             cgroups_path: sandbox.cgroups_path.as_deref(),
             host_limits: &[],
             memory: sandbox.memory,
+            oom_score_adj: None,
         };
         let pod = match Pod::boot(&sandbox.config, order, async |_| Ok(())).await {
             Ok((pod, ())) => Arc::new(pod),

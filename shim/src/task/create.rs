@@ -210,6 +210,7 @@ impl Tasks {
             cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
             host_limits: &[],
             memory: memory.filter(|bytes| *bytes > 0),
+            oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
         };
         let (pod, ()) = Pod::boot(&config, order, async |_| Ok(())).await?;
         let pod = Arc::new(pod);
@@ -236,6 +237,7 @@ impl Tasks {
             cgroups_path: cgroups_path.as_deref(),
             host_limits: &host_limits,
             memory: memory_limit(&wanted.bundle),
+            oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
         };
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let prepared = async |held: &mut Held| {
@@ -389,6 +391,12 @@ fn memory_limit(bundle: &Bundle) -> Option<u64> {
     let linux = bundle.spec.linux().as_ref()?;
     let memory = linux.resources().as_ref()?.memory().as_ref()?;
     memory.limit().and_then(|limit| u64::try_from(limit).ok())
+}
+
+fn oom_score_adj(bundle: &Bundle) -> i32 {
+    let process = bundle.spec.process().as_ref();
+    let score = process.and_then(|process| process.oom_score_adj());
+    score.unwrap_or(0).clamp(-1000, 1000)
 }
 
 /// From a ready guest to an init that stands before its exec.

@@ -43,6 +43,8 @@ pub struct Order<'a> {
     pub host_limits: &'a [(String, String)],
     /// Bytes of memory that its containers may use, if limited.
     pub memory: Option<u64>,
+    /// `process.oomScoreAdj` of its own container, if it has one.
+    pub oom_score_adj: Option<i32>,
 }
 
 /// A pod that runs.
@@ -150,6 +152,7 @@ impl Pod {
             network: order.plan.paths.network.as_deref(),
             net_slots: order.plan.later_interfaces(),
             serial: None,
+            oom_score_adj: order.oom_score_adj,
         };
         let mut sandbox = Sandbox::launch(config, &parts, request).await?;
         if order.plan.paths.shm.is_some() {

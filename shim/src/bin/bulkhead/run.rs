@@ -174,6 +174,7 @@ impl Run<'_> {
                 false => oci::LATER_INTERFACES,
             },
             serial,
+            oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
         };
         let mut sandbox = Sandbox::launch(self.config, &self.parts, request)
             .await
