@@ -154,7 +154,7 @@ mod tests {
     fn the_socket_is_roots_from_its_first_moment() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let _listener = bind_for_root(&path).unwrap();
+        let _listener = bind_private(&path).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
