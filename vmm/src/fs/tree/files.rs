@@ -55,11 +55,8 @@ impl Engine {
                 Cache::Drop => false,
                 Cache::LookAgain => return Err(Errno::ESTALE),
             };
-        if flags & (libc::O_ACCMODE | libc::O_TRUNC) != libc::O_RDONLY {
-            // It is truncated, or an overlay of the host copies it up.
-            inode.seen.changed_by_guest();
-        }
         if flags & libc::O_TRUNC != 0 {
+            inode.seen.changed_by_guest();
             set_id(call, group, body.fuse_flags & OPEN_KILL_SUIDGID != 0)?;
         }
         let name = call.worker.name(inode.as_fd());
@@ -70,6 +67,9 @@ impl Engine {
             }
             other => other?,
         };
+        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            inode.seen.copied_up(&status, &sys::status(file.as_fd())?);
+        }
         self.opened(inode, file, flags, (keep, group))
     }
 

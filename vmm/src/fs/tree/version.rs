@@ -102,6 +102,14 @@ impl Seen {
         self.lock().own = true;
     }
 
+    /// The guest has opened the file to write it, and it was `before` and is `after`: an overlay of the
+    /// host has copied it up, with another change time.
+    pub fn copied_up(&self, before: &Status, after: &Status) {
+        if Version::of(before) != Version::of(after) {
+            self.changed_by_guest();
+        }
+    }
+
     /// What an OPEN says that finds the file like this.
     pub fn open(&self, status: &Status) -> Cache {
         let now = Version::of(status);
