@@ -5,6 +5,7 @@ use ttrpc::Code;
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
+use crate::share::ShareError;
 use crate::sockets::SocketError;
 use crate::volume::VolumeError;
 
@@ -76,6 +77,9 @@ pub(crate) enum Error {
     /// A socket of the host.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// A mount of the host beneath a source.
+    #[error(transparent)]
+    Share(#[from] ShareError),
 }
 
 impl Error {
@@ -101,7 +105,7 @@ impl Error {
                 ProcessError::System { .. } => Code::INTERNAL,
             },
             Self::Cgroup(error) => cgroup_code(error),
-            Self::Machine(_) => Code::INTERNAL,
+            Self::Machine(_) | Self::Share(_) => Code::INTERNAL,
             Self::Network(error) => match error {
                 NetworkError::Devices { .. } => Code::FAILED_PRECONDITION,
                 NetworkError::ForeignSysctl(_)

@@ -12,6 +12,7 @@
 
 pub mod announce;
 mod bpf;
+mod clock;
 pub mod container;
 mod error;
 pub mod init;

@@ -21,7 +21,8 @@ use tokio::net::{UnixDatagram, UnixListener, UnixStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::container::{blocking, open_guest_path};
+use crate::container::blocking;
+use crate::container::mounts::open_guest_path;
 use crate::log;
 use crate::stream::{Host, Stream};
 
@@ -53,7 +54,7 @@ pub(crate) enum SocketError {
 }
 
 /// The sockets that are served.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Sockets {
     shared: Arc<Shared>,
 }
@@ -146,6 +147,11 @@ impl Queue {
 }
 
 impl Sockets {
+    /// Whether something of a place has been served, and the place has not been ended.
+    pub(crate) fn has(&self, place: &str) -> bool {
+        self.shared.table().connections.contains_key(place)
+    }
+
     /// Begins to listen.
     pub(crate) async fn serve(
         &self,

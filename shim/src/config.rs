@@ -155,8 +155,9 @@ impl Default for Config {
             memory_mib: 512,
             vcpus: 1,
             boot_timeout_secs: 60,
-            // Above the ranges that login.defs (to 600,100,000) and systemd (to 1,879,048,191) hand out.
-            uid_base: 1_900_000_000,
+            // Above the ranges that login.defs (to 600,100,000), systemd (to 1,879,048,191) and SSSD for the accounts of a directory
+            // (to 2,000,200,000) hand out, and below 2^31, from which on some programs take a uid for negative.
+            uid_base: 2_130_000_000,
             uid_count: 65_536,
             kernel_arguments: Vec::new(),
             host_sockets: false,
@@ -321,6 +322,20 @@ mod tests {
         assert_eq!(parse("").unwrap(), Config::default());
         let error = Config::load(Some(Path::new("/nonexistent/c.toml"))).unwrap_err();
         assert!(matches!(error, Error::Read { .. }));
+    }
+
+    #[test]
+    fn the_example_of_the_documentation_has_every_key_with_its_default() {
+        let page = include_str!("../../docs/operations.md");
+        let example = page.split("```toml\n").nth(1).unwrap();
+        let example = example.split("```").next().unwrap();
+        assert_eq!(parse(example).unwrap(), Config::default());
+        let table: toml::Table = toml::from_str(example).unwrap();
+        let keys = |name: &str| table[name].as_table().unwrap().len();
+        assert_eq!((keys("share"), keys("network")), (6, 3));
+        for key in ["libexec_dir", "kernel", "initramfs"] {
+            assert!(example.contains(&format!("# {key} = \"/")), "{key}");
+        }
     }
 
     #[test]

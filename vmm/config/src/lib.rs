@@ -64,6 +64,12 @@ pub const LISTEN_SUFFIX: &str = "\u{1}listen";
 /// Nothing else answers port I/O in the machine, so that each write is one exit.
 pub const ANNOUNCE_PORT: u16 = 0x8900;
 
+/// The I/O port that tells the host's wall clock: a read of 4 bytes is the low half of the µs since the epoch.
+///
+/// The guest's kernel has the time from KVM (kvm-clock) early in its boot, and then counts ticks of a timer that does not run yet: its
+/// clock is behind by most of the boot. The agent knows the higher half from the time of its first request.
+pub const CLOCK_PORT: u16 = 0x8904;
+
 /// The bytes that the agent writes to [`ANNOUNCE_PORT`].
 pub mod announce {
     /// PID 1 runs its first instructions ([`Phase::Init`](crate::Phase::Init)).

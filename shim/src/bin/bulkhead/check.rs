@@ -11,11 +11,13 @@ use serde::Serialize;
 
 use crate::{
     failure::{self, Failure},
-    probe,
+    probe, uids,
 };
 
 /// mount_setattr(2), cgroup.kill and CLONE_INTO_CGROUP need 5.7 to 5.14; 6.1 is what is tested.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
+/// KVM_GET_API_VERSION of every kernel since 2007.
+const KVM_API_VERSION: i32 = 12;
 /// The guest that proves a boot.
 const PROOF_MIB: u64 = 128;
 
@@ -26,14 +28,14 @@ pub struct Arguments {
     json: bool,
 }
 
-/// One thing that a host must have.
+/// One thing that a host must have, or, where it is fine and yet has a remedy, should be without.
 #[derive(Debug, Serialize)]
-struct Item {
-    name: &'static str,
-    ok: bool,
-    found: String,
+pub struct Item {
+    pub name: &'static str,
+    pub ok: bool,
+    pub found: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    remedy: Option<String>,
+    pub remedy: Option<String>,
 }
 
 type Found = Result<String, (String, &'static str)>;
@@ -64,6 +66,8 @@ pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         item("parts", parts(config)),
         item("kvm", kvm(&config.kvm_device)),
     ];
+    // No hindrance to running pods, so it is no reason not to try.
+    let uids = uids::item(config);
     if items.last().is_some_and(|kvm| kvm.ok) {
         items.push(item("kvm speed", speed(&config.kvm_device)));
     }
@@ -72,12 +76,17 @@ pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         true => item("guest", guest(config)),
         false => item("guest", Err(("not tried".into(), "mend the above first"))),
     });
+    items.push(uids);
     let missing = items.iter().any(|item| !item.ok);
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&items)?);
     } else {
         for item in &items {
-            let verdict = if item.ok { "ok" } else { "MISSING" };
+            let verdict = match (item.ok, &item.remedy) {
+                (true, None) => "ok",
+                (true, Some(_)) => "WARNING",
+                (false, _) => "MISSING",
+            };
             println!("{:<12}{verdict:<9}{}", item.name, item.found);
             if let Some(remedy) = &item.remedy {
                 println!("{:<21}-> {remedy}", "");
@@ -167,16 +176,41 @@ fn parts(config: &Config) -> Found {
 }
 
 fn kvm(device: &Path) -> Found {
-    const REMEDY: &str = "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or choose a machine with nested virtualisation";
-    match std::fs::File::options().read(true).write(true).open(device) {
-        Ok(_) => Ok(format!("{} opens", device.display())),
-        Err(error) => Err((format!("{}: {error}", device.display()), REMEDY)),
+    let is_root = nix::unistd::geteuid().is_root();
+    match probe::version(device) {
+        Ok(KVM_API_VERSION) => Ok(format!("{} opens", device.display())),
+        Ok(_) => Err((
+            format!("{} is not KVM", device.display()),
+            "name the KVM device as kvm_device in the configuration",
+        )),
+        Err(error) => Err((
+            format!("{}: {error}", device.display()),
+            remedy(error.errno(), is_root),
+        )),
+    }
+}
+
+/// What helps against an errno of opening the device.
+fn remedy(errno: i32, is_root: bool) -> &'static str {
+    match errno {
+        libc::EACCES if !is_root => {
+            "join the group kvm (usermod -aG kvm USER, then log in again), or run as root"
+        }
+        // Root is past the file's mode: something above it says no.
+        libc::EACCES | libc::EPERM => {
+            "allow the device where it is denied: in the container that this runs in (--device /dev/kvm), or in AppArmor or SELinux"
+        }
+        _ => {
+            "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or choose a machine with nested virtualisation"
+        }
     }
 }
 
 fn speed(device: &Path) -> Found {
-    const REMEDY: &str = "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation";
-    let speed = probe::measure(device).map_err(|error| (error, REMEDY))?;
+    let speed = probe::measure(device).map_err(|error| {
+        const REMEDY: &str = "KVM could not run a guest of three instructions: see `dmesg`; another hypervisor may hold the processor";
+        (error, REMEDY)
+    })?;
     let text = format!(
         "kernel mode runs at {:.3} M loops/s in a guest, {:.3} M here",
         speed.guest / 1e6,
@@ -184,7 +218,10 @@ fn speed(device: &Path) -> Found {
     );
     match speed.is_native() {
         true => Ok(text),
-        false => Err((text, REMEDY)),
+        false => Err((
+            text,
+            "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation",
+        )),
     }
 }
 
@@ -219,6 +256,7 @@ async fn boot(config: &Config) -> Result<String, String> {
         network: None,
         net_slots: 0,
         serial: None,
+        oom_score_adj: None,
     };
     let start = std::time::Instant::now();
     let mut sandbox = Sandbox::launch(config, &parts, request)
@@ -234,9 +272,30 @@ async fn boot(config: &Config) -> Result<String, String> {
     if let Some(leftover) = left.first() {
         return Err(format!("it ran, but left {leftover}"));
     }
-    let release = bulkhead_shim::logs::printable(&ready.kernel_release);
     Ok(format!(
-        "Linux {release} was ready in {} ms",
+        "Linux {} was ready in {} ms",
+        ready.kernel_release,
         took.as_millis()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_why_kvm_does_not_open_has_its_own_remedy() {
+        for (errno, is_root, word) in [
+            (libc::EACCES, false, "group kvm"),
+            (libc::EACCES, true, "AppArmor"),
+            (libc::EPERM, false, "--device"),
+            (libc::EPERM, true, "--device"),
+            (libc::ENOENT, false, "kvm_intel"),
+            (libc::ENODEV, true, "kvm_intel"),
+            (libc::ENXIO, true, "kvm_intel"),
+        ] {
+            let remedy = remedy(errno, is_root);
+            assert!(remedy.contains(word), "{errno} {is_root}: {remedy}");
+        }
+    }
 }

@@ -39,6 +39,7 @@ mod names;
 mod session;
 mod sockets;
 pub mod sys;
+mod version;
 mod xattr;
 
 /// The data of a READ or a WRITE, wherever it lies. Only the transport knows.
