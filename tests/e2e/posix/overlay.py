@@ -3,22 +3,14 @@
 usage: overlay.py DIRECTORY        in a mount namespace of its own, with CAP_SYS_ADMIN
 """
 
-import errno
 import os
 import stat
 import subprocess
 import sys
 
-from users import as_user, call
+from users import as_user, attempt, call
 
 NOBODY = (1000, 1000, [], False)
-
-
-def answer(action):
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode[error.errno]
 
 
 def put(path, text="1"):
@@ -48,9 +40,9 @@ def show(top):
             entry = os.path.join(path, name)
             info = os.lstat(entry)
             device = f" {os.major(info.st_rdev)}:{os.minor(info.st_rdev)}" if stat.S_ISCHR(info.st_mode) else ""
-            names = sorted(answer(lambda: os.listxattr(entry, follow_symlinks=False)))
+            names = sorted(attempt(lambda: os.listxattr(entry, follow_symlinks=False)))
             # Where the upper layer has no file handles (a share), nothing has an origin.
-            known = {n: answer(lambda: os.getxattr(entry, n, follow_symlinks=False)) for n in names if "opaque" in n or "redirect" in n}
+            known = {n: attempt(lambda: os.getxattr(entry, n, follow_symlinks=False)) for n in names if "opaque" in n or "redirect" in n}
             print(f"    {entry}: {info.st_mode:o}{device}", known)
 
 
@@ -83,7 +75,7 @@ def work(name):
     subprocess.run(["rm", "-r", "m/d"], check=True)
     os.mkdir("m/d")
     print("opaque:", os.listdir("m/d"))
-    print("rename of a directory below:", answer(lambda: os.rename("m/moved", "m/there")))
+    print("rename of a directory below:", attempt(lambda: os.rename("m/moved", "m/there")))
     put("m/made")
     os.mkdir("m/dir")
     put("m/dir/f")
@@ -116,11 +108,11 @@ def check_trusted():
     os.setxattr("f", "trusted.t", b"1")
     os.setxattr("f", "user.u", b"2")
     print(os.getxattr("f", "trusted.t"), sorted(os.listxattr("f")))
-    print("flags:", answer(lambda: os.setxattr("f", "trusted.t", b"2", os.XATTR_CREATE)), answer(lambda: os.setxattr("f", "trusted.n", b"2", os.XATTR_REPLACE)))
+    print("flags:", attempt(lambda: os.setxattr("f", "trusted.t", b"2", os.XATTR_CREATE)), attempt(lambda: os.setxattr("f", "trusted.n", b"2", os.XATTR_REPLACE)))
     print("by a user:", as_user(NOBODY, lambda: os.getxattr("f", "trusted.t")), as_user(NOBODY, lambda: os.setxattr("f", "trusted.t", b"3")))
     os.removexattr("f", "trusted.t")
-    print("removed:", answer(lambda: os.getxattr("f", "trusted.t")), answer(lambda: os.removexattr("f", "trusted.t")))
-    print("large:", answer(lambda: os.setxattr("f", "trusted.large", b"l" * 2000)), len(os.getxattr("f", "trusted.large")))
+    print("removed:", attempt(lambda: os.getxattr("f", "trusted.t")), attempt(lambda: os.removexattr("f", "trusted.t")))
+    print("large:", attempt(lambda: os.setxattr("f", "trusted.large", b"l" * 2000)), len(os.getxattr("f", "trusted.large")))
     os.mkdir("dir")
     os.setxattr("dir", "trusted.d", b"d")
     print("directory:", os.listxattr("dir"))

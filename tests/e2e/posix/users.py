@@ -24,6 +24,14 @@ def drop_capability(number):
     call("capset", header, data)
 
 
+def attempt(action):
+    """What action returns, or the name of its error."""
+    try:
+        return action()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+
 def as_user(user, action):
     """What action returns, or the name of its error, when `user` = (uid, gid, groups, keep CAP_FSETID or not) does it."""
     uid, gid, groups, fsetid = user
@@ -42,9 +50,7 @@ def as_user(user, action):
                 call("capset", header, (ctypes.c_uint32 * 6)(1 << CAP_FSETID, 1 << CAP_FSETID, 0, 0, 0, 0))
             if uid == 0 and not fsetid:
                 drop_capability(CAP_FSETID)
-            answer = action()
-        except OSError as error:
-            answer = errno.errorcode[error.errno]
+            answer = attempt(action)
         except BaseException as error:  # the parent prints it, which makes the outputs differ
             answer = repr(error)
         os.write(there, str(answer).encode())
