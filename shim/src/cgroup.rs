@@ -341,7 +341,8 @@ pub(crate) fn remove(path: &Path, shared: bool) -> io::Result<()> {
     }
     remove_own(path)?;
     for parent in path.ancestors().skip(1) {
-        if !is_marked(parent) || !remove_empty(parent)? {
+        // One that has gone already may have left its own parent behind: whoever removed it may have died.
+        if parent.exists() && !(is_marked(parent) && remove_empty(parent)?) {
             break;
         }
     }

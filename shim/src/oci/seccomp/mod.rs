@@ -37,8 +37,11 @@ const INSTRUCTION: usize = 8;
 const API_LEVEL: u32 = 6;
 const EPERM: u32 = libc::EPERM as u32;
 
+type MakeAction = fn(u16) -> ScmpAction;
+type MakeOperator = fn(u64, u64) -> (ScmpCompareOp, u64);
+
 /// The actions that a filter can have, made with an errno for those that return one.
-pub(super) const ACTIONS: [(Action, fn(u16) -> ScmpAction); 8] = [
+pub(super) const ACTIONS: [(Action, MakeAction); 8] = [
     (Action::ScmpActKill, |_| ScmpAction::KillThread),
     (Action::ScmpActKillProcess, |_| ScmpAction::KillProcess),
     (Action::ScmpActKillThread, |_| ScmpAction::KillThread),
@@ -59,7 +62,7 @@ pub(super) const ARCHITECTURES: [(Arch, ScmpArch); 3] = [
 ];
 
 /// The operators, with libseccomp's words for one and the argument's two values.
-pub(super) const OPERATORS: [(Operator, fn(u64, u64) -> (ScmpCompareOp, u64)); 7] = [
+pub(super) const OPERATORS: [(Operator, MakeOperator); 7] = [
     (Operator::ScmpCmpNe, |value, _| {
         (ScmpCompareOp::NotEqual, value)
     }),
