@@ -44,6 +44,11 @@ bench: stage ## the figures, beside their peers', from one lab run
 test-containerd2: deps stage ## the suite containerd against containerd 2.3, built here (needs Go 1.26)
 	@tests/containerd2
 
+.PHONY: oracle
+oracle: PACKAGES += runc
+oracle: deps ## what a share does otherwise than the bare file system, in seconds and without a machine
+	@cargo test --release -q -p bulkhead-vmm --test fs_oracle -- --ignored --nocapture
+
 .PHONY: lab
 lab: stage ## a shell in the lab, with this build installed
 	@tests/lab/lab shell --install $(STAGE)

@@ -1,24 +1,44 @@
 //! The client of the guest's agent: ttrpc over the connection that the agent dials.
 //!
 //! The first request is written before the guest runs, so its answer is the sign of readiness. What the agent answers comes
-//! from the guest: sizes are capped by ttrpc, text is made printable, numbers are checked where they are used.
+//! from the guest: frames are capped (`line`), answers looked at before they are decoded (`answer`), text is made printable
+//! and cut, numbers are checked where they are used. No answer is waited for without an end but those that come when something
+//! happens in the guest.
 
-use std::{future::Future, os::unix::net::UnixStream, time::Duration};
+mod answer;
+mod line;
+
+use std::{os::unix::net::UnixStream, time::Duration};
 
 use bulkhead_agent_protocol::{
     PROTOCOL_VERSION,
     agent::{
         CgroupFile, ChangeVolumeRequest, ConnectListenerRequest, Container, ContainerRequest,
-        CreateContainerRequest, CreateExecRequest, Empty, Listeners, Network, ProcessRequest,
-        ResizeTerminalRequest, Resources, SignalProcessRequest, StartSandboxRequest,
-        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
-        WaitProcessResponse,
+        ContainerStatsResponse, CreateContainerRequest, CreateExecRequest, CreateProcessResponse,
+        Empty, Listeners, Network, ProcessRequest, ResizeTerminalRequest, Resources,
+        SignalProcessRequest, StartProcessResponse, StartSandboxRequest, StartSandboxResponse,
+        Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest, WaitProcessResponse,
     },
-    agent_ttrpc::AgentClient,
 };
-use ttrpc::{r#async::transport::Socket, context::Context};
+use protobuf::Message;
+use ttrpc::r#async::{Client, transport::Socket};
 
-use crate::logs::printable;
+use self::{
+    answer::Answer,
+    line::{Line, State},
+};
+use crate::logs::brief;
+
+/// The service's name in agent.proto.
+const SERVICE: &str = "bulkhead.agent.v1.Agent";
+/// Most of a text from the guest that becomes part of an error, in bytes.
+const MAX_TEXT: usize = 4 << 10;
+/// Most of a name from the guest.
+const MAX_NAME: usize = 128;
+/// How long the guest may take over what costs it little.
+const QUICK: Duration = Duration::from_secs(60);
+/// How long the guest may take over what a container's own configuration makes long: copies into its tmpfs mounts, hooks.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Why the agent did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +48,7 @@ pub enum Error {
     Refused {
         /// The RPC's status code.
         code: ttrpc::Code,
-        /// Its words, made printable.
+        /// Its words, made printable, and without their middle where they are long.
         message: String,
     },
     /// No answer came: the connection or the machine is gone.
@@ -63,7 +83,10 @@ impl Error {
 
 /// The agent of one guest.
 #[derive(Clone)]
-pub struct Agent(AgentClient);
+pub struct Agent {
+    client: Client,
+    state: State,
+}
 
 impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -99,8 +122,63 @@ impl Agent {
     pub fn new(stream: UnixStream) -> Result<Agent, Error> {
         stream.set_nonblocking(true).map_err(Error::Connect)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(Error::Connect)?;
-        let client = ttrpc::r#async::Client::new(Socket::new(stream));
-        Ok(Agent(AgentClient::new(client)))
+        let (line, state) = Line::new(stream);
+        let client = Client::new(Socket::new(line));
+        Ok(Agent { client, state })
+    }
+
+    /// Waits until the connection cannot be used any more: an error that tells why.
+    pub async fn lost(&self) -> Error {
+        let reason = self.state.ended().await;
+        let call = "any more";
+        Error::Lost { call, reason }
+    }
+
+    /// Asks and waits, for `limit` at most.
+    async fn call<A: Answer>(
+        &self,
+        method: &'static str,
+        request: &impl Message,
+        limit: Option<Duration>,
+    ) -> Result<A, Error> {
+        let lost = |reason: String| Error::Lost {
+            call: method,
+            reason: brief(&reason, MAX_TEXT),
+        };
+        let payload = request
+            .write_to_bytes()
+            .map_err(|error| lost(error.to_string()))?;
+        let request = ttrpc::Request {
+            service: SERVICE.into(),
+            method: method.into(),
+            payload,
+            ..ttrpc::Request::default()
+        };
+        // No deadline for the agent: it would give up halfway.
+        let answered = self.client.request(request);
+        let answered = match limit {
+            None => answered.await,
+            Some(limit) => match tokio::time::timeout(limit, answered).await {
+                Ok(answered) => answered,
+                Err(_) => return Err(lost(format!("no answer within {} s", limit.as_secs()))),
+            },
+        };
+        let response = match answered {
+            Ok(response) => response,
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                return Err(Error::Refused {
+                    code: status.code(),
+                    message: brief(status.message(), MAX_TEXT),
+                });
+            }
+            Err(other) => return Err(lost(other.to_string())),
+        };
+        answer::decode(&response.payload).map_err(|refusal| {
+            let reason = format!("its answer to {method} is not understood: {refusal}");
+            // As for a frame that is not: nothing that it says is worth anything now.
+            self.state.end(&reason);
+            lost(reason)
+        })
     }
 
     /// The first call of a sandbox; answered when the guest is ready.
@@ -123,22 +201,25 @@ impl Agent {
             realtime_ns: now.map_or(0, |since| since.as_nanos() as u64),
             ..StartSandboxRequest::default()
         };
-        call("StartSandbox", self.0.start_sandbox(unbounded(), &request)).await
+        // Its caller knows how long a boot may take.
+        let answer: StartSandboxResponse = self.call("StartSandbox", &request, None).await?;
+        Ok(StartSandboxResponse {
+            agent_version: brief(&answer.agent_version, MAX_NAME),
+            kernel_release: brief(&answer.kernel_release, MAX_NAME),
+            ..answer
+        })
     }
 
     /// Makes the guest's network, once more, with the interfaces that have come.
     pub async fn configure_network(&self, network: &Network) -> Result<(), Error> {
-        call(
-            "ConfigureNetwork",
-            self.0.configure_network(unbounded(), network),
-        )
-        .await?;
+        self.call::<Empty>("ConfigureNetwork", network, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// Answers when the ports that somebody listens on are others than `known`.
     pub async fn watch_listeners(&self, known: &Listeners) -> Result<Listeners, Error> {
-        call("WatchListeners", self.0.watch_listeners(unbounded(), known)).await
+        self.call("WatchListeners", known, None).await
     }
 
     /// Connects to a listener in the guest, and joins it to the stream with this port.
@@ -154,11 +235,8 @@ impl Agent {
             stream_port,
             ..ConnectListenerRequest::default()
         };
-        call(
-            "ConnectListener",
-            self.0.connect_listener(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("ConnectListener", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
@@ -175,17 +253,15 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..CreateContainerRequest::default()
         };
-        call(
-            "CreateContainer",
-            self.0.create_container(unbounded(), &request),
-        )
-        .await?;
+        self.call::<CreateProcessResponse>("CreateContainer", &request, Some(LONG))
+            .await?;
         Ok(())
     }
 
     /// Adds a process to a running container, up to the point before exec.
     pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), Error> {
-        call("CreateExec", self.0.create_exec(unbounded(), request)).await?;
+        self.call::<CreateProcessResponse>("CreateExec", request, Some(LONG))
+            .await?;
         Ok(())
     }
 
@@ -197,7 +273,8 @@ impl Agent {
     /// Lets a created process exec; its init when `exec` is empty, as everywhere.
     pub async fn start_process(&self, container: &str, exec: &str) -> Result<(), Error> {
         let request = process(container, exec);
-        call("StartProcess", self.0.start_process(unbounded(), &request)).await?;
+        self.call::<StartProcessResponse>("StartProcess", &request, Some(LONG))
+            .await?;
         Ok(())
     }
 
@@ -213,7 +290,7 @@ impl Agent {
         exec: &str,
     ) -> Result<WaitProcessResponse, Error> {
         let request = process(container, exec);
-        call("WaitProcess", self.0.wait_process(unbounded(), &request)).await
+        self.call("WaitProcess", &request, None).await
     }
 
     /// Sends a signal to a container's init.
@@ -237,11 +314,8 @@ impl Agent {
             all,
             ..SignalProcessRequest::default()
         };
-        call(
-            "SignalProcess",
-            self.0.signal_process(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("SignalProcess", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
@@ -265,11 +339,8 @@ impl Agent {
             columns: columns.into(),
             ..ResizeTerminalRequest::default()
         };
-        call(
-            "ResizeTerminal",
-            self.0.resize_terminal(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("ResizeTerminal", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
@@ -281,33 +352,24 @@ impl Agent {
     /// Forgets an exited process.
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), Error> {
         let request = process(container, exec);
-        call(
-            "DeleteProcess",
-            self.0.delete_process(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("DeleteProcess", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// Freezes all processes of a container.
     pub async fn pause(&self, id: &str) -> Result<(), Error> {
         let request = container(id);
-        call(
-            "PauseContainer",
-            self.0.pause_container(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("PauseContainer", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// Thaws them.
     pub async fn resume(&self, id: &str) -> Result<(), Error> {
         let request = container(id);
-        call(
-            "ResumeContainer",
-            self.0.resume_container(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("ResumeContainer", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
@@ -318,29 +380,25 @@ impl Agent {
             resources: Some(resources).into(),
             ..UpdateContainerRequest::default()
         };
-        call(
-            "UpdateContainer",
-            self.0.update_container(unbounded(), &request),
-        )
-        .await?;
+        self.call::<Empty>("UpdateContainer", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// The files of a container's cgroup that tell what it uses.
     pub async fn stats(&self, id: &str) -> Result<Vec<CgroupFile>, Error> {
         let request = container(id);
-        let answer = call(
-            "ContainerStats",
-            self.0.container_stats(unbounded(), &request),
-        )
-        .await?;
+        let _long = self.state.allow_long();
+        let answer: ContainerStatsResponse =
+            self.call("ContainerStats", &request, Some(QUICK)).await?;
         Ok(answer.files)
     }
 
     /// Makes an empty volume.
     pub async fn create_volume(&self, number: u64) -> Result<(), Error> {
         let request = volume(number);
-        call("CreateVolume", self.0.create_volume(unbounded(), &request)).await?;
+        self.call::<Empty>("CreateVolume", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
@@ -355,47 +413,123 @@ impl Agent {
             changes,
             ..ChangeVolumeRequest::default()
         };
-        call("ChangeVolume", self.0.change_volume(unbounded(), &request)).await?;
+        self.call::<Empty>("ChangeVolume", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// Unmounts a volume.
     pub async fn delete_volume(&self, number: u64) -> Result<(), Error> {
         let request = volume(number);
-        call("DeleteVolume", self.0.delete_volume(unbounded(), &request)).await?;
+        self.call::<Empty>("DeleteVolume", &request, Some(QUICK))
+            .await?;
         Ok(())
     }
 
     /// Powers the guest off. The answer may be lost with the machine, so only a refusal is an error.
     pub async fn shutdown(&self, limit: Duration) -> Result<(), Error> {
-        let context = ttrpc::context::with_duration(limit);
-        match call("Shutdown", self.0.shutdown(context, &Empty::default())).await {
+        let asked = self
+            .call::<Empty>("Shutdown", &Empty::default(), Some(limit))
+            .await;
+        match asked {
             Ok(_) | Err(Error::Lost { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 }
 
-/// No deadline: whoever calls also watches the machine, whose end breaks the connection.
-fn unbounded() -> Context {
-    Context::default()
-}
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
 
-/// The one map from ttrpc's errors to ours.
-async fn call<T>(
-    name: &'static str,
-    answer: impl Future<Output = ttrpc::Result<T>>,
-) -> Result<T, Error> {
-    answer.await.map_err(|error| match error {
-        ttrpc::Error::RpcStatus(status) if status.code() != ttrpc::Code::DEADLINE_EXCEEDED => {
-            Error::Refused {
-                code: status.code(),
-                message: printable(status.message()),
-            }
-        }
-        other => Error::Lost {
-            call: name,
-            reason: printable(&other.to_string()),
-        },
-    })
+    use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader};
+
+    use super::*;
+
+    /// A guest that answers the first request with this envelope, and then nothing.
+    fn guest(mut stream: UnixStream, response: ttrpc::Response) {
+        std::thread::spawn(move || {
+            let mut header = [0; MESSAGE_HEADER_LENGTH];
+            stream.read_exact(&mut header).unwrap();
+            let request = MessageHeader::from(header);
+            stream
+                .read_exact(&mut vec![0; request.length as usize])
+                .unwrap();
+            let payload = response.write_to_bytes().unwrap();
+            let header = MessageHeader::new_response(request.stream_id, payload.len() as u32);
+            let mut frame: Vec<u8> = header.into();
+            frame.extend(payload);
+            // It may be refused before its end.
+            let _ = stream.write_all(&frame);
+            let _ = stream.read(&mut [0]);
+        });
+    }
+
+    async fn soon<T>(work: impl Future<Output = T>) -> T {
+        let limited = tokio::time::timeout(Duration::from_secs(10), work).await;
+        limited.expect("it waits")
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_silent_is_not_waited_for() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours).unwrap();
+        let limit = Some(Duration::from_millis(100));
+        let asked = soon(agent.call::<Empty>("Nothing", &Empty::default(), limit)).await;
+        assert!(matches!(asked, Err(Error::Lost { .. })), "{asked:?}");
+        // It may still come to itself.
+        let lost = tokio::time::timeout(Duration::from_millis(50), agent.lost()).await;
+        lost.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn an_answer_with_more_than_it_has_is_the_end_of_the_guest() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours).unwrap();
+        let mut response = ttrpc::Response::new();
+        // Field 7, a number.
+        response.payload = vec![0x38, 1].repeat(1000);
+        guest(theirs, response);
+        let asked = soon(agent.pause("c")).await;
+        let Err(Error::Lost { reason, .. }) = asked else {
+            panic!("{asked:?}")
+        };
+        assert!(reason.contains("field 7"), "{reason}");
+        let lost = soon(agent.lost()).await.to_string();
+        assert!(lost.contains("field 7"), "{lost}");
+    }
+
+    #[tokio::test]
+    async fn the_words_of_a_guest_are_printable_and_cut() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours).unwrap();
+        let words = format!(
+            "forged\n2026-11-29 ERROR {}: permission denied",
+            "x".repeat(100_000)
+        );
+        let mut response = ttrpc::Response::new();
+        response.set_status(ttrpc::get_status(ttrpc::Code::INTERNAL, words));
+        guest(theirs, response);
+        let error = soon(agent.start("c")).await.unwrap_err();
+        // Its end, which says why a program did not start, is there.
+        assert_eq!(error.exec_status(), Some(126));
+        let text = error.to_string();
+        assert!(text.len() <= MAX_TEXT && !text.contains('\n'), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_release_that_is_a_log_line_is_none() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours).unwrap();
+        let hostile = StartSandboxResponse {
+            kernel_release: format!("6.12\nERROR containerd: {}", "x".repeat(100_000)),
+            ..StartSandboxResponse::default()
+        };
+        let mut response = ttrpc::Response::new();
+        response.payload = hostile.write_to_bytes().unwrap();
+        guest(theirs, response);
+        let ready = soon(agent.start_sandbox("s", "h", "share", 0, None)).await;
+        let release = ready.unwrap().kernel_release;
+        assert!(release.starts_with("6.12\\n") && release.len() <= MAX_NAME);
+    }
 }

@@ -153,8 +153,9 @@ impl Default for Config {
             memory_mib: 512,
             vcpus: 1,
             boot_timeout_secs: 60,
-            // Above the ranges that login.defs (to 600,100,000) and systemd (to 1,879,048,191) hand out.
-            uid_base: 1_900_000_000,
+            // Above the ranges that login.defs (to 600,100,000), systemd (to 1,879,048,191) and SSSD for the accounts of a directory
+            // (to 2,000,200,000) hand out, and below 2^31, from which on some programs take a uid for negative.
+            uid_base: 2_130_000_000,
             uid_count: 65_536,
             kernel_arguments: Vec::new(),
             share: Share::default(),

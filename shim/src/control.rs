@@ -2,13 +2,12 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
 use bulkhead_vmm_config::{MAX_FDS, MAX_PACKET};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -36,6 +35,9 @@ pub enum Error {
     /// A packet that was cut off.
     #[error("control socket: a packet is larger than the limit")]
     Truncated,
+    /// Nobody asked for one.
+    #[error("control socket: a packet came with descriptors")]
+    Descriptors,
 }
 
 impl Error {
@@ -108,6 +110,7 @@ impl Control {
             match ready.try_io(|socket| receive(socket.as_raw_fd())) {
                 Ok(Ok(Packet::End)) => return Ok(None),
                 Ok(Ok(Packet::Truncated)) => return Err(Error::Truncated),
+                Ok(Ok(Packet::WithDescriptors)) => return Err(Error::Descriptors),
                 Ok(Ok(Packet::Bytes(bytes))) => return Ok(Some(serde_json::from_slice(&bytes)?)),
                 // The process died with packets of ours unread.
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
@@ -123,33 +126,28 @@ impl Control {
 enum Packet {
     Bytes(Vec<u8>),
     Truncated,
+    WithDescriptors,
     End,
 }
 
 fn receive(socket: RawFd) -> io::Result<Packet> {
     let mut bytes = vec![0; MAX_PACKET];
-    // The other side has no business sending descriptors: room for the kernel to name what it sends, to close it.
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let (length, truncated) = {
+    // The other side has no business sending descriptors. Without room for them the kernel makes none for us, and says so:
+    // however many they are, there is nothing that we could forget to close.
+    let (length, flags) = {
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let message = recvmsg::<()>(
             socket,
             &mut slices,
-            Some(&mut space),
+            None,
             MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
         )?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                for fd in fds {
-                    // SAFETY: the kernel has just made this descriptor for us; dropping it closes it.
-                    drop(unsafe { OwnedFd::from_raw_fd(fd) });
-                }
-            }
-        }
-        let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
-        (message.bytes, message.flags.intersects(cut))
+        (message.bytes, message.flags)
     };
-    if truncated {
+    if flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Ok(Packet::WithDescriptors);
+    }
+    if flags.contains(MsgFlags::MSG_TRUNC) {
         return Ok(Packet::Truncated);
     }
     if length == 0 {
@@ -182,7 +180,7 @@ pub(crate) mod tests {
         let (ours, theirs) = pair().unwrap();
         let theirs = of(theirs);
         ours.send(&Request::Stats, &[]).await.unwrap();
-        ours.send(&Request::Stop, &[0]).await.unwrap();
+        ours.send(&Request::Stop, &[]).await.unwrap();
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stop));
         theirs.send(&Event::Running, &[]).await.unwrap();
@@ -221,5 +219,36 @@ pub(crate) mod tests {
             ours.receive::<Event>().await,
             Err(Error::Truncated)
         ));
+    }
+
+    #[tokio::test]
+    async fn descriptors_that_nobody_asked_for_are_never_ours() {
+        let (ours, theirs) = pair().unwrap();
+        // One, as many as a contract could allow, and the kernel's own most (SCM_MAX_FD): none may be left in our table.
+        for count in [1, MAX_FDS, 253] {
+            let (read, write) = nix::unistd::pipe().unwrap();
+            let fds = vec![write.as_raw_fd(); count];
+            sendmsg::<()>(
+                theirs.as_raw_fd(),
+                &[IoSlice::new(b"\"running\"")],
+                &[ControlMessage::ScmRights(&fds)],
+                MsgFlags::empty(),
+                None,
+            )
+            .unwrap();
+            assert!(matches!(
+                ours.receive::<Event>().await,
+                Err(Error::Descriptors)
+            ));
+            // A pipe ends with its last writer: a copy that was kept would keep it from that.
+            drop(write);
+            let mut end = [nix::poll::PollFd::new(
+                std::os::fd::AsFd::as_fd(&read),
+                nix::poll::PollFlags::POLLIN,
+            )];
+            nix::poll::poll(&mut end, 0u8).unwrap();
+            let hung_up = end[0].revents().unwrap();
+            assert!(hung_up.contains(nix::poll::PollFlags::POLLHUP), "{count}");
+        }
     }
 }

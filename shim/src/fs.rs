@@ -3,6 +3,8 @@
 use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
+    sync::OnceLock,
+    time::Duration,
 };
 
 use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
@@ -10,9 +12,17 @@ use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VE
 use crate::{
     config, control,
     ledger::Ledger,
-    logs::printable,
+    logs::brief,
     peer::{self, Peer, Place},
+    sys::process::Death,
 };
+
+/// Most of a text of the process that becomes part of an error, in bytes.
+const MAX_TEXT: usize = 4 << 10;
+
+fn by(death: &Option<Death>) -> String {
+    death.map_or(String::new(), |death| format!(" by {death}"))
+}
 
 /// Why the share cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +37,20 @@ pub enum Error {
     #[error("{0}")]
     Failed(String),
     /// It died without a word.
-    #[error("the file share's process died{death}{line}")]
+    #[error("the file share's process died{}{line}", by(.death))]
     Died {
-        /// How.
-        death: String,
+        /// How, when we could collect it.
+        death: Option<Death>,
         /// The last log line that tells of trouble.
         line: String,
+    },
+    /// It did not answer, and was killed.
+    #[error("the file share's process did not answer {request} within {secs} s and was killed")]
+    Silent {
+        /// What was asked.
+        request: &'static str,
+        /// The limit.
+        secs: u64,
     },
     /// It said no, or something unexpected.
     #[error("the file share's process refused {request}: {reason}")]
@@ -50,7 +68,14 @@ pub struct Fs {
     peer: Peer,
     /// Held over a request and its answer.
     exchange: tokio::sync::Mutex<Exchange>,
+    patience: Duration,
+    /// What it did not answer, and within how many seconds: it was killed for that.
+    silent: OnceLock<(&'static str, u64)>,
 }
+
+/// How long it may take to let go of a tree: it closes descriptors. One that takes longer waits for a file system that hangs, or
+/// does not want to.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 struct Exchange {
@@ -89,6 +114,8 @@ impl Fs {
         let fs = Fs {
             peer,
             exchange: tokio::sync::Mutex::default(),
+            patience: PATIENCE,
+            silent: OnceLock::new(),
         };
         match fs.peer.control.send(&config, &fds).await {
             Ok(()) => Ok(fs),
@@ -97,26 +124,62 @@ impl Fs {
         }
     }
 
-    /// Waits until its jail is closed and it can serve; at once when that was before.
+    /// Waits until its jail is closed and it can serve; at once when that was before. One that does not within `limit` is killed.
     ///
     /// Nothing may be mounted in the share earlier: the kernel does not propagate a mount to a tree that is detached at that
     /// moment, as the share is while the process moves it into its jail.
-    pub async fn serving(&self) -> Result<(), Error> {
-        let mut exchange = self.exchange.lock().await;
-        if exchange.serves {
-            return Ok(());
-        }
-        match self.receive().await? {
-            FsEvent::Serving => {
-                exchange.serves = true;
-                Ok(())
+    pub async fn serving(&self, limit: Duration) -> Result<(), Error> {
+        let served = async {
+            let mut exchange = self.exchange.lock().await;
+            if exchange.serves {
+                return Ok(());
             }
-            other => Err(refused("to serve", &other)),
+            match self.receive().await? {
+                FsEvent::Serving => {
+                    exchange.serves = true;
+                    Ok(())
+                }
+                other => Err(refused("to serve", &other)),
+            }
+        };
+        self.within(limit, "to serve", served).await
+    }
+
+    /// Closes everything at and beneath `tree` (relative to the share), so that it can be unmounted. A process that does not within
+    /// 10 s is killed, which ends the pod.
+    pub async fn detach(&self, tree: &str) -> Result<(), Error> {
+        let detached = self.exchange_detach(tree);
+        self.within(self.patience, "to detach a tree", detached)
+            .await
+    }
+
+    async fn within(
+        &self,
+        limit: Duration,
+        request: &'static str,
+        work: impl Future<Output = Result<(), Error>>,
+    ) -> Result<(), Error> {
+        let silent = |(request, secs)| Err(Error::Silent { request, secs });
+        // One that was killed and does not go (it waits within the kernel) is not waited for again.
+        if let Some(before) = self.silent.get() {
+            return silent(*before);
+        }
+        match tokio::time::timeout(limit, work).await {
+            Ok(done) => done,
+            Err(_) => {
+                let first = *self.silent.get_or_init(|| (request, limit.as_secs()));
+                self.kill();
+                silent(first)
+            }
         }
     }
 
-    /// Closes everything at and beneath `tree` (relative to the share), so that it can be unmounted.
-    pub async fn detach(&self, tree: &str) -> Result<(), Error> {
+    /// Kills the process; [`Fs::gone`] tells.
+    pub fn kill(&self) {
+        self.peer.kill();
+    }
+
+    async fn exchange_detach(&self, tree: &str) -> Result<(), Error> {
         let mut exchange = self.exchange.lock().await;
         let request = FsRequest::Detach { tree: tree.into() };
         match self.peer.control.send(&request, &[]).await {
@@ -136,20 +199,28 @@ impl Fs {
         }
     }
 
+    /// Changes how likely the host's kernel is to take the process when memory runs out.
+    pub fn set_oom_score_adj(&self, value: i32) {
+        self.peer.set_oom_score_adj(value);
+    }
+
     /// Waits for its end: an error that tells how.
     pub async fn gone(&self) -> Error {
         // First its end: until then the packets in the socket are the answers that others wait for.
         let death = self.peer.death().await;
+        if let Some((request, secs)) = self.silent.get().copied() {
+            return Error::Silent { request, secs };
+        }
         // Its last words may still be there.
         loop {
             match self.peer.control.receive::<FsEvent>().await {
-                Ok(Some(FsEvent::Failed { reason })) => return Error::Failed(printable(&reason)),
+                Ok(Some(FsEvent::Failed { reason })) => return failed(&reason),
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => break,
             }
         }
         Error::Died {
-            death: death.map_or(String::new(), |death| format!(" by {death}")),
+            death,
             line: match self.peer.tail.trouble() {
                 Some(line) => format!(": {line}"),
                 None => String::new(),
@@ -167,31 +238,75 @@ impl Fs {
 
     async fn receive(&self) -> Result<FsEvent, Error> {
         match self.peer.control.receive().await? {
-            Some(FsEvent::Failed { reason }) => Err(Error::Failed(printable(&reason))),
+            Some(FsEvent::Failed { reason }) => Err(failed(&reason)),
             Some(event) => Ok(event),
             None => Err(self.closed().await),
         }
     }
 }
 
+fn failed(reason: &str) -> Error {
+    Error::Failed(brief(reason, MAX_TEXT))
+}
+
 fn refused(request: &'static str, event: &FsEvent) -> Error {
     let reason = match event {
-        FsEvent::Refused { reason } => printable(reason),
-        other => format!("its answer is {other:?}"),
+        FsEvent::Refused { reason } => brief(reason, MAX_TEXT),
+        other => brief(&format!("its answer is {other:?}"), MAX_TEXT),
     };
     Error::Refused { request, reason }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn idle() -> (Fs, control::Control) {
         let (peer, theirs) = peer::tests::idle();
-        let exchange = tokio::sync::Mutex::default();
-        (Fs { peer, exchange }, theirs)
+        let fs = Fs {
+            peer,
+            exchange: tokio::sync::Mutex::default(),
+            patience: Duration::from_secs(10),
+            silent: OnceLock::new(),
+        };
+        (fs, theirs)
+    }
+
+    #[tokio::test]
+    async fn one_that_is_stopped_does_not_hold_up_a_detach_and_is_killed() {
+        let (mut fs, _theirs) = idle();
+        fs.patience = Duration::from_millis(100);
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(fs.peer.pid),
+            nix::sys::signal::SIGSTOP,
+        )
+        .unwrap();
+        // Whoever waits for its turn behind one that hangs waits no longer than that one.
+        let both = async { tokio::join!(fs.detach("1"), fs.detach("2")) };
+        let both = tokio::time::timeout(Duration::from_secs(10), both).await;
+        let (first, second) = both.expect("it waits");
+        assert!(matches!(first, Err(Error::Silent { .. })), "{first:?}");
+        second.unwrap_err();
+        let death = fs.peer.death().await;
+        assert_eq!(
+            death,
+            Some(crate::sys::process::Death::Signal(libc::SIGKILL))
+        );
+        let since = std::time::Instant::now();
+        fs.detach("3").await.unwrap_err();
+        assert!(since.elapsed() < fs.patience, "it is asked again");
+        // And the pod's end says why, not that it was killed.
+        assert!(matches!(fs.gone().await, Error::Silent { .. }));
+    }
+
+    #[tokio::test]
+    async fn one_that_never_serves_is_killed() {
+        let (fs, _theirs) = idle();
+        let served = fs.serving(Duration::from_millis(100));
+        let served = tokio::time::timeout(Duration::from_secs(10), served).await;
+        let error = served.expect("it waits").unwrap_err();
+        assert!(matches!(error, Error::Silent { .. }), "{error}");
+        assert!(fs.peer.death().await.is_some());
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -17,7 +17,7 @@ use crate::{
     sys::{
         self,
         process::{self, Death, ProcessId},
-        spawn::{self, Program},
+        spawn::{self, Executable, Program},
     },
 };
 
@@ -74,16 +74,19 @@ pub struct Place<'a> {
     /// For log lines.
     pub sandbox: &'a str,
     /// `bulkhead-vmm`.
-    pub executable: &'a Path,
+    pub executable: &'a Executable,
     /// The pod's cgroup.
     pub cgroup: BorrowedFd<'a>,
+    /// The pod's oom_score_adj.
+    pub oom_score_adj: i32,
 }
 
 impl Peer {
     /// Starts `bulkhead-vmm ROLE` and records it. Until the record is written the pod's cgroup, recorded before, stands for it.
     pub fn start(place: Place<'_>, role: &'static str, ledger: &mut Ledger) -> Result<Peer, Error> {
+        let path = place.executable.path();
         let prepare = |source: io::Error| Error::Prepare {
-            path: place.executable.into(),
+            path: path.into(),
             source,
         };
         let (control, theirs) = control::pair()?;
@@ -94,7 +97,7 @@ impl Peer {
             .open("/dev/null")
             .map_err(prepare)?;
         let child = spawn::spawn(&Program {
-            path: place.executable,
+            executable: place.executable,
             arguments: &[role],
             control: theirs.as_fd(),
             null: null.as_fd(),
@@ -102,13 +105,16 @@ impl Peer {
             cgroup: place.cgroup,
         })
         .map_err(|source| Error::Start {
-            path: place.executable.into(),
+            path: path.into(),
             source,
         })?;
         if let Some(id) = ProcessId::of(child.pid) {
             let role = format!("bulkhead-vmm {role}");
             ledger.take(Resource::Process { id, role })?;
         }
+        // It was ours that it inherited, which is containerd's: nearly never. Before it has its configuration, and with that a
+        // use for memory.
+        process::set_oom_score_adj(child.pid, place.oom_score_adj).map_err(prepare)?;
         Ok(Peer {
             control,
             pid: child.pid,
@@ -123,6 +129,19 @@ impl Peer {
     pub fn kill(&self) {
         // The descriptor is a pidfd of a child of ours: there is no other failure.
         let _ = process::send_signal(self.pidfd.get_ref().as_fd(), libc::SIGKILL);
+    }
+
+    /// Changes how likely the kernel is to take it when memory runs out.
+    pub fn set_oom_score_adj(&self, value: i32) {
+        // Once it is collected the pid may be another one's; only we collect it.
+        let pidfd = self.pidfd.get_ref().as_fd();
+        if process::wait_gone(pidfd, Duration::ZERO).unwrap_or(true) {
+            return;
+        }
+        // A failure leaves what it has.
+        if let Err(error) = process::set_oom_score_adj(self.pid, value) {
+            tracing::warn!(pid = self.pid, value, %error, "cannot set oom_score_adj");
+        }
     }
 
     /// Kills it if it lives on although its control socket is closed; what is to be told of that.
@@ -151,6 +170,41 @@ pub(crate) mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+    use crate::sys::spawn::tests::OwnCgroup;
+
+    #[tokio::test]
+    async fn the_kernel_takes_it_as_readily_as_the_pod_wants() {
+        let Some(cgroup) = OwnCgroup::new("oom") else {
+            return;
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().canonicalize().unwrap().join("state");
+        let mut ledger = Ledger::create(&state, "default", "oom").unwrap();
+        let (executable, cgroup) = (
+            Executable::at("/bin/sleep".as_ref()).unwrap(),
+            cgroup.open(),
+        );
+        let place = Place {
+            sandbox: "oom",
+            executable: &executable,
+            cgroup: cgroup.as_fd(),
+            oom_score_adj: 321,
+        };
+        // Its role is how long it sleeps.
+        let peer = Peer::start(place, "60", &mut ledger).unwrap();
+        let score = || {
+            let text = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", peer.pid));
+            text.unwrap().trim().to_owned()
+        };
+        assert_eq!(score(), "321");
+        peer.set_oom_score_adj(654);
+        assert_eq!(score(), "654");
+        peer.kill();
+        peer.death().await;
+        // Nobody's now, or somebody else's.
+        peer.set_oom_score_adj(1);
+        assert!(ledger.teardown().is_empty());
+    }
 
     /// A process that waits to be killed, and the other end of its control socket.
     #[allow(clippy::zombie_processes)] // `Peer::death` collects it

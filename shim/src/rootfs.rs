@@ -13,8 +13,11 @@
 use std::{
     fs, io,
     os::{
-        fd::AsFd,
-        unix::fs::{DirBuilderExt, OpenOptionsExt},
+        fd::{AsFd, BorrowedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, OpenOptionsExt},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -25,13 +28,16 @@ use nix::mount::{MsFlags, mount};
 use crate::{
     fs as fs_process,
     ledger::{self, Ledger, Leftover, Resource, Ticket},
-    oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot},
-    sys::mount::{self as mounts, Depth, DetachedTree, Object},
-    volume::Identity,
+    oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot, host_interfaces},
+    sys::mount::{self as mounts, Depth, DetachedTree, MountLine, Object},
+    volume::{self, Identity, Layout},
 };
 
 /// Enough for mount points: about 100 containers with 100 volumes each.
 const LIMITS: &str = "mode=0755,size=16m,nr_inodes=32768";
+
+/// Most mounts beneath one source: the guest makes each of them when a container is made.
+const MAX_SUBMOUNTS: usize = 4096;
 
 /// Why something could not be put into the share.
 #[derive(Debug, thiserror::Error)]
@@ -47,12 +53,47 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// More than a guest is asked to make.
+    #[error(
+        "{path} has {count} mounts beneath it, {max} are possible; bind a directory with fewer, or without \"r\" in \"rbind\"", max = MAX_SUBMOUNTS
+    )]
+    Submounts {
+        /// The source.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+    },
     /// The id is taken.
     #[error("container {0} has its files in the pod already")]
     Exists(String),
     /// It was not added, or is removed.
     #[error("container {0} has no files in the pod")]
     Absent(String),
+    /// The host's kernel in the form of files.
+    #[error(
+        "{path} is in the host's {kind}, which would show the host; mount a {kind} of the guest instead"
+    )]
+    HostInterface {
+        /// What was to be shown.
+        path: PathBuf,
+        /// The file system.
+        kind: &'static str,
+    },
+    /// The same, mounted in what was to be shown.
+    #[error(
+        "the host's {kind} at {place} would come along with {path}; bind {path} without what is mounted in it (\"bind\" instead of \"rbind\"), or the directories in it that are wanted"
+    )]
+    NestedInterface {
+        /// What was to be shown.
+        path: PathBuf,
+        /// Where in it.
+        place: PathBuf,
+        /// The file system.
+        kind: &'static str,
+    },
+    /// It was none when config.json was read.
+    #[error("{0} has become a device of the host, and device numbers mean nothing in a guest")]
+    Device(PathBuf),
     /// It could not be recorded.
     #[error(transparent)]
     Ledger(#[from] ledger::Error),
@@ -100,14 +141,38 @@ struct Mounted {
 #[derive(Debug)]
 struct Placed {
     container: String,
-    root: u64,
-    /// Index in the container's list of mounts, and the source's number.
-    binds: Vec<(usize, u64)>,
+    root: Source,
+    /// Index in the container's list of mounts, and what it shows.
+    binds: Vec<(usize, Source)>,
 }
 
 impl Placed {
     fn uses(&self, number: u64) -> bool {
-        self.root == number || self.binds.iter().any(|(_, used)| *used == number)
+        let mut binds = self.binds.iter();
+        self.root.number == number || binds.any(|(_, source)| source.number == number)
+    }
+}
+
+/// A mount of the share as one container uses it.
+#[derive(Debug)]
+struct Source {
+    number: u64,
+    /// What it looked like when the container was made.
+    layout: Layout,
+}
+
+impl Source {
+    fn path(&self) -> String {
+        format!("{GUEST_SHARE}/{}", self.number)
+    }
+
+    fn submounts(&self) -> Vec<wire::Submount> {
+        let convert = |submount: &volume::Submount| wire::Submount {
+            path: submount.place.as_os_str().as_bytes().to_vec(),
+            attributes: submount.attributes,
+            ..wire::Submount::default()
+        };
+        self.layout.beneath.iter().map(convert).collect()
     }
 }
 
@@ -145,6 +210,36 @@ impl Wish<'_> {
                 (false, false) => None,
             },
             propagation: bind.propagation,
+        }
+    }
+
+    /// Looks at what was opened. Whoever could swap the path since config.json was read has swapped it before this.
+    fn check(
+        &self,
+        opened: BorrowedFd<'_>,
+        found: &Object,
+        mounts: &[MountLine],
+        place: &Path,
+    ) -> Result<(), Error> {
+        let path = || self.source.to_path_buf();
+        if found.is_device {
+            return Err(Error::Device(path()));
+        }
+        let kind = host_interfaces::of_open(opened).map_err(io_error("look at", self.source))?;
+        if let Some(kind) = kind {
+            return Err(Error::HostInterface { path: path(), kind });
+        }
+        let nested = match self.depth {
+            Depth::Top => None,
+            Depth::Whole => host_interfaces::taken_along_with(mounts, found, place),
+        };
+        match nested {
+            Some((place, kind)) => Err(Error::NestedInterface {
+                path: path(),
+                place: self.source.join(place),
+                kind,
+            }),
+            None => Ok(()),
         }
     }
 
@@ -219,8 +314,8 @@ impl Share {
             binds: Vec::new(),
         });
         for bind in binds {
-            let number = self.mount(ledger, &Wish::bind(bind))?;
-            self.containers[index].binds.push((bind.mount, number));
+            let source = self.mount(ledger, &Wish::bind(bind))?;
+            self.containers[index].binds.push((bind.mount, source));
         }
         Ok(())
     }
@@ -229,10 +324,14 @@ impl Share {
     pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
         let absent = || Error::Absent(container.into());
         let placed = self.placed(container).ok_or_else(absent)?;
-        spec.root = format!("{GUEST_SHARE}/{}", placed.root);
-        for (index, number) in &placed.binds {
+        spec.root = placed.root.path();
+        spec.root_attributes = placed.root.layout.attributes;
+        spec.root_submounts = placed.root.submounts();
+        for (index, source) in &placed.binds {
             let mount = spec.mounts.get_mut(*index).ok_or_else(absent)?;
-            mount.source = format!("{GUEST_SHARE}/{number}");
+            mount.source = source.path();
+            mount.source_attributes = source.layout.attributes;
+            mount.submounts = source.submounts();
         }
         Ok(())
     }
@@ -242,20 +341,29 @@ impl Share {
         all.find(|placed| placed.container == container)
     }
 
-    /// The number of a mount that shows the source: one that is there, or a new one.
-    fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<u64, Error> {
+    /// A mount that shows the source: one that is there, or a new one.
+    fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<Source, Error> {
         let source = wish.source;
         let opened = open(source, wish.directory).map_err(io_error("open", source))?;
         let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
-        let identity = Identity::of(opened.as_fd(), &found, wish.depth, wish.propagation)
-            .map_err(io_error("find the mount of", source))?;
+        let mounts = mounts::mounts().map_err(io_error("list the mounts for", source))?;
+        let place = volume::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
+        let (identity, layout) =
+            volume::look(&place, &mounts, &found, wish.depth, wish.propagation);
+        let count = layout.beneath.len();
+        if count > MAX_SUBMOUNTS {
+            let path = source.to_path_buf();
+            return Err(Error::Submounts { path, count });
+        }
         let there = self
             .mounted
             .iter()
             .find(|m| m.serves && m.identity == identity && wish.fits(m.read_only));
         if let Some(mounted) = there {
-            return Ok(mounted.number);
+            let number = mounted.number;
+            return Ok(Source { number, layout });
         }
+        wish.check(opened.as_fd(), &found, &mounts, &place)?;
         let tree = DetachedTree::clone_of_open(opened.as_fd(), wish.depth)
             .map_err(io_error("clone the mount of", source))?;
         let propagation = match wish.propagation {
@@ -264,6 +372,9 @@ impl Share {
         };
         tree.set_propagation(propagation)
             .map_err(io_error("detach from its peers", source))?;
+        // Before it can be seen: what the fs process could be made to do, it cannot do with these files.
+        tree.set_inert()
+            .map_err(io_error("forbid devices and programs of", source))?;
         if let Some(depth) = wish.read_only {
             tree.set_read_only(depth)
                 .map_err(io_error("make read-only", source))?;
@@ -287,7 +398,7 @@ impl Share {
         tree.attach(&target).map_err(io_error("mount", &target))?;
         let mounted = self.mounted.last_mut().expect("just pushed");
         mounted.serves = true;
-        Ok(number)
+        Ok(Source { number, layout })
     }
 
     fn make_mount_point(&self, number: u64, found: &Object) -> Result<(), Error> {

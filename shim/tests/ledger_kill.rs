@@ -231,6 +231,129 @@ fn whatever_is_taken_is_given_back_in_order() {
 }
 
 #[test]
+fn files_of_the_share_are_mere_data_on_the_host() {
+    use std::os::unix::fs::PermissionsExt;
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("NOT RUN: mounts need root");
+        return;
+    }
+    forked(|| {
+        private_mounts();
+        let host = Host::new();
+        // A block device, a set-id program and a link, as an image's layer can have them: in the root, and in a mount beneath a
+        // volume.
+        for place in [host.root.clone(), host.volume.join("inner")] {
+            let (kind, mode) = (
+                nix::sys::stat::SFlag::S_IFBLK,
+                nix::sys::stat::Mode::S_IRWXU,
+            );
+            let device = nix::sys::stat::makedev(7, 0);
+            nix::sys::stat::mknod(&place.join("disk"), kind, mode, device).unwrap();
+            fs::copy("/bin/true", place.join("program")).unwrap();
+            let mode = fs::Permissions::from_mode(0o4755);
+            fs::set_permissions(place.join("program"), mode).unwrap();
+            std::os::unix::fs::symlink("program", place.join("link")).unwrap();
+        }
+        let (ledger, share) = host.take_all().unwrap();
+        let errno = |error: std::io::Error| error.raw_os_error();
+        for place in ["1", "2/inner"] {
+            let place = share.path().join(place);
+            let opened = fs::File::open(place.join("disk"));
+            assert_eq!(opened.map_err(errno).unwrap_err(), Some(libc::EACCES));
+            let run = Command::new(place.join("program")).status();
+            assert_eq!(run.map_err(errno).unwrap_err(), Some(libc::EACCES));
+            let followed = fs::File::open(place.join("link"));
+            assert_eq!(followed.map_err(errno).unwrap_err(), Some(libc::ELOOP));
+            // What the fs process does with them goes on.
+            assert_eq!(
+                fs::read_link(place.join("link")).unwrap(),
+                Path::new("program")
+            );
+            assert!(fs::File::open(place.join("program")).is_ok());
+        }
+        let options: Vec<String> = bulkhead_shim::sys::mount::mounts()
+            .unwrap()
+            .into_iter()
+            .filter(|line| line.point.starts_with(share.path()) && line.point != share.path())
+            .map(|line| line.options)
+            .collect();
+        assert_eq!(options.len(), 4, "{options:?}");
+        for options in options {
+            for word in ["nosuid", "nodev", "noexec", "nosymfollow"] {
+                assert!(options.split(',').any(|o| o == word), "{word}: {options}");
+            }
+        }
+        // The host's own mounts are as they were.
+        assert!(fs::File::open(host.volume.join("inner/link")).is_ok());
+        assert!(
+            Command::new(host.volume.join("inner/program"))
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert!(ledger.teardown().is_empty());
+    });
+}
+
+#[test]
+fn the_hosts_kernel_does_not_come_into_the_share_by_a_swapped_path_or_beneath_one() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("NOT RUN: mounts need root");
+        return;
+    }
+    forked(|| {
+        private_mounts();
+        let host = Host::new();
+        let top = host.state.parent().unwrap().to_path_buf();
+        let mut ledger = Ledger::create(&host.state, "default", "pod").unwrap();
+        let mut share = Share::create(&mut ledger).unwrap();
+        let root = HostRoot {
+            path: host.root.clone(),
+            read_only: false,
+        };
+        // What config.json named was a directory when it was checked; now it is a link.
+        let swapped = top.join("swapped");
+        std::os::unix::fs::symlink("/proc/sys", &swapped).unwrap();
+        let device = top.join("device");
+        std::os::unix::fs::symlink("/dev/zero", &device).unwrap();
+        let nested = top.join("nested");
+        fs::create_dir_all(nested.join("a/proc")).unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        let point = nested.join("a/proc");
+        nix::mount::mount(Some("proc"), &point, Some("proc"), flags, None::<&str>).unwrap();
+        for (number, (bind, text)) in [
+            (host.bind(1, swapped, false), "host's proc"),
+            (host.bind(1, device, false), "has become a device"),
+            (
+                host.bind(1, nested.clone(), true),
+                "nested/a/proc would come along",
+            ),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let refused = share.add(&mut ledger, &format!("c{number}"), &root, [&bind]);
+            let error = refused.unwrap_err().to_string();
+            assert!(error.contains(text), "{error}");
+        }
+        // A root is a source like others.
+        let proc = HostRoot {
+            path: nested.clone(),
+            read_only: false,
+        };
+        let refused = share.add(&mut ledger, "root", &proc, []);
+        refused.unwrap_err();
+        let seen: Vec<_> = mounts_beneath(share.path()).unwrap();
+        assert!(seen.iter().all(|path| !path.ends_with("proc")), "{seen:?}");
+        // Without what is mounted in it, it is a directory like others.
+        let bind = host.bind(1, nested.clone(), false);
+        share.add(&mut ledger, "alone", &root, [&bind]).unwrap();
+        assert!(ledger.teardown().is_empty());
+        nix::mount::umount(&point).unwrap();
+    });
+}
+
+#[test]
 fn a_later_mount_of_the_host_appears_and_is_given_back() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("NOT RUN: mounts need root");

@@ -1,5 +1,8 @@
 //! The same bundle under runc and under Bulkhead: what the process sees of itself is the same.
 
+#[path = "like_runc/mounts.rs"]
+mod mounts;
+
 use bulkhead_tests::{Bundle, Runtime};
 use serde_json::{Value, json};
 

@@ -427,9 +427,14 @@ fn it_serves_from_a_jail_and_lets_go_of_trees() {
     // What the process may still do.
     assert_eq!(process.status("NoNewPrivs"), "1");
     for set in ["CapEff", "CapPrm", "CapBnd"] {
-        assert_eq!(process.status(set), "00000000800000df", "{set}");
+        assert_eq!(process.status(set), "00000000800000db", "{set}");
     }
     assert_eq!(process.status("CapInh"), "0000000000000000");
+    // proc_pid_smaps(5): "dd", guest memory is in no core dump.
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", process.pid)).unwrap();
+    let mut lines = maps.lines().skip_while(|line| !line.contains("memfd:ram"));
+    let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+    assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
     let mut root: Vec<_> = fs::read_dir(format!("/proc/{}/root", process.pid))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

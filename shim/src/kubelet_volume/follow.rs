@@ -38,7 +38,7 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_DELETE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// How long the guest may take to forget a volume.
+/// How long the guest may take to forget a container's volumes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The volumes, for whoever uses the pod.
@@ -236,6 +236,7 @@ impl Volumes {
             }
             unused
         };
+        let deadline = tokio::time::Instant::now() + PATIENCE;
         for volume in unused {
             let forgotten = async {
                 // A change that is on its way comes first.
@@ -244,7 +245,7 @@ impl Volumes {
                     false => Ok(()),
                 }
             };
-            match tokio::time::timeout(PATIENCE, forgotten).await {
+            match tokio::time::timeout_at(deadline, forgotten).await {
                 // It goes with the guest.
                 Ok(Ok(()) | Err(agent::Error::Lost { .. })) => {}
                 Ok(Err(error)) => {

@@ -7,13 +7,12 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent;
-use nix::sys::statfs::{self, FsType};
 use oci_spec::runtime as spec;
 
 use crate::kubelet_volume::is_kubelet_volume;
 
 use super::{
-    Bundle, Error, GUEST_SHM, devices, invalid,
+    Bundle, Error, GUEST_SHM, devices, host_interfaces, invalid,
     options::{self, Idmap},
     pod::PodPaths,
     unsupported,
@@ -68,18 +67,6 @@ const GUEST_FILE_SYSTEMS: &[&str] = &[
     "bpf",
     "binfmt_misc",
     "fusectl",
-];
-
-/// Kernel interfaces of the host: a view of the host itself, which the fs process must never serve.
-const HOST_INTERFACES: &[(FsType, &str)] = &[
-    (statfs::PROC_SUPER_MAGIC, "proc"),
-    (statfs::SYSFS_MAGIC, "sysfs"),
-    (statfs::CGROUP_SUPER_MAGIC, "cgroup"),
-    (statfs::CGROUP2_SUPER_MAGIC, "cgroup2"),
-    (statfs::DEBUGFS_MAGIC, "debugfs"),
-    (statfs::TRACEFS_MAGIC, "tracefs"),
-    (statfs::SECURITYFS_MAGIC, "securityfs"),
-    (statfs::BPF_FS_MAGIC, "bpf"),
 ];
 
 /// Converts all mounts. Those of host files have no source yet.
@@ -189,6 +176,7 @@ fn bind_source(
         path: source.clone(),
         source: source_error,
     };
+    // For a clear word now. What is opened later may be something else by then: the share looks again, at that.
     let found = fs::metadata(&source).map_err(read_error)?;
     if found.file_type().is_char_device() || found.file_type().is_block_device() {
         // /dev/null over a file is the usual way of masking it: the guest's own will do.
@@ -202,11 +190,8 @@ fn bind_source(
             .to_string();
         return Ok(None);
     }
-    let kind = statfs::statfs(&source).map_err(|errno| read_error(errno.into()))?;
-    if let Some((_, name)) = HOST_INTERFACES
-        .iter()
-        .find(|(magic, _)| *magic == kind.filesystem_type())
-    {
+    let kind = host_interfaces::of_path(&source).map_err(read_error)?;
+    if let Some(name) = kind {
         let reason = format!(
             "it is in the host's {name}, which would show the host; mount a {name} of the guest instead"
         );

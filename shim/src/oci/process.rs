@@ -26,6 +26,12 @@ pub(super) fn convert(process: &spec::Process) -> Result<agent::Process, Error> 
             return Err(invalid("process", format!("has {word:?} with a zero byte")));
         }
     }
+    if let Some(score) = process.oom_score_adj()
+        && !(-1000..=1000).contains(&score)
+    {
+        let reason = format!("is {score}, which is not in -1000 to 1000");
+        return Err(invalid("process.oomScoreAdj", reason));
+    }
     let user = process.user();
     let size = |side: u64| u32::try_from(side).unwrap_or(0).min(u16::MAX.into());
     let console = process.console_size();

@@ -1,21 +1,21 @@
 //! What works on a pod beside whoever changes what it holds.
 
 use std::{
+    fs::File,
+    io::{self, Read},
     os::unix::net::UnixStream,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent as wire;
+use bulkhead_vmm_config::port;
 
 use super::Error;
 use crate::{
     agent::{self, Agent},
     fs::Fs,
-    io,
+    io as streams,
     kubelet_volume::Volumes,
     vm::{self, Vm},
 };
@@ -30,7 +30,6 @@ pub struct Access {
     pub(super) fs: Arc<Fs>,
     pub(super) agent: Agent,
     pub(super) volumes: Volumes,
-    pub(super) next_port: Arc<AtomicU32>,
 }
 
 impl Access {
@@ -40,11 +39,21 @@ impl Access {
     }
 
     /// A stream that the guest may dial: its port, and our end.
+    ///
+    /// Whoever dials the port first gets the stream, and only the agent is told the port: it is not to be guessed.
     pub async fn stream(&self) -> Result<(u32, UnixStream), Error> {
-        let (ours, theirs) = io::stream().map_err(Error::Stream)?;
-        let port = self.next_port.fetch_add(1, Ordering::Relaxed);
-        self.vm.offer_port(port, theirs).await?;
-        Ok((port, ours))
+        let mut tries = 3;
+        loop {
+            tries -= 1;
+            let (ours, theirs) = streams::stream().map_err(Error::Stream)?;
+            let port = random_port().map_err(Error::Stream)?;
+            match self.vm.offer_port(port, theirs).await {
+                Ok(()) => return Ok((port, ours)),
+                // The port may be on offer already, as rarely as it is guessed.
+                Err(vm::Error::Refused { .. }) if tries > 0 => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Takes back a stream that the guest has not dialled.
@@ -71,15 +80,31 @@ impl Access {
 
     /// Waits until the pod cannot go on, and tells why.
     pub async fn trouble(&self) -> Error {
+        let gone = async {
+            tokio::select! {
+                end = self.vm.ended() => vm::Error::Gone(end).into(),
+                error = self.fs.gone() => match self.vm.is_killed() {
+                    // Both were, by us: the machine's end is what counts.
+                    true => vm::Error::Gone(self.vm.ended().await).into(),
+                    false => error.into(),
+                },
+            }
+        };
+        let mut gone = std::pin::pin!(gone);
         tokio::select! {
-            end = self.vm.ended() => vm::Error::Gone(end).into(),
-            error = self.fs.gone() => error.into(),
+            error = &mut gone => error,
+            lost = self.agent.lost() => {
+                // Mostly the first sign of the machine's end, which says more.
+                let trouble = tokio::time::timeout(LAST_WORDS, gone).await;
+                trouble.unwrap_or_else(|_| lost.into())
+            }
         }
     }
 
-    /// Ends the machine at once, whatever it does: everyone who waits for it gets an error.
+    /// Ends both processes at once, whatever they do: everyone who waits for one of them gets an error.
     pub fn kill(&self) {
         self.vm.kill();
+        self.fs.kill();
     }
 
     /// Of a broken connection the machine's own words say why, if they come soon.
@@ -89,5 +114,42 @@ impl Access {
         }
         let trouble = tokio::time::timeout(LAST_WORDS, self.trouble()).await;
         trouble.unwrap_or_else(|_| error.into())
+    }
+}
+
+/// A port for a stream, of all that there are.
+fn random_port() -> io::Result<u32> {
+    let mut random = File::open("/dev/urandom")?;
+    loop {
+        let mut bytes = [0; 4];
+        random.read_exact(&mut bytes)?;
+        let port = u32::from_ne_bytes(bytes);
+        // u32::MAX is VMADDR_PORT_ANY.
+        if (port::FIRST_STREAM..u32::MAX).contains(&port) {
+            return Ok(port);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_streams_port_says_nothing_of_the_next_ones() {
+        let ports: BTreeSet<u32> = (0..1000).map(|_| random_port().unwrap()).collect();
+        assert!(ports.len() > 990, "{} different ones", ports.len());
+        assert!(ports.iter().all(|port| *port >= port::FIRST_STREAM));
+        // Spread over all 32 bits: neighbours would be found by a walk.
+        let mut quarters = [0; 4];
+        for port in &ports {
+            quarters[(port >> 30) as usize] += 1;
+        }
+        assert!(quarters.iter().all(|count| *count > 150), "{quarters:?}");
+        let closest = ports.iter().zip(ports.iter().skip(1)).map(|(a, b)| b - a);
+        let near = closest.filter(|distance| *distance < 100).count();
+        assert!(near < 10, "{near} close pairs");
     }
 }

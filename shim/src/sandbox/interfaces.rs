@@ -7,7 +7,7 @@ use crate::{
     ledger::Resource,
     network::{self, Network},
     sys::{
-        process::ProcessId,
+        process::{self, ProcessId},
         stub::{self, Stub},
     },
     vm::Nic,
@@ -31,11 +31,18 @@ impl Sandbox {
             None => stub::Network::New,
             Some(namespace) => stub::Network::Given(namespace.as_fd()),
         };
-        let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
+        let title = format!(
+            "bulkhead: pod {} (its processes are in its virtual machine)",
+            self.id
+        );
+        let stub = Stub::start(self.cgroup.as_fd(), network, &title).map_err(Error::Stub)?;
         if let Some(id) = ProcessId::of(stub.pid()) {
             let role = "bulkhead-pod".into();
             self.ledger.take(Resource::Process { id, role })?;
+            self.stub = Some(id);
         }
+        // It stands for the containers: who looks at their pid's score finds theirs.
+        process::set_oom_score_adj(stub.pid(), self.oom.now()).map_err(Error::Stub)?;
         self.namespace
             .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
         Ok(stub)

@@ -5,7 +5,12 @@ use std::{os::fd::AsFd, sync::Arc};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{Error, background::Background};
-use crate::{error::line, network::Carriers, sys, vm::Vm};
+use crate::{
+    error::line,
+    network::Carriers,
+    sys,
+    vm::{self, Vm},
+};
 
 /// Follows them until it is dropped.
 pub(super) fn start(carriers: Carriers, vm: Arc<Vm>) -> Background {
@@ -27,7 +32,13 @@ async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
             Ok(changes) => {
                 for (device, up) in changes {
                     tracing::debug!(device, up, "a link");
-                    vm.set_link(device, up).await?;
+                    // One that is stopped hears it when it goes on.
+                    while let Err(error) = vm.set_link(device, up).await {
+                        match error {
+                            vm::Error::Silent { .. } => {}
+                            error => return Err(error.into()),
+                        }
+                    }
                 }
             }
             // The next change is another reason to look.

@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bulkhead_agent_protocol::agent::Listeners;
@@ -30,6 +30,10 @@ const MOST_PORTS: usize = 256;
 const MOST_CONNECTIONS: usize = 256;
 /// How long the guest is left alone after it has told of its ports; a fraction of the 200 ms in which a port is to be reachable.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How often it is heard that soon: a server that opens its ports one after another, and its restart.
+const SOON: u32 = 64;
+/// How long it is left alone when it has used that up, which is also how long it takes to get one back.
+const SLOW_PAUSE: Duration = Duration::from_secs(1);
 /// How long the guest may take to connect to itself.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that wait in each direction of a connection.
@@ -46,6 +50,39 @@ pub(super) fn start(namespace: Namespace, access: Access) -> Background {
     Background::start(mirror.follow())
 }
 
+/// How often the guest is heard: every round takes listeners away and makes others, in this process' only thread.
+#[derive(Debug)]
+struct Pace {
+    soon: u32,
+    at: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Pace {
+        Pace {
+            soon: SOON,
+            at: now,
+        }
+    }
+
+    /// How long to leave the guest alone now.
+    fn pause(&mut self, now: Instant) -> Duration {
+        let quiet = now.saturating_duration_since(self.at);
+        let back = u32::try_from(quiet.as_secs() / SLOW_PAUSE.as_secs()).unwrap_or(SOON);
+        if back > 0 {
+            self.soon = self.soon.saturating_add(back).min(SOON);
+            self.at = now;
+        }
+        match self.soon.checked_sub(1) {
+            Some(soon) => {
+                self.soon = soon;
+                PAUSE
+            }
+            None => SLOW_PAUSE,
+        }
+    }
+}
+
 struct Mirror {
     namespace: Arc<Namespace>,
     access: Access,
@@ -57,6 +94,7 @@ struct Mirror {
 impl Mirror {
     async fn follow(mut self) {
         let mut known = Listeners::default();
+        let mut pace = Pace::new(Instant::now());
         loop {
             known = match self.access.agent().watch_listeners(&known).await {
                 Ok(listeners) => listeners,
@@ -67,7 +105,7 @@ impl Mirror {
             };
             self.show(&known).await;
             // A guest that always has something new to say is heard now and then.
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(pace.pause(Instant::now())).await;
         }
     }
 
@@ -184,6 +222,23 @@ async fn connect(address: SocketAddr, access: &Access) -> Result<UnixStream, Err
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_always_has_something_new_is_heard_once_a_second() {
+        let start = Instant::now();
+        let (mut now, mut pace, mut heard) = (start, Pace::new(start), 0);
+        while now < start + Duration::from_secs(100) {
+            now += pace.pause(now);
+            heard += 1;
+        }
+        assert!((SOON..SOON + 101 * 2).contains(&heard), "{heard}");
+        // One that was quiet is heard soon again.
+        now += Duration::from_secs(3600);
+        for _ in 0..SOON {
+            assert_eq!(pace.pause(now), PAUSE);
+        }
+        assert_eq!(pace.pause(now), SLOW_PAUSE);
+    }
 
     #[test]
     fn what_a_guest_says_is_bounded() {

@@ -14,21 +14,22 @@ mod error;
 mod interfaces;
 mod links;
 mod localhost;
+mod oom;
 mod parts;
 mod taken;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU32},
+    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
-use bulkhead_vmm_config::{Phase, Stamp, port};
+use bulkhead_vmm_config::{Phase, Stamp};
 
 pub use self::{access::Access, error::Error, parts::Parts};
-use self::{access::LAST_WORDS, background::Background, taken::Taken};
+use self::{access::LAST_WORDS, background::Background, oom::OomScores, taken::Taken};
 use crate::{
     agent::{self, Agent},
     cgroup::{self, Cgroup},
@@ -37,9 +38,11 @@ use crate::{
     kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
+    mount_points,
     network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
+    sys::process::{self, ProcessId},
     vm::{self, Vm},
 };
 
@@ -68,6 +71,8 @@ pub struct Request<'a> {
     pub net_slots: usize,
     /// Where a debugging console of the guest goes.
     pub serial: Option<OwnedFd>,
+    /// `process.oomScoreAdj` of the pod's own container (0 where that says nothing); `None`: it has none.
+    pub oom_score_adj: Option<i32>,
 }
 
 /// A pod.
@@ -82,7 +87,6 @@ pub struct Sandbox {
     agent: Agent,
     volumes: kubelet_volume::Owner,
     agent_log: Tail,
-    next_port: Arc<AtomicU32>,
     shm_bytes: u64,
     /// Queues of an interface, and what the operator says about them.
     pairs: u32,
@@ -92,6 +96,9 @@ pub struct Sandbox {
     namespace: Option<PathBuf>,
     /// How many interfaces may come later.
     slots: usize,
+    oom: OomScores,
+    /// The process whose pid stands for the pod's; it may have ended.
+    stub: Option<ProcessId>,
     // Held for their end.
     links: Option<Background>,
     localhost: Option<Background>,
@@ -124,13 +131,14 @@ impl Sandbox {
                 volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
-                next_port: Arc::new(AtomicU32::new(port::FIRST_STREAM)),
                 shm_bytes: 0,
                 pairs: config.network.pairs(request.vcpus),
                 limits: config.network.clone(),
                 network: taken.network,
                 namespace: request.network.map(Path::to_path_buf),
                 slots: taken.slots,
+                oom: OomScores::of_pod(request.oom_score_adj),
+                stub: None,
                 links: None,
                 localhost: None,
                 cgroup: taken.cgroup,
@@ -150,6 +158,11 @@ impl Sandbox {
         Ok(answer)
     }
 
+    /// Waits until the share can be served.
+    async fn serving(&self) -> Result<(), Error> {
+        Ok(self.fs.serving(self.boot_timeout).await?)
+    }
+
     async fn answer(
         &self,
         hostname: &str,
@@ -166,14 +179,14 @@ impl Sandbox {
             }
         };
         let served = async {
-            match self.fs.serving().await {
+            match self.serving().await {
                 Ok(()) => std::future::pending().await,
                 Err(error) => error,
             }
         };
         tokio::select! {
             answer = answer => answer,
-            error = served => Err(error.into()),
+            error = served => Err(error),
             end = self.vm.ended() => Err(self.ended_early(end)),
             () = tokio::time::sleep(self.boot_timeout) => Err(self.too_slow().await),
         }
@@ -236,7 +249,6 @@ impl Sandbox {
             fs: self.fs.clone(),
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
-            next_port: self.next_port.clone(),
         }
     }
 
@@ -270,7 +282,10 @@ impl Sandbox {
     /// # Errors
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
-        self.fs.serving().await?;
+        self.serving().await?;
+        if plan.root.read_only {
+            mount_points::make(&plan.root.path, &plan.mount_points(), plan.owner())?;
+        }
         let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
         let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
         let added = match self
@@ -286,7 +301,12 @@ impl Sandbox {
             Err(error) => Err(error.into()),
         };
         match added {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                let own = plan.container.process.oom_score_adj;
+                self.oom.enter(container, own.unwrap_or(0));
+                self.adjust_oom_scores();
+                Ok(())
+            }
             Err(error) => {
                 if let Err(left) = self.withdraw_container(container).await {
                     tracing::warn!(sandbox = %self.id, container, error = %left, "not all of a container's files could be taken out of the pod");
@@ -360,11 +380,25 @@ impl Sandbox {
 
     /// Takes a container's files out of the share, whatever the guest thinks of it.
     pub async fn withdraw_container(&mut self, container: &str) -> Result<(), Error> {
+        self.oom.leave(container);
+        self.adjust_oom_scores();
         self.volumes.volumes().leave(container).await;
         Ok(self
             .share
             .remove(&mut self.ledger, container, &self.fs)
             .await?)
+    }
+
+    /// The kernel takes the pod's processes as readily as the engine wants it for the readiest of its containers.
+    fn adjust_oom_scores(&mut self) {
+        if let Some(score) = self.oom.change() {
+            self.vm.set_oom_score_adj(score);
+            self.fs.set_oom_score_adj(score);
+            if let Some(stub) = self.stub.filter(|stub| stub.exists()) {
+                // Only for who looks at it: it has next to no memory.
+                let _ = process::set_oom_score_adj(stub.pid, score);
+            }
+        }
     }
 
     /// Lets the guest end by itself: it kills what runs, writes back and powers off. [`Sandbox::give_back`] comes next, whatever

@@ -1,19 +1,18 @@
 //! The installed files that a machine is made from.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use super::Error;
-use crate::config::Config;
+use crate::{
+    config::Config,
+    sys::{mount::ReadOnlyFile, spawn::Executable},
+};
 
-/// What a machine is made from, opened before anything is taken.
+/// What a machine is made from, opened before anything is taken. The files are on read-only mounts of their own: neither the
+/// program's own `/proc/self/exe` nor a descriptor that the VMM is handed leads to a file of the host that can be written.
 #[derive(Debug)]
 pub struct Parts {
-    pub(super) executable: PathBuf,
+    pub(super) executable: Executable,
     pub(super) kvm: File,
     pub(super) kernel: File,
     pub(super) initrd: File,
@@ -25,7 +24,9 @@ impl Parts {
         const REINSTALL: &str =
             "install all parts of bulkhead again, or name it in the configuration";
         let installed = config.installed()?;
-        regular("virtual machine monitor", &installed.vmm, REINSTALL)?;
+        const VMM: &str = "virtual machine monitor";
+        regular(VMM, &installed.vmm, REINSTALL)?;
+        let executable = Executable::at(&installed.vmm);
         let kvm = File::options()
             .read(true)
             .write(true)
@@ -37,15 +38,20 @@ impl Parts {
                 remedy: "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or on a cloud machine choose a type with nested virtualisation",
                 source,
             })?,
-            kernel: executable("guest kernel", &installed.kernel, REINSTALL)?,
+            kernel: kernel("guest kernel", &installed.kernel, REINSTALL)?,
             initrd: regular("guest image", &installed.initramfs, REINSTALL)?,
-            executable: installed.vmm,
+            executable: executable.map_err(|source| Error::File {
+                what: VMM,
+                path: installed.vmm.clone(),
+                remedy: remedy(&source, REINSTALL),
+                source,
+            })?,
         })
     }
 }
 
 /// The VMM checks the rest; it has a descriptor and cannot name the file.
-fn executable(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
+fn kernel(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
     let file = regular(what, path, remedy)?;
     let mut magic = [0; 4];
     let read = file.read_exact_at(&mut magic, 0);
@@ -65,7 +71,8 @@ fn executable(what: &'static str, path: &Path, remedy: &'static str) -> Result<F
 }
 
 fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File, Error> {
-    let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
+    let opened = ReadOnlyFile::at(path).and_then(|file| file.open());
+    let opened = opened.and_then(|file| match file.metadata()?.is_file() {
         true => Ok(file),
         false => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -75,7 +82,15 @@ fn regular(what: &'static str, path: &Path, remedy: &'static str) -> Result<File
     opened.map_err(|source| Error::File {
         what,
         path: path.into(),
-        remedy,
+        remedy: self::remedy(&source, remedy),
         source,
     })
+}
+
+/// Mounts are root's; anything else has to do with the file.
+fn remedy(error: &io::Error, otherwise: &'static str) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "run it as root",
+        _ => otherwise,
+    }
 }

@@ -46,6 +46,7 @@ impl Taken {
         let uid = claim_uid(config, request, ledger)?;
         let share = Share::create(ledger)?;
         let cgroup = Cgroup::create(ledger, cgroup)?;
+        cgroup.contain(tasks(config, request))?;
         for (name, value) in request.host_limits {
             cgroup.write(name, value).map_err(|source| Error::Limit {
                 name: name.clone(),
@@ -57,6 +58,7 @@ impl Taken {
             sandbox: request.id,
             executable: &parts.executable,
             cgroup: cgroup.as_fd(),
+            oom_score_adj: request.oom_score_adj.unwrap_or(0),
         };
         let pairs = config.network.pairs(request.vcpus);
         let attached = request
@@ -108,6 +110,15 @@ impl Taken {
             slots,
         })
     }
+}
+
+/// Most processes and threads that a pod needs on the host: of the VMM one for each vCPU and each pair of queues of a network
+/// device, of the fs process one for each queue. The rest is room for the two processes' own, the stub, and what the kernel
+/// starts for a machine.
+fn tasks(config: &Config, request: &Request<'_>) -> u64 {
+    const ROOM: u64 = 32;
+    let pairs = u64::from(config.network.pairs(request.vcpus));
+    u64::from(request.vcpus) + pairs * MAX_DEVICES as u64 + u64::from(config.share.queues) + ROOM
 }
 
 /// A uid of its own for each VMM, so that one that is broken out of its jail cannot touch another one's process.

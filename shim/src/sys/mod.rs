@@ -1,6 +1,7 @@
 //! The few Linux calls that neither std nor nix offers, each behind a safe function.
 
 pub mod daemon;
+pub mod device_filter;
 pub mod files;
 pub mod mount;
 pub mod process;

@@ -4,11 +4,12 @@
 //! host mount in the host's peer group, so that nothing that happens to the copy can reach the original.
 
 use std::{
+    collections::HashSet,
     ffi::{CStr, OsString},
     fs, io,
     mem::size_of,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStringExt,
     },
     path::{Path, PathBuf},
@@ -21,6 +22,24 @@ const AT_RECURSIVE: u32 = 0x8000;
 const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x0000_0004;
 const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x0000_0040;
 const MOUNT_ATTR_RDONLY: u64 = 1;
+const MOUNT_ATTR_NOSUID: u64 = 2;
+const MOUNT_ATTR_NODEV: u64 = 4;
+const MOUNT_ATTR_NOEXEC: u64 = 8;
+const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
+const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
+
+/// Words of mountinfo and the `MOUNT_ATTR_*` that they stand for (show_mnt_opts() of the kernel's fs/proc_namespace.c).
+const ATTRIBUTES: [(&str, u64); 8] = [
+    ("ro", MOUNT_ATTR_RDONLY),
+    ("nosuid", MOUNT_ATTR_NOSUID),
+    ("nodev", MOUNT_ATTR_NODEV),
+    ("noexec", MOUNT_ATTR_NOEXEC),
+    ("noatime", 0x10),
+    ("nodiratime", 0x80),
+    ("nosymfollow", MOUNT_ATTR_NOSYMFOLLOW),
+    // Numerically zero; neither this nor noatime is strictatime.
+    ("relatime", 0),
+];
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
@@ -51,6 +70,7 @@ impl Depth {
 }
 
 /// A copy of a mount that is attached nowhere and vanishes when dropped.
+#[derive(Debug)]
 pub struct DetachedTree(OwnedFd);
 
 impl DetachedTree {
@@ -76,8 +96,21 @@ impl DetachedTree {
 
     /// Makes the tree read-only.
     pub fn set_read_only(&self, depth: Depth) -> io::Result<()> {
+        self.set(depth, MOUNT_ATTR_RDONLY)
+    }
+
+    /// Makes every mount of the tree mere data to whoever on the host reaches it: device nodes do not open, programs do not
+    /// execute, set-id bits mean nothing, symbolic links are not followed. A guest notices nothing: its own kernel opens
+    /// devices, executes and follows.
+    pub fn set_inert(&self) -> io::Result<()> {
+        let inert =
+            MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW;
+        self.set(Depth::Whole, inert)
+    }
+
+    fn set(&self, depth: Depth, attr_set: u64) -> io::Result<()> {
         let attributes = MountAttr {
-            attr_set: MOUNT_ATTR_RDONLY,
+            attr_set,
             ..MountAttr::default()
         };
         set_attributes(&self.0, depth, &attributes)
@@ -99,6 +132,38 @@ impl DetachedTree {
             )
         };
         check(status)
+    }
+}
+
+/// A file on a read-only mount of its own, which is attached nowhere.
+///
+/// A process that executes it, or is handed a descriptor of it, can reach the file by `/proc/self/exe` and `/proc/self/fd/N`,
+/// whatever else was taken from it; a file of the host that such a process could open for writing would be the host's
+/// (CVE-2019-5736). Through this mount every way ends in `EROFS`, and nobody can make the mount writable: it is in no mount
+/// namespace.
+#[derive(Debug)]
+pub struct ReadOnlyFile(DetachedTree);
+
+impl ReadOnlyFile {
+    /// Takes the file that `path` names; symbolic links are followed.
+    pub fn at(path: &Path) -> io::Result<ReadOnlyFile> {
+        let tree = DetachedTree::clone_of(path, Depth::Top)?;
+        tree.set_propagation(libc::MS_PRIVATE)?;
+        tree.set(
+            Depth::Top,
+            MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV,
+        )?;
+        Ok(ReadOnlyFile(tree))
+    }
+
+    /// Opens it for reading.
+    pub fn open(&self) -> io::Result<fs::File> {
+        fs::File::open(format!("/proc/self/fd/{}", self.0.0.as_raw_fd()))
+    }
+
+    /// For execveat(2) with `AT_EMPTY_PATH`.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.0.as_fd()
     }
 }
 
@@ -190,6 +255,21 @@ pub struct MountLine {
     pub point: PathBuf,
     /// Options of the mount, not of its file system.
     pub options: String,
+    /// Type of the file system.
+    pub kind: String,
+}
+
+impl MountLine {
+    /// Its options as `MOUNT_ATTR_*`.
+    pub fn attributes(&self) -> u64 {
+        let has = |word: &str| self.options.split(',').any(|option| option == word);
+        let strict = match has("noatime") || has("relatime") {
+            true => 0,
+            false => MOUNT_ATTR_STRICTATIME,
+        };
+        let found = ATTRIBUTES.iter().filter(|(word, _)| has(word));
+        found.fold(strict, |all, (_, attribute)| all | attribute)
+    }
 }
 
 /// All mounts of this process' mount namespace, in the kernel's order.
@@ -211,7 +291,36 @@ fn mount_line(line: &[u8]) -> Option<MountLine> {
         root: unescape(fields.next()?),
         point: unescape(fields.next()?),
         options: String::from_utf8_lossy(fields.next()?).into_owned(),
+        // Optional fields of any number end with a hyphen.
+        kind: fields
+            .skip_while(|field| *field != b"-")
+            .nth(1)
+            .map(|kind| String::from_utf8_lossy(kind).into_owned())?,
     })
+}
+
+/// The mounts that a recursive copy of `path`, which is in the mount `own`, takes along, each with its place beneath `path`.
+pub fn taken_along<'a>(
+    mounts: &'a [MountLine],
+    own: &MountLine,
+    path: &Path,
+) -> Vec<(&'a Path, &'a MountLine)> {
+    let mut taken = HashSet::from([own.id]);
+    let mut found = Vec::new();
+    // A mount is listed after its parent, unless it was moved: go on until there are no more.
+    loop {
+        let before = found.len();
+        for line in mounts {
+            let is_new = taken.contains(&line.parent) && !taken.contains(&line.id);
+            if let Some(place) = line.point.strip_prefix(path).ok().filter(|_| is_new) {
+                taken.insert(line.id);
+                found.push((place, line));
+            }
+        }
+        if found.len() == before {
+            return found;
+        }
+    }
 }
 
 /// The mount points at and beneath `top`, the one to unmount first in front.
@@ -236,6 +345,8 @@ pub struct Object {
     pub inode: u64,
     /// Whether it is a directory.
     pub directory: bool,
+    /// Whether it is a device node.
+    pub is_device: bool,
     /// The mount that it was reached through, as [`MountLine::id`] has it.
     pub mount: u64,
 }
@@ -256,10 +367,12 @@ pub fn object(fd: BorrowedFd<'_>) -> io::Result<Object> {
         )
     };
     check(status.into())?;
+    let kind = u32::from(found.stx_mode) & libc::S_IFMT;
     Ok(Object {
         device: (found.stx_dev_major, found.stx_dev_minor),
         inode: found.stx_ino,
-        directory: u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFDIR,
+        directory: kind == libc::S_IFDIR,
+        is_device: [libc::S_IFCHR, libc::S_IFBLK].contains(&kind),
         mount: found.stx_mnt_id,
     })
 }
@@ -291,6 +404,28 @@ mod tests {
     fn mountinfo_escapes_are_undone() {
         assert_eq!(unescape(b"/a\\040b\\134c"), PathBuf::from("/a b\\c"));
         assert_eq!(unescape(b"/plain\\9"), PathBuf::from("/plain\\9"));
+    }
+
+    #[test]
+    fn options_are_attributes() {
+        let attributes = |options| {
+            let line = format!("20 1 0:20 / /mnt {options} - tmpfs tmpfs rw");
+            mount_line(line.as_bytes()).unwrap().attributes()
+        };
+        assert_eq!(attributes("rw,relatime"), 0);
+        assert_eq!(attributes("rw"), 0x20);
+        assert_eq!(attributes("ro,nosuid,nodev,noexec,noatime"), 0x1f);
+        assert_eq!(attributes("rw,nosymfollow,nodiratime,relatime"), 0x20_0080);
+    }
+
+    #[test]
+    fn a_line_has_its_type_behind_its_optional_fields() {
+        let kind = |text: &[u8]| mount_line(text).map(|line| line.kind);
+        let plain = kind(b"22 1 0:21 / /proc rw,nosuid - proc proc rw");
+        assert_eq!(plain.as_deref(), Some("proc"));
+        let shared = kind(b"22 1 8:1 / / rw shared:1 master:2 - ext4 /dev/- rw");
+        assert_eq!(shared.as_deref(), Some("ext4"));
+        assert_eq!(kind(b"22 1 0:21 / /proc rw"), None);
     }
 
     #[test]

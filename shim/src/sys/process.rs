@@ -77,6 +77,20 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     }
 }
 
+/// How likely the kernel is to take a process when memory runs out: -1000 (never) to 1000 (first), as proc_pid_oom_score_adj(5)
+/// has it. One that is gone is no error; the pid must be that of a child of ours that was not collected, or of nobody.
+pub fn set_oom_score_adj(pid: i32, value: i32) -> io::Result<()> {
+    match fs::write(format!("/proc/{pid}/oom_score_adj"), value.to_string()) {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(libc::ESRCH) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
 /// Waits until the process behind a pidfd has ended; `false` when `limit` passes first.
 pub fn wait_gone(pidfd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];

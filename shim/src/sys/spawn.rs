@@ -1,7 +1,8 @@
-//! clone3 and execve of a process that starts with almost nothing.
+//! clone3 and execveat of a process that starts with almost nothing.
 //!
 //! The child begins in namespaces and in a cgroup of its own, with its control socket at a fixed descriptor, its standard
-//! streams where the caller says, and every other descriptor closed by the exec.
+//! streams where the caller says, an empty session keyring, and every other descriptor closed by the exec. Its program lies on
+//! a mount that nobody can write through ([`ReadOnlyFile`]).
 
 use std::{
     ffi::CString,
@@ -12,9 +13,11 @@ use std::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     ptr,
 };
+
+use super::mount::ReadOnlyFile;
 
 /// `struct clone_args` of clone3(2) (`CLONE_ARGS_SIZE_VER2`).
 #[repr(C)]
@@ -34,6 +37,8 @@ pub(super) struct CloneArgs {
 }
 
 pub(super) const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// keyctl(2): with no name, a new keyring that belongs to nobody else.
+const JOIN_SESSION_KEYRING: libc::c_int = 1;
 const NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET
@@ -41,10 +46,32 @@ const NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP) as u64;
 
+/// What to execute.
+#[derive(Debug)]
+pub struct Executable {
+    path: PathBuf,
+    file: ReadOnlyFile,
+}
+
+impl Executable {
+    /// Takes the program at `path`.
+    pub fn at(path: &Path) -> io::Result<Executable> {
+        Ok(Executable {
+            path: path.into(),
+            file: ReadOnlyFile::at(path)?,
+        })
+    }
+
+    /// Where it was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 /// What to start.
 pub struct Program<'a> {
     /// The executable.
-    pub path: &'a Path,
+    pub executable: &'a Executable,
     /// Arguments after the program's name.
     pub arguments: &'a [&'a str],
     /// Becomes descriptor [`bulkhead_vmm_config::CONTROL_FD`].
@@ -70,8 +97,8 @@ pub struct Child {
 pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
     let c_string =
         |bytes: &[u8]| CString::new(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
-    let path = c_string(program.path.as_os_str().as_bytes())?;
-    let mut words = vec![path.clone()];
+    let path = program.executable.path.as_os_str();
+    let mut words = vec![c_string(path.as_bytes())?];
     for word in program.arguments {
         words.push(c_string(word.as_bytes())?);
     }
@@ -79,7 +106,7 @@ pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
     argv.push(ptr::null());
     let (mut failure, report) = pipe()?;
     let plan = Plan {
-        path: path.as_ptr(),
+        executable: program.executable.file.as_fd().as_raw_fd(),
         argv: argv.as_ptr(),
         control: program.control.as_raw_fd(),
         null: program.null.as_raw_fd(),
@@ -131,7 +158,7 @@ pub(super) fn pipe() -> io::Result<(File, OwnedFd)> {
 
 /// What the child does between clone3 and execve; all of it prepared before.
 struct Plan {
-    path: *const libc::c_char,
+    executable: RawFd,
     argv: *const *const libc::c_char,
     control: RawFd,
     null: RawFd,
@@ -158,6 +185,7 @@ impl Plan {
         let control = keep(self.control)?;
         let null = keep(self.null)?;
         let stderr = keep(self.stderr)?;
+        let executable = keep(self.executable)?;
         place(null, 0)?;
         place(null, 1)?;
         place(stderr, 2)?;
@@ -182,8 +210,22 @@ impl Plan {
             libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
             // Rust's start-up ignores SIGPIPE, and an ignored signal stays ignored over an exec.
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            // The session keyring is inherited: that of whoever started us may hold keys of root's, or lead to them. Without
+            // keyrings in the kernel (ENOSYS) there is none.
+            if libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, ptr::null::<u8>()) < 0
+                && errno() != libc::ENOSYS
+            {
+                return Err(errno());
+            }
             let environment: [*const libc::c_char; 1] = [ptr::null()];
-            libc::execve(self.path, self.argv, environment.as_ptr());
+            libc::syscall(
+                libc::SYS_execveat,
+                executable,
+                c"".as_ptr(),
+                self.argv,
+                environment.as_ptr(),
+                libc::AT_EMPTY_PATH,
+            );
         }
         Err(errno())
     }
@@ -233,3 +275,6 @@ pub fn keep_at<const N: usize>(
         command.pre_exec(prepare);
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

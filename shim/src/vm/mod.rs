@@ -14,7 +14,11 @@ mod tests;
 use std::{
     collections::VecDeque,
     os::fd::{AsRawFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use bulkhead_vmm_config::{Event, Fd, PortOffer, Request, Stamp, VmStats};
@@ -28,7 +32,7 @@ use crate::{
     control,
     error::line,
     ledger::Ledger,
-    logs::printable,
+    logs::brief,
     peer::{self, Peer, Place},
 };
 
@@ -44,6 +48,14 @@ pub enum Error {
     /// The machine is gone.
     #[error("{0}")]
     Gone(End),
+    /// It did not answer. It may be stopped, or have no processor for long; whoever cannot wait kills it.
+    #[error("the virtual machine did not answer {request} within {secs} s")]
+    Silent {
+        /// What was asked.
+        request: &'static str,
+        /// The limit.
+        secs: u64,
+    },
     /// It said no.
     #[error("the virtual machine refused {request}: {reason}")]
     Refused {
@@ -54,10 +66,15 @@ pub enum Error {
     },
 }
 
+/// Most of a text of the process that becomes part of an error, and most of a line of the guest's console, in bytes.
+const MAX_TEXT: usize = 4 << 10;
+const MAX_LINE: usize = 1 << 10;
+
 type Answer = oneshot::Sender<Result<Option<VmStats>, String>>;
 
 #[derive(Debug, Default)]
 struct Shared {
+    runs: bool,
     stamps: Vec<Stamp>,
     waiting: VecDeque<Answer>,
 }
@@ -97,7 +114,13 @@ pub struct Vm {
     end: watch::Receiver<Option<End>>,
     /// Keeps the order of packets that of `Shared::waiting`.
     sending: tokio::sync::Mutex<()>,
+    patience: Duration,
+    killed: AtomicBool,
 }
+
+/// How long the process may take over a request: each is a few system calls of its own, whatever the guest does. The first ones
+/// wait until it has loaded the guest.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Vm {
     /// Starts the process and sends it its configuration. It runs when [`Vm::stamps`] says so.
@@ -129,6 +152,8 @@ impl Vm {
             shared,
             end,
             sending: tokio::sync::Mutex::new(()),
+            patience: PATIENCE,
+            killed: AtomicBool::new(false),
         }
     }
 
@@ -185,7 +210,18 @@ impl Vm {
 
     /// Kills the process without a word; [`Vm::ended`] tells.
     pub fn kill(&self) {
+        self.killed.store(true, Ordering::Relaxed);
         self.peer.kill();
+    }
+
+    /// Whether we have killed it: its end comes.
+    pub fn is_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
+    /// Changes how likely the host's kernel is to take the process when memory runs out.
+    pub fn set_oom_score_adj(&self, value: i32) {
+        self.peer.set_oom_score_adj(value);
     }
 
     /// Counters as of now.
@@ -196,11 +232,38 @@ impl Vm {
 
     /// Ends the machine without asking the guest.
     pub async fn stop(&self) -> Result<(), Error> {
-        let _order = self.sending.lock().await;
-        Ok(self.peer.control.send(&Request::Stop, &[]).await?)
+        let send = async {
+            let _order = self.sending.lock().await;
+            Ok(self.peer.control.send(&Request::Stop, &[]).await?)
+        };
+        self.within("to stop", send).await
+    }
+
+    async fn within<T>(
+        &self,
+        request: &'static str,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(self.patience, work).await {
+            Ok(done) => done,
+            Err(_) => Err(Error::Silent {
+                request,
+                secs: self.patience.as_secs(),
+            }),
+        }
     }
 
     async fn request(
+        &self,
+        name: &'static str,
+        request: &Request,
+        fds: &[i32],
+    ) -> Result<Option<VmStats>, Error> {
+        let exchange = self.exchange(name, request, fds);
+        self.within(name, exchange).await
+    }
+
+    async fn exchange(
         &self,
         name: &'static str,
         request: &Request,
@@ -240,22 +303,24 @@ async fn watch_events(
 ) {
     let mut last_words = None;
     loop {
-        match peer.control.receive::<Event>().await {
-            Ok(Some(event)) => {
-                if let Some(end) = on_event(event, &shared) {
-                    last_words = Some(end);
+        let broken = match peer.control.receive::<Event>().await {
+            Ok(Some(_)) if last_words.is_some() => "it goes on after its last words".into(),
+            Ok(Some(event)) => match on_event(event, &shared) {
+                Ok(end) => {
+                    last_words = end;
+                    continue;
                 }
-            }
+                Err(what) => format!("it has said {what}"),
+            },
             Ok(None) => break,
-            Err(error) => {
-                last_words.get_or_insert(End::Failed {
-                    reason: line(&error),
-                });
-                // Nobody hears it any more: its end would not come by itself.
-                peer.kill();
-                break;
-            }
-        }
+            Err(error) => line(&error),
+        };
+        last_words.get_or_insert(End::Failed {
+            reason: format!("the virtual machine monitor is not understood: {broken}"),
+        });
+        // Nobody hears it any more: its end would not come by itself.
+        peer.kill();
+        break;
     }
     if let Some(reason) = peer.end_at_last("the virtual machine's").await {
         last_words.get_or_insert(End::Failed { reason });
@@ -271,36 +336,50 @@ async fn watch_events(
     let _ = ended.send(Some(end));
 }
 
-fn on_event(event: Event, shared: &Mutex<Shared>) -> Option<End> {
+/// Hears an event: the end that it tells of, if it does. Only events that something has led to are heard: an answer for each
+/// request, a stamp for each phase. A machine that says more would have us listen to nothing else.
+fn on_event(event: Event, shared: &Mutex<Shared>) -> Result<Option<End>, &'static str> {
     let mut shared = locked(shared);
-    let mut answer = |answer| {
-        if let Some(waiting) = shared.waiting.pop_front() {
+    let Shared {
+        runs,
+        stamps,
+        waiting,
+    } = &mut *shared;
+    let mut answer = |answer| match waiting.pop_front() {
+        Some(waiting) => {
             // The one who asked may have given up.
             let _ = waiting.send(answer);
+            Ok(None)
         }
+        None => Err("an answer to nothing"),
     };
     match event {
-        Event::Running => {}
+        Event::Running if *runs => Err("twice that it runs"),
+        Event::Running => {
+            *runs = true;
+            Ok(None)
+        }
         Event::Done => answer(Ok(None)),
-        Event::Refused { reason } => answer(Err(printable(&reason))),
+        Event::Refused { reason } => answer(Err(brief(&reason, MAX_TEXT))),
         Event::Stats(stats) => answer(Ok(Some(stats))),
-        Event::Reached(stamp) => shared.stamps.push(stamp),
+        Event::Reached(stamp) => {
+            if stamps.iter().any(|other| other.phase == stamp.phase) {
+                return Err("a phase of the boot twice");
+            }
+            stamps.push(stamp);
+            Ok(None)
+        }
         Event::Ended {
             end,
             console,
             stats,
-        } => {
-            return Some(End::Guest {
-                end,
-                console: console.iter().map(|line| printable(line)).collect(),
-                stats: Box::new(stats),
-            });
-        }
-        Event::Failed { reason } => {
-            return Some(End::Failed {
-                reason: printable(&reason),
-            });
-        }
+        } => Ok(Some(End::Guest {
+            end,
+            console: console.iter().map(|line| brief(line, MAX_LINE)).collect(),
+            stats: Box::new(stats),
+        })),
+        Event::Failed { reason } => Ok(Some(End::Failed {
+            reason: brief(&reason, MAX_TEXT),
+        })),
     }
-    None
 }

@@ -119,3 +119,61 @@ async fn a_machine_that_closes_its_socket_and_lives_on_is_ended() {
     // It is collected.
     assert!(!std::path::Path::new(&format!("/proc/{}", vm.peer.pid)).exists());
 }
+
+#[tokio::test]
+async fn one_that_is_stopped_holds_up_no_request_and_can_be_killed() {
+    let (mut vm, theirs) = machine();
+    vm.patience = Duration::from_millis(100);
+    let pid = nix::unistd::Pid::from_raw(vm.peer.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
+    let all = async {
+        // Past what the socket holds: what comes then does not even get sent.
+        let soon = Duration::from_millis(100);
+        let pause = || vm.peer.control.send(&Request::Pause, &[]);
+        while tokio::time::timeout(soon, pause()).await.is_ok() {}
+        let asked = vm.set_link(0, true).await.unwrap_err();
+        assert!(matches!(asked, Error::Silent { .. }), "{asked}");
+        let stopped = vm.stop().await.unwrap_err();
+        assert!(matches!(stopped, Error::Silent { .. }), "{stopped}");
+        vm.kill();
+        drop(theirs);
+        vm.ended().await
+    };
+    let end = tokio::time::timeout(Duration::from_secs(20), all).await;
+    assert!(matches!(end.expect("it waits"), End::Died { .. }));
+}
+
+#[tokio::test]
+async fn a_machine_that_says_what_nothing_led_to_is_ended() {
+    let stamp = |phase| {
+        Event::Reached(Stamp {
+            phase,
+            at_ns: 1,
+            exits: 0,
+            irq_exits: 0,
+        })
+    };
+    use bulkhead_vmm_config::Phase::{Init, VmmStart};
+    let done = [Event::Done, Event::Done];
+    let running = [Event::Running, Event::Running];
+    let reached = [stamp(VmmStart), stamp(VmmStart)];
+    for said in [&done[..], &running[..], &reached[..]] {
+        let (vm, theirs) = machine();
+        for event in said {
+            // It may have been killed for the first one.
+            let _ = theirs.send(event, &[]).await;
+        }
+        let ended = tokio::time::timeout(Duration::from_secs(10), vm.ended()).await;
+        let end = ended.expect("it is still heard");
+        assert!(matches!(end, End::Failed { .. }), "{said:?}: {end:?}");
+        assert!(vm.stamps().len() <= 1);
+    }
+    // Each phase once is what a boot is.
+    let (vm, theirs) = machine();
+    for event in [stamp(VmmStart), Event::Running, stamp(Init)] {
+        theirs.send(&event, &[]).await.unwrap();
+    }
+    is_in_step(&vm, &theirs).await;
+    assert_eq!(vm.stamps().len(), 2);
+    vm.kill();
+}

@@ -323,7 +323,6 @@ fn bad_input_is_refused_with_the_reason_and_nothing_is_left() {
     Engine::get();
     let host = Host::now();
     let cases: &[(&[&str], &str, &str)] = &[
-        (&["--net-host"], "true", "linux.namespaces without network"),
         (
             &["--with-ns", "pid:/proc/1/ns/pid"],
             "true",

@@ -2,6 +2,7 @@
 //!
 //! Where it makes sense a case runs under runc too: what runc fails is a bad test.
 
+mod contained;
 mod cri;
 mod crictl;
 mod ctr;

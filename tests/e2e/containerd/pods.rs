@@ -1,5 +1,7 @@
 //! Pods, by the annotations and the namespace paths that CRI gives to their containers.
 
+mod vsock;
+
 use std::fs;
 use std::process::Command;
 
@@ -73,7 +75,7 @@ impl Pod {
 
     /// Starts a member.
     #[track_caller]
-    fn member(&self, shared: &[&str], script: &str) -> Running {
+    pub(super) fn member(&self, shared: &[&str], script: &str) -> Running {
         let id = fresh_id();
         Engine::get().ok(&self.words(&["--detach"], shared, &id, script));
         Running { id }

@@ -3,6 +3,7 @@
 
 mod cni;
 mod ends;
+mod features;
 mod hooks;
 mod kinds;
 mod localhost;

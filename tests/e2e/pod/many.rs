@@ -24,6 +24,37 @@ fn one_after_the_other_under_one_id() {
     pod.end();
 }
 
+/// config.json's word reaches the host's kernel, for as long as its container is there.
+#[test]
+fn the_hosts_kernel_takes_a_pod_as_readily_as_its_containers_want() {
+    let mut pod = Pod::start(256);
+    let fs_pid = pod.fs_pid();
+    let score = || {
+        let path = format!("/proc/{fs_pid}/oom_score_adj");
+        let text = std::fs::read_to_string(path).expect("it runs");
+        text.trim().to_owned()
+    };
+    assert_eq!(score(), "0");
+    for (id, own, all) in [
+        ("low", -500, "-500"),
+        ("high", 789, "789"),
+        ("none", 0, "789"),
+    ] {
+        let bundle = saying("x").edit(|config| {
+            config["process"]["oomScoreAdj"] = serde_json::json!(own);
+        });
+        let plan = Pod::plan(&bundle, id);
+        pod.block_on(async |sandbox| sandbox.place_container(id, &plan).await)
+            .expect("placed");
+        assert_eq!(score(), all, "{id}");
+    }
+    for (id, all) in [("high", "0"), ("none", "-500"), ("low", "0")] {
+        pod.remove(id).expect("it was never made");
+        assert_eq!(score(), all, "without {id}");
+    }
+    pod.end();
+}
+
 #[test]
 fn a_running_container_is_not_removed() {
     let mut pod = Pod::start(256);

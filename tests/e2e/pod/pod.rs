@@ -75,6 +75,7 @@ impl Pod {
                 network: None,
                 net_slots: 0,
                 serial: None,
+                oom_score_adj: None,
             };
             let launched = Sandbox::launch(&config, &parts, request).await;
             let mut sandbox = launched.expect("a pod");

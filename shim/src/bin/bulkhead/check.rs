@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{
     failure::{self, Failure},
-    probe,
+    probe, uids,
 };
 
 /// mount_setattr(2), cgroup.kill and CLONE_INTO_CGROUP need 5.7 to 5.14; 6.1 is what is tested.
@@ -28,14 +28,14 @@ pub struct Arguments {
     json: bool,
 }
 
-/// One thing that a host must have.
+/// One thing that a host must have, or, where it is fine and yet has a remedy, should be without.
 #[derive(Debug, Serialize)]
-struct Item {
-    name: &'static str,
-    ok: bool,
-    found: String,
+pub struct Item {
+    pub name: &'static str,
+    pub ok: bool,
+    pub found: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    remedy: Option<String>,
+    pub remedy: Option<String>,
 }
 
 type Found = Result<String, (String, &'static str)>;
@@ -66,6 +66,8 @@ pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         item("parts", parts(config)),
         item("kvm", kvm(&config.kvm_device)),
     ];
+    // No hindrance to running pods, so it is no reason not to try.
+    let uids = uids::item(config);
     if items.last().is_some_and(|kvm| kvm.ok) {
         items.push(item("kvm speed", speed(&config.kvm_device)));
     }
@@ -74,12 +76,17 @@ pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         true => item("guest", guest(config)),
         false => item("guest", Err(("not tried".into(), "mend the above first"))),
     });
+    items.push(uids);
     let missing = items.iter().any(|item| !item.ok);
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&items)?);
     } else {
         for item in &items {
-            let verdict = if item.ok { "ok" } else { "MISSING" };
+            let verdict = match (item.ok, &item.remedy) {
+                (true, None) => "ok",
+                (true, Some(_)) => "WARNING",
+                (false, _) => "MISSING",
+            };
             println!("{:<12}{verdict:<9}{}", item.name, item.found);
             if let Some(remedy) = &item.remedy {
                 println!("{:<21}-> {remedy}", "");
@@ -249,6 +256,7 @@ async fn boot(config: &Config) -> Result<String, String> {
         network: None,
         net_slots: 0,
         serial: None,
+        oom_score_adj: None,
     };
     let start = std::time::Instant::now();
     let mut sandbox = Sandbox::launch(config, &parts, request)
@@ -264,9 +272,9 @@ async fn boot(config: &Config) -> Result<String, String> {
     if let Some(leftover) = left.first() {
         return Err(format!("it ran, but left {leftover}"));
     }
-    let release = bulkhead_shim::logs::printable(&ready.kernel_release);
     Ok(format!(
-        "Linux {release} was ready in {} ms",
+        "Linux {} was ready in {} ms",
+        ready.kernel_release,
         took.as_millis()
     ))
 }

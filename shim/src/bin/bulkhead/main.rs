@@ -11,6 +11,7 @@ mod run;
 mod signals;
 mod streams;
 mod terminal;
+mod uids;
 mod version;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};

@@ -174,6 +174,7 @@ impl Run<'_> {
                 false => oci::LATER_INTERFACES,
             },
             serial,
+            oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
         };
         let mut sandbox = Sandbox::launch(self.config, &self.parts, request)
             .await
@@ -270,7 +271,7 @@ impl Run<'_> {
         }
         self.hooks("createRuntime", self.pid()).await?;
         let hostname = match self.plan.container.hostname.as_str() {
-            "" => id,
+            "" => ids::hostname(id),
             name => name,
         };
         sandbox.ready(hostname).await.map_err(told)?;

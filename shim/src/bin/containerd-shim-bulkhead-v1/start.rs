@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::AsRawFd,
         unix::{
-            fs::{DirBuilderExt, PermissionsExt},
+            fs::DirBuilderExt,
             net::{UnixListener, UnixStream},
         },
     },
@@ -20,8 +20,9 @@ use bulkhead_shim::{
     sys::daemon,
     task::CONFIG_NAME,
 };
+use nix::sys::stat::{Mode, umask};
 
-use crate::flags::Flags;
+use crate::{daemon::EVENTS_ADDRESS, flags::Flags};
 
 /// Largest greeting, in bytes.
 const MAX_GREETING: u64 = 4 << 20;
@@ -85,7 +86,7 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
         .mode(0o700)
         .create(directory)
         .with_context(|| format!("cannot make the directory {}", directory.display()))?;
-    let bound = match UnixListener::bind(path) {
+    let bound = match bind_private(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if UnixStream::connect(path).is_ok() {
                 return Ok(None);
@@ -93,14 +94,21 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
             // A dead shim's.
             fs::remove_file(path)
                 .with_context(|| format!("cannot remove the socket {}", path.display()))?;
-            UnixListener::bind(path)
+            bind_private(path)
         }
         other => other,
     };
     let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect the socket {}", path.display()))?;
     Ok(Some(listener))
+}
+
+/// A socket that nobody else could connect to at any moment: a mode that is set later comes too late.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    // The mask is the process': this one has a single thread.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    umask(before);
+    bound
 }
 
 fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result<()> {
@@ -108,12 +116,12 @@ fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result
     let mut arguments = vec!["-namespace", &flags.namespace, "-id", &flags.id];
     arguments.extend(["-address", &flags.address]);
     let mut debug = flags.debug;
-    let mut environment = Vec::new();
     if let Greeting::Bootstrap(params) = greeting {
         // INFO is 0, and more talkative is less.
         debug |= params.log_level.value() < 0;
-        environment.push(("TTRPC_ADDRESS", params.containerd_ttrpc_address.as_str()));
     }
+    let events = greeting.events_address(std::env::var(EVENTS_ADDRESS).ok());
+    let environment = [(EVENTS_ADDRESS, events.as_str())];
     if debug {
         arguments.push("-debug");
     }
@@ -133,5 +141,21 @@ fn adjust_oom_score(pid: u32) {
         let score = (score + 1).min(1000).to_string();
         // Without it the kernel's choice is a little worse.
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), score);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_socket_is_roots_from_its_first_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = bind_private(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 }

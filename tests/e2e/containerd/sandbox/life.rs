@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::cri::messages::{NamespaceMode, NamespaceOption, PodSandboxConfig};
 use bulkhead_tests::{Bundle, Host, run};
-use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, ShutdownRequest};
+use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, PidsRequest, ShutdownRequest};
+use containerd_shim_protos::sandbox_api as api;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 use tempfile::TempDir;
 use ttrpc::Code;
 
@@ -43,8 +45,9 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         let mut other = create.clone();
         other.sandbox_id = "other".into();
         let other = services.sandbox.create_sandbox(context(), &other).await;
-        assert_eq!(code(other), Code::FAILED_PRECONDITION);
+        assert_eq!(code(other), Code::ALREADY_EXISTS);
         let status = services.status(id).await.expect("known");
+        assert!(status.info.is_empty());
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
         assert_eq!(code(services.ping(id).await), Code::FAILED_PRECONDITION);
         assert_eq!(code(services.metrics(id).await), Code::FAILED_PRECONDITION);
@@ -54,6 +57,16 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         let status = services.status(id).await.expect("known");
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_READY", pid));
         assert!(pid != 0 && Path::new(&format!("/proc/{pid}/ns/net")).exists());
+        let verbose = api::SandboxStatusRequest {
+            sandbox_id: id.into(),
+            verbose: true,
+            ..Default::default()
+        };
+        let verbose = services.sandbox.sandbox_status(context(), &verbose).await;
+        let info = verbose.expect("known").info;
+        assert_eq!(info["pid"], pid.to_string());
+        assert_eq!(info["state"], "SANDBOX_READY");
+        assert!(Path::new(&info["cgroup"]).is_dir(), "{info:?}");
         services.ping(id).await.expect("it is there");
         let platform = services.platform(id).await.expect("known").platform;
         assert_eq!(
@@ -105,16 +118,66 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
             fs::read_to_string(file("second")).expect("it wrote"),
             "shared\n"
         );
-        // What is no member is refused, and the pod goes on when a member's shim is let go.
-        let stranger = Bundle::busybox().script("true");
-        stranger.write();
-        let request = CreateTaskRequest {
-            id: "stranger".into(),
-            bundle: stranger.path().to_str().expect("plain").into(),
+        // Without the pod's ipc namespace a tmpfs on /dev/shm is the member's own.
+        let private = |script: &str| {
+            member(&shim, pid, script).edit(|config| {
+                let listed = config["linux"]["namespaces"].as_array_mut();
+                listed
+                    .expect("a list")
+                    .retain(|namespace| namespace["type"] != "ipc");
+            })
+        };
+        let third =
+            private("cat /dev/shm/x 2>&1; echo mine > /dev/shm/x; echo ready; exec sleep 1000");
+        let third = services.container(&shim, pid, &third, &file("third")).await;
+        eventually("it has written", || {
+            fs::read_to_string(file("third")).is_ok_and(|text| text.ends_with("ready\n"))
+        });
+        let fourth = private("ls /dev/shm; echo other > /dev/shm/x; cat /dev/shm/x");
+        let fourth = services
+            .container(&shim, pid, &fourth, &file("fourth"))
+            .await;
+        assert_eq!(services.end(&fourth).await, 0);
+        let read = |name: &str| fs::read_to_string(file(name)).expect("it wrote");
+        assert_eq!(read("fourth"), "other\n");
+        assert!(read("third").contains("No such file"), "{}", read("third"));
+        let killed = KillRequest {
+            id: third.clone(),
+            signal: Signal::SIGKILL as u32,
             ..Default::default()
         };
-        let refused = services.task.create(context(), &request).await;
-        assert_eq!(code(refused), Code::FAILED_PRECONDITION);
+        services
+            .task
+            .kill(context(), &killed)
+            .await
+            .expect("killed");
+        assert_eq!(services.end(&third).await, 137);
+        let fifth = member(&shim, pid, "cat /dev/shm/x");
+        let fifth = services.container(&shim, pid, &fifth, &file("fifth")).await;
+        assert_eq!(services.end(&fifth).await, 0);
+        assert_eq!(read("fifth"), "shared\n");
+        // One shim is one pod: a container without the engine's annotations is a member, too. Another pod is none.
+        let plain = Bundle::busybox().script("cat /etc/hostname");
+        let plain = services.container(&shim, pid, &plain, &file("plain")).await;
+        assert_eq!(services.end(&plain).await, 0);
+        let text = fs::read_to_string(file("plain")).expect("it wrote");
+        assert_eq!(text, "podname\n");
+        for (kind, sandbox) in [("container", "elsewhere"), ("sandbox", id)] {
+            let stranger = Bundle::busybox().script("true").edit(|config| {
+                config["annotations"] = json!({
+                    "io.kubernetes.cri.container-type": kind,
+                    "io.kubernetes.cri.sandbox-id": sandbox,
+                });
+            });
+            stranger.write();
+            let request = CreateTaskRequest {
+                id: "stranger".into(),
+                bundle: stranger.path().to_str().expect("plain").into(),
+                ..Default::default()
+            };
+            let refused = services.task.create(context(), &request).await;
+            assert_eq!(code(refused), Code::FAILED_PRECONDITION, "{kind}");
+        }
         let shutdown = ShutdownRequest {
             id: "gone".into(),
             ..Default::default()
