@@ -109,13 +109,13 @@ fn axis(svg: &mut String, whole: f64, bottom: f64) {
             "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{:.1}\" y2=\"{bottom:.1}\" stroke=\"#ddd\"/>",
             HEAD - 6.0
         );
-        let label = if step < 1.0 {
-            format!("{ms:.3}")
-        } else {
-            format!("{ms:.0}")
+        let label = match step {
+            1000.0.. => format!("{:.0} s", ms / 1000.0),
+            1.0.. => format!("{ms:.0} ms"),
+            _ => format!("{ms:.3} ms"),
         };
         let middle = "text-anchor=\"middle\" fill=\"#555\"";
-        text(svg, (x, bottom + 18.0), middle, &format!("{label} ms"));
+        text(svg, (x, bottom + 18.0), middle, &label);
         count += 1;
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bulkhead_tests::{Bundle, Host, Ran, Runtime};
+use bulkhead_tests::{Bundle, Host, Ran, Runtime, must, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -18,8 +18,7 @@ impl Mounted {
     fn new(words: &[&str], at: &Path) -> Mounted {
         fs::create_dir_all(at).expect("a directory");
         let mut command = Command::new("mount");
-        let status = command.args(words).arg(at).status().expect("mount runs");
-        assert!(status.success(), "mount {words:?} {}", at.display());
+        must(command.args(words).arg(at));
         Mounted(at.into())
     }
 
@@ -30,8 +29,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let status = Command::new("umount").arg(&self.0).status();
-        let unmounted = status.is_ok_and(|status| status.success());
+        let unmounted = run(Command::new("umount").arg(&self.0)).status == 0;
         // A second panic would hide the first.
         if !unmounted && !std::thread::panicking() {
             panic!("{} is busy", self.0.display());
@@ -170,10 +168,11 @@ fn a_root_that_the_host_cannot_write_is_a_clear_error() {
         let root = bundle.root();
         let path = root.to_str().expect("a plain path");
         let _bound = Mounted::new(&["--bind", path], &root);
-        let _read_only = Command::new("mount")
-            .args(["-o", "remount,bind,ro"])
-            .arg(&root)
-            .status();
+        must(
+            Command::new("mount")
+                .args(["-o", "remount,bind,ro"])
+                .arg(&root),
+        );
         bundle.run_with(runtime, &[])
     };
     let control = run(Runtime::Runc);
@@ -208,11 +207,8 @@ impl Nested {
         fs::write(path.join("file"), "").expect("writable");
         let file = path.join("inner/file");
         fs::write(&file, "").expect("writable");
-        let bound = Command::new("mount")
-            .arg("--bind")
-            .args([&file, &path.join("file")])
-            .status();
-        assert!(bound.is_ok_and(|status| status.success()));
+        let mut bind = Command::new("mount");
+        must(bind.arg("--bind").args([&file, &path.join("file")]));
         Nested {
             _file: Mounted(path.join("file")),
             _deep: deep,

@@ -31,10 +31,16 @@ mod tests {
 
     #[test]
     fn the_first_change_is_made_at_once_and_others_apart() {
+        // The quickest of ten first ones, for a busy machine may hold up any.
+        let first = || {
+            let began = Instant::now();
+            Pace::default().wait();
+            began.elapsed()
+        };
+        assert!((0..10).map(|_| first()).min() < Some(APART));
         let pace = Pace::default();
         let began = Instant::now();
         pace.wait();
-        assert!(began.elapsed() < APART);
         for _ in 0..4 {
             pace.clone().wait();
         }

@@ -306,7 +306,8 @@ fn a_driver_that_starts_the_device_without_end_does_not_hold_up_who_talks_to_the
     }
     stop.store(true, Ordering::Relaxed);
     guest.join().unwrap();
-    // Most of them, for the test's own thread may have to wait for a processor.
+    // The quickest ten, for a busy machine holds up many. Behind the guest's changes, 10 ms apart, eight of ten would wait for more
+    // than 2 ms.
     took.sort();
-    assert!(took[40] < Duration::from_millis(1), "{took:?}");
+    assert!(took[9] < Duration::from_millis(1), "{took:?}");
 }
