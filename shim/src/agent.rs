@@ -536,7 +536,7 @@ mod tests {
         let agent = Agent::new(ours).unwrap();
         let mut response = ttrpc::Response::new();
         // Field 7, a number.
-        response.payload = vec![0x38, 1].repeat(1000);
+        response.payload = [0x38, 1].repeat(1000);
         guest(theirs, response);
         let asked = soon(agent.pause("c")).await;
         let Err(Error::Lost { reason, .. }) = asked else {

@@ -4,7 +4,7 @@
 //! [`close_inherited`] comes first in `main`, [`enter`] when everything that needs a path or a privilege is done and before
 //! there is a second thread:
 //!
-//! 1. limits: few descriptors, no core dumps, no file may grow;
+//! 1. limits: few descriptors, no core dumps, no file may grow, no more threads than the machine has;
 //! 2. the root directory becomes an empty read-only tmpfs, everything else is unmounted;
 //! 3. capabilities leave the bounding set, groups and users are changed for good, no capability remains;
 //! 4. no_new_privs, and no way to attach a debugger as the same user.
@@ -85,15 +85,16 @@ pub unsafe fn close_inherited(keep: libc::c_int) -> Result<(), JailError> {
     Ok(())
 }
 
-/// Enters the jail as `uid` and `gid`, which are not 0. `file_limit` is the longest that a regular file may become.
+/// Enters the jail as `uid` and `gid`, which are not 0. `file_limit` is the longest that a regular file may become, `threads` how
+/// many threads and processes `uid` may have: no other process of the host has it, so that these are ours.
 ///
 /// # Errors
 /// Any step's; the process is half jailed then and must end.
-pub fn enter(uid: u32, gid: u32, file_limit: u64) -> Result<(), JailError> {
+pub fn enter(uid: u32, gid: u32, file_limit: u64, threads: u64) -> Result<(), JailError> {
     if getpid().as_raw() != 1 {
         return Err(JailError::NotIsolated);
     }
-    limit_resources(file_limit)?;
+    limit_resources(file_limit, threads)?;
     empty_root()?;
     drop_privileges(uid, gid)?;
     // SAFETY: both calls take plain numbers.
@@ -106,12 +107,13 @@ pub fn enter(uid: u32, gid: u32, file_limit: u64) -> Result<(), JailError> {
     prctl::set_dumpable(false).map_err(step("forbid attaching"))
 }
 
-fn limit_resources(file_limit: u64) -> Result<(), JailError> {
+fn limit_resources(file_limit: u64, threads: u64) -> Result<(), JailError> {
     let limits = [
         (Resource::RLIMIT_NOFILE, MAX_FILES),
         // core(5): a limit of 0 does not stop a dump that goes to a program; 1 stops both kinds.
         (Resource::RLIMIT_CORE, 1),
         (Resource::RLIMIT_FSIZE, file_limit),
+        (Resource::RLIMIT_NPROC, threads),
     ];
     for (resource, value) in limits {
         setrlimit(resource, value, value).map_err(step("set resource limits"))?;

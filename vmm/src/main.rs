@@ -92,10 +92,11 @@ fn run_machine(control: &ControlSocket, started_ns: u64) -> Result<GuestEnd> {
     let log = Log::new(spec.log.try_clone()?.into(), "vmm", &spec.sandbox_id);
     let hook_log = log.clone();
     std::panic::set_hook(Box::new(move |info| bug(&hook_log, info)));
-    let (uid, gid, file_limit) = (spec.uid, spec.gid, spec.file_limit());
+    let (uid, gid) = (spec.uid, spec.gid);
+    let (file_limit, threads) = (spec.file_limit(), spec.thread_limit());
     let vm = Vm::build(spec, log)?;
     // From here on there are no paths, no privileges and no way back.
-    jail::enter(uid, gid, file_limit)?;
+    jail::enter(uid, gid, file_limit, threads)?;
     let ours = control
         .try_clone()
         .context("copying the control socket failed")?;

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
@@ -176,8 +177,15 @@ impl Memory {
 
 fn sealed_memfd(what: &'static str, size: u64) -> Result<File, MemoryError> {
     let fail = |source: io::Error| MemoryError::Memfd { what, size, source };
-    let fd = memfd_create(what, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
-        .map_err(|error| fail(error.into()))?;
+    /// Linux 6.3: nobody can execute it, by whatever descriptor, and nobody can change that.
+    const MFD_NOEXEC_SEAL: MFdFlags = MFdFlags::from_bits_retain(8);
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let made = match memfd_create(what, flags | MFD_NOEXEC_SEAL) {
+        // An older kernel.
+        Err(Errno::EINVAL) => memfd_create(what, flags),
+        made => made,
+    };
+    let fd = made.map_err(|error| fail(error.into()))?;
     let file = File::from(fd);
     file.set_len(size).map_err(fail)?;
     // A process that shares the memory must not be able to make our mapping fault (SIGBUS) by shrinking the file.
@@ -270,6 +278,26 @@ mod tests {
             let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
             // proc_pid_smaps(5): "dd", do not include area into core dump.
             assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
+    }
+
+    #[test]
+    fn memory_cannot_be_made_a_program() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = sealed_memfd("test", 4096).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let started = std::process::Command::new(path).spawn().unwrap_err();
+        assert_eq!(started.kind(), io::ErrorKind::PermissionDenied);
+        let executable = file.set_permissions(std::fs::Permissions::from_mode(0o700));
+        let release = nix::sys::utsname::uname().unwrap();
+        let release = release.release().to_string_lossy().into_owned();
+        let mut numbers = release.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+        // MFD_NOEXEC_SEAL came with 6.3.
+        if (numbers.next(), numbers.next()) >= (Some(6), Some(3)) {
+            assert_eq!(
+                executable.unwrap_err().kind(),
+                io::ErrorKind::PermissionDenied
+            );
         }
     }
 

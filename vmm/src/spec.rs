@@ -201,6 +201,15 @@ impl VmSpec {
 }
 
 impl VmSpec {
+    /// Most threads that the machine comes to: one for each vCPU and for each pair of queues of a network device, those that may
+    /// come later included, our own, and what KVM starts in the name of its user.
+    pub fn thread_limit(&self) -> u64 {
+        const ROOM: u64 = 16;
+        let pairs: usize = self.net.iter().map(|net| net.taps.len()).sum();
+        let vcpus = u64::from(self.vcpus);
+        vcpus + pairs as u64 + self.net_slots as u64 * vcpus + ROOM
+    }
+
     /// The longest that a regular file may become: nothing, unless the shim wants log or console in one.
     pub fn file_limit(&self) -> u64 {
         const ROOM: u64 = 64 << 20;

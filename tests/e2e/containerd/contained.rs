@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 
 use crate::{Running, pods, processes, shim_of, shims_end};
 
-/// What every request must be done in, with all that a stopped process can hold up: each wait of the shim's is 10 s at most, and
-/// an emulated host is slow.
-const BOUND: Duration = Duration::from_secs(60);
+/// What a removal must be done in, with all that a stopped process can hold up: a handful of waits of 10 s, on an emulated host that
+/// others keep busy. Without an end there is none.
+const BOUND: Duration = Duration::from_secs(150);
 
 fn the_one(words: &[&str]) -> i32 {
     let found = processes(words);
@@ -81,7 +81,9 @@ fn what_a_pods_processes_have_of_the_host_is_little() {
     for pid in roles {
         let exe = format!("/proc/{pid}/exe");
         let error = fs::File::options().write(true).open(exe).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(nix::libc::EROFS), "{error}");
+        // Some kernels say first that it runs.
+        let refused = [nix::libc::EROFS, nix::libc::ETXTBSY].map(Some);
+        assert!(refused.contains(&error.raw_os_error()), "{error}");
     }
     // What was put into the share after the jail was closed is data there.
     let mounts = read(roles[1], "mountinfo");
@@ -100,7 +102,8 @@ fn what_a_pods_processes_have_of_the_host_is_little() {
         }
     }
     // In the guest they are what they are.
-    let script = "ln -s /bin/busybox /run && cp /bin/busybox /s && chmod 4755 /s && /run/busybox true && /s true && echo all";
+    let script = "ln -s /bin/busybox /busybox && cp /bin/busybox /busybox2 && chmod 4755 /busybox2 \
+                  && /busybox true && /busybox2 true && echo all";
     assert_eq!(running.exec(script).ok(), "all");
     // Threads are counted: by the cgroup, and by the VMM's user.
     let cgroup = read(roles[0], "cgroup");

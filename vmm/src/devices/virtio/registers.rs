@@ -69,7 +69,9 @@ impl Registers {
 
     /// What a read finds, of any width at any offset, for a host that cannot show the page to the guest. Past the page are zeros.
     pub fn read(self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
+        for (index, byte) in data.iter_mut().enumerate() {
+            // Saturated it is past the page, too.
+            let at = offset.saturating_add(index as u64);
             *byte = match u32::try_from(at) {
                 Ok(at) if (at as usize) < PAGE => self.load(at & !3).to_le_bytes()[at as usize % 4],
                 _ => 0,
