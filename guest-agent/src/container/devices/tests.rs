@@ -152,3 +152,34 @@ fn an_unmapped_owner_is_refused() {
     let error = store(&spec).expect_err("0 is not mapped").to_string();
     assert!(error.contains("/dev/null: mapping its uid"), "{error}");
 }
+
+/// As the shim leaves it: read-only on the host, with files and links in the places of the nodes.
+#[test]
+fn a_read_only_root_has_its_devices_bound_over_files() {
+    use nix::mount::{MsFlags, mount};
+    let (directory, _) = root();
+    let path = directory.path().join("root");
+    let dev = path.join("dev");
+    fs::create_dir(&dev).expect("mkdir");
+    for (node, ..) in DEFAULT_NODES {
+        fs::write(path.join(&node[1..]), "").expect("a file");
+    }
+    for (link, target, _) in LINKS {
+        symlink(target, path.join(&link[1..])).expect("a link");
+    }
+    crate::container::mounts::testing::in_mount_namespace(|| {
+        let bind = |flags| mount(Some(&path), &path, None::<&str>, flags, None::<&str>);
+        bind(MsFlags::MS_BIND).expect("bind");
+        bind(MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY).expect("read-only");
+        let root = RootDir::open(&path).expect("open");
+        make(&root, &Container::default(), None).unwrap_or_else(|e| panic!("{e}"));
+        for (node, major, minor) in DEFAULT_NODES {
+            let status = fs::symlink_metadata(path.join(&node[1..])).expect(node);
+            let number = stat::makedev(major.into(), minor.into());
+            assert_eq!(status.rdev(), number, "{node}");
+        }
+        fs::write(dev.join("null"), "x").expect("it is the null device");
+        fs::write(dev.join("new"), "x").expect_err("the root is read-only");
+        String::new()
+    });
+}
