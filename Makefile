@@ -44,6 +44,11 @@ bench: stage ## the figures, beside their peers', from one lab run
 test-containerd2: deps stage ## the suite containerd against containerd 2.3, built here (needs Go 1.26)
 	@tests/containerd2
 
+.PHONY: oracle
+oracle: PACKAGES += runc
+oracle: deps ## what a share does otherwise than the bare file system, in seconds and without a machine
+	@cargo test --release -q -p bulkhead-vmm --test fs_oracle -- --ignored --nocapture
+
 .PHONY: lab
 lab: stage ## a shell in the lab, with this build installed
 	@tests/lab/lab shell --install $(STAGE)
@@ -62,8 +67,13 @@ check: deps ## fmt, clippy with warnings denied, docs, cargo-deny, unit tests
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items --quiet
+	tests/notice --check
 	tests/cargo-deny check --hide-inclusion-graph licenses bans sources
 	cargo test --release --workspace --exclude bulkhead-tests
+
+.PHONY: notice
+notice: ## write NOTICE: what is linked into the programs, by licence
+	tests/notice
 
 .PHONY: build
 build: deps ## the programs

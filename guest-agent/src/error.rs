@@ -5,6 +5,7 @@ use ttrpc::Code;
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
+use crate::share::ShareError;
 use crate::volume::VolumeError;
 
 /// An RPC failed.
@@ -72,6 +73,9 @@ pub(crate) enum Error {
     /// A volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// A mount of the host beneath a source.
+    #[error(transparent)]
+    Share(#[from] ShareError),
 }
 
 impl Error {
@@ -97,7 +101,7 @@ impl Error {
                 ProcessError::System { .. } => Code::INTERNAL,
             },
             Self::Cgroup(error) => cgroup_code(error),
-            Self::Machine(_) => Code::INTERNAL,
+            Self::Machine(_) | Self::Share(_) => Code::INTERNAL,
             Self::Network(error) => match error {
                 NetworkError::Devices { .. } => Code::FAILED_PRECONDITION,
                 NetworkError::ForeignSysctl(_)

@@ -11,6 +11,7 @@
 
 pub mod announce;
 mod bpf;
+mod clock;
 pub mod container;
 mod error;
 pub mod init;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_gettime, clock_settime};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::announce::{Announcement, announce};
+use crate::clock;
 
 /// Where the share is mounted.
 pub const SHARE: &str = "/run/bulkhead/share";
@@ -46,13 +46,12 @@ pub fn set_hostname(name: &str) -> Result<(), MachineError> {
     nix::unistd::sethostname(name).map_err(system(format!("set host name \"{name}\"")))
 }
 
-/// Sets the wall clock to ns since the epoch.
-pub fn set_clock(realtime_ns: u64) -> Result<(), MachineError> {
-    let time = TimeSpec::new(
-        (realtime_ns / 1_000_000_000) as i64,
-        (realtime_ns % 1_000_000_000) as i64,
-    );
-    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(system("set the clock"))
+/// Sets the wall clock to the host's; `passed_ns` (since the epoch) is a time that the host has passed not long ago.
+pub fn set_clock(passed_ns: u64) -> Result<(), MachineError> {
+    clock::set(passed_ns).map_err(|source| MachineError::System {
+        what: "set the clock by the host's".to_owned(),
+        source,
+    })
 }
 
 /// Mounts the virtio-fs share with this tag.

@@ -71,9 +71,7 @@ impl Sandbox {
             return Err(Error::Started);
         }
         if self.owns_machine {
-            if request.realtime_ns != 0 {
-                machine::set_clock(request.realtime_ns)?;
-            }
+            machine::set_clock(request.realtime_ns)?;
             if !request.hostname.is_empty() {
                 machine::set_hostname(&request.hostname)?;
             }
@@ -144,8 +142,14 @@ impl Sandbox {
         let (share, request) = (Arc::clone(&self.share), Arc::new(request));
         let entering = (id.clone(), Arc::clone(&request));
         // On another thread: a share that does not answer must stop nobody else.
-        blocking(move || share.enter(&entering.0, &entering.1.spec)).await;
-        match container::create(&self.launcher, request).await {
+        let entered = blocking(move || share.enter(&entering.0, &entering.1.spec)).await;
+        let made = match entered {
+            Ok(()) => container::create(&self.launcher, request)
+                .await
+                .map_err(Error::from),
+            Err(error) => Err(error.into()),
+        };
+        match made {
             Ok(made) => {
                 let pid = made.init.pid() as u32;
                 self.containers().insert(id, Some(made));
@@ -154,7 +158,7 @@ impl Sandbox {
             Err(error) => {
                 self.leave_share(&id).await;
                 self.containers().remove(&id);
-                Err(error.into())
+                Err(error)
             }
         }
     }

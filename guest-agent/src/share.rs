@@ -4,17 +4,35 @@
 //! whoever goes there first. So the agent goes there before the container's init is made, whose namespace begins as a copy of the
 //! agent's: all containers that use a source then have one superblock of it, and locks and shared mappings reach from one to
 //! the other. When the last of them is gone the agent unmounts it, or the guest would keep it for ever.
+//!
+//! A mount that is made so takes over the flags of the mount that it is in (finish_automount() of the kernel's fs/namespace.c). Beneath a
+//! container's read-only mount everything would be read-only. So the agent goes to the mounts beneath a source too, while what they
+//! are in has no flags yet, and gives them those of the host.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use bulkhead_agent_protocol::agent;
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
-use crate::container::{is_bind, open_guest_path};
+use crate::container::mounts::{self, is_bind, is_of_the_share, open_guest_path};
 use crate::log;
-use crate::machine::SHARE;
+
+/// A mount beneath a source could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot set up the mount {} beneath the source {top}", submount.display())]
+pub(crate) struct ShareError {
+    top: String,
+    submount: PathBuf,
+    #[source]
+    source: io::Error,
+}
 
 /// Who uses which paths of the share.
 #[derive(Debug, Default)]
@@ -28,20 +46,26 @@ impl Share {
     }
 
     /// Mounts what a new container uses. May wait for the share.
-    pub(crate) fn enter(&self, container: &str, spec: &agent::Container) {
+    pub(crate) fn enter(&self, container: &str, spec: &agent::Container) -> Result<(), ShareError> {
         let binds = spec.mounts.iter().filter(|mount| is_bind(mount));
-        let paths: Vec<String> = binds
-            .map(|mount| &mount.source)
-            .chain([&spec.root])
-            .filter(|path| Path::new(path).starts_with(SHARE))
-            .cloned()
+        let sources: Vec<(&String, &[agent::Submount])> = binds
+            .map(|mount| (&mount.source, mount.submounts.as_slice()))
+            .chain([(&spec.root, spec.root_submounts.as_slice())])
+            .filter(|(path, _)| is_of_the_share(path))
             .collect();
+        let paths = sources.iter().map(|(path, _)| (*path).clone()).collect();
         // The count before the mount: from here on no other container's end unmounts it.
-        self.users().insert(container.to_owned(), paths.clone());
-        for path in &paths {
+        self.users().insert(container.to_owned(), paths);
+        for (path, submounts) in sources {
             // What cannot be opened is reported by the step that binds it.
-            drop(open_guest_path(path));
+            let Ok(top) = open_guest_path(path) else {
+                continue;
+            };
+            for submount in submounts {
+                enter_submount(path, top.as_fd(), submount)?;
+            }
         }
+        Ok(())
     }
 
     /// Unmounts what only this container used.
@@ -57,11 +81,39 @@ impl Share {
             if users.values().flatten().any(|used| *used == path) {
                 continue;
             }
-            match umount2(path.as_str(), MntFlags::UMOUNT_NOFOLLOW) {
+            // Lazily: with what is mounted beneath, whose names are the containers' and must not be walked any more.
+            let flags = MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH;
+            match umount2(path.as_str(), flags) {
                 // A file is in the share's own file system, and a container that failed early never came here.
-                Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
                 Err(errno) => log::warn(&format!("cannot unmount {path}: {errno}")),
             }
         }
+    }
+}
+
+/// Goes to a mount beneath the source `top`, and gives it its flags.
+fn enter_submount(
+    name: &str,
+    top: BorrowedFd<'_>,
+    submount: &agent::Submount,
+) -> Result<(), ShareError> {
+    let path = Path::new(OsStr::from_bytes(&submount.path));
+    match mounts::enter_submount(top, path, submount.attributes) {
+        // ENOENT: the host has unmounted it meanwhile.
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        // Who may write to the volume has put something in its way: no container comes there by this name.
+        Err(errno @ (Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV)) => {
+            log::warn(&format!(
+                "the way to the mount {} beneath {name} is blocked: {errno}",
+                path.display()
+            ));
+            Ok(())
+        }
+        Err(errno) => Err(ShareError {
+            top: name.to_owned(),
+            submount: path.to_owned(),
+            source: errno.into(),
+        }),
     }
 }

@@ -72,6 +72,17 @@ impl Greeting {
         }
     }
 
+    /// Where events go: what the bootstrap protocol says, or else the environment, as every containerd sets it
+    /// (`TTRPC_ADDRESS`). Empty: nobody wants to know.
+    pub fn events_address(&self, environment: Option<String>) -> String {
+        match self {
+            Greeting::Bootstrap(params) if !params.containerd_ttrpc_address.is_empty() => {
+                params.containerd_ttrpc_address.clone()
+            }
+            _ => environment.unwrap_or_default(),
+        }
+    }
+
     /// The answer on standard output.
     pub fn reply(&self, address: &str) -> Vec<u8> {
         match self {
@@ -239,6 +250,8 @@ mod tests {
             panic!("not read as parameters");
         };
         assert_eq!(read.containerd_ttrpc_address, "unix:///t");
+        let other = || Some("unix:///environment".to_string());
+        assert_eq!(greeting.events_address(other()), "unix:///t");
         assert_eq!(greeting.socket_dir(), Path::new("/run/s"));
         assert_eq!(greeting.options(), None);
         // BootstrapResult{version = 1, address = 2, protocol = 3}
@@ -258,6 +271,22 @@ mod tests {
             Greeting::parse(&params, "other", "ns"),
             Greeting::Options(_)
         ));
+    }
+
+    #[test]
+    fn events_go_where_the_environment_says_when_the_greeting_does_not() {
+        let environment = || Some("unix:///environment".to_string());
+        // Parameters without containerd_ttrpc_address, parameters with an empty one, and the old form.
+        let bare = [field(1, b"id"), field(2, b"ns")].concat();
+        let empty = [bare.clone(), field(5, b"")].concat();
+        for bytes in [&bare[..], &empty, b""] {
+            let greeting = Greeting::parse(bytes, "id", "ns");
+            assert_eq!(
+                greeting.events_address(environment()),
+                environment().unwrap()
+            );
+            assert_eq!(greeting.events_address(None), "");
+        }
     }
 
     #[test]

@@ -5,11 +5,18 @@
 //!
 //! Where: `linux.cgroupsPath` of config.json when given, absolute from the cgroup root (OCI config-linux.md#cgroups-path), a
 //! relative one beneath `/bulkhead`; else `/bulkhead/NAMESPACE/SANDBOX`. The last component must not exist yet.
+//!
+//! Parents that are missing on the way are made, and marked as ours by an extended attribute. Whoever removes a pod's cgroup removes
+//! the marked ones above it that are empty then, whoever made them: so the last pod takes them with it, in whatever order pods end.
 
 use std::{
+    ffi::{CStr, CString},
     fs::{self, File},
     io::{self, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Component, Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -25,7 +32,9 @@ use crate::{
 /// Where cgroup v2 is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// How often a parent may vanish under our hands before that is an error.
-const RACES: usize = 16;
+const RACES: usize = 1000;
+/// The mark of a parent that a pod has made; its value means nothing.
+const MARK: &CStr = c"trusted.bulkhead.parent";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no cgroup.
@@ -137,25 +146,25 @@ impl Cgroup {
     /// Makes it, with every controller that its parents can give, and writes it into the ledger.
     pub fn create(ledger: &mut Ledger, path: &Path) -> Result<Cgroup, Error> {
         require_v2()?;
+        Cgroup::create_in(ledger, Path::new(ROOT), path)
+    }
+
+    /// The same beneath another mount of cgroup v2.
+    fn create_in(ledger: &mut Ledger, root: &Path, path: &Path) -> Result<Cgroup, Error> {
         let relative = path
-            .strip_prefix(ROOT)
+            .strip_prefix(root)
             .map_err(|_| Error::Path(path.into()))?;
-        let parents = make_parents(ledger, relative)?;
-        let mut made = make(ledger, path, false);
-        for _ in 0..RACES {
-            match &made {
+        let mut races = 0;
+        loop {
+            make_parents(ledger, root, relative)?;
+            match make(ledger, path, false) {
                 // The last pod beneath a shared parent has just taken the parent with it.
-                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    for parent in &parents {
-                        let _ = fs::create_dir(parent);
-                        enable_controllers(parent);
-                    }
-                    made = make(ledger, path, false);
-                }
-                _ => break,
+                Err(Error::Io { source, .. }) if is_gone(&source) && races < RACES => races += 1,
+                other => break other?,
             }
         }
-        made?;
+        // Now that there is a cgroup beneath them no parent can go, or be a new one that lacks what was handed down to the old one.
+        ancestors(root, relative).for_each(|parent| enable_controllers(&parent));
         let directory = File::open(path).map_err(|source| Error::Io {
             action: "open",
             path: path.into(),
@@ -205,21 +214,56 @@ impl Cgroup {
     }
 }
 
-/// Makes and records what is missing on the way. Those beneath our own are recorded by every pod: the last one removes them.
-fn make_parents(ledger: &mut Ledger, relative: &Path) -> Result<Vec<PathBuf>, Error> {
-    let own = Path::new(ROOT).join("bulkhead");
-    let mut parents = Vec::new();
-    let mut parent = PathBuf::from(ROOT);
-    enable_controllers(&parent);
-    for part in relative.parent().into_iter().flat_map(Path::components) {
-        parent.push(part);
-        if parent.starts_with(&own) || !parent.exists() {
-            make(ledger, &parent, true)?;
-            parents.push(parent.clone());
+/// The directories from the root of cgroups to the parent of `relative`.
+fn ancestors(root: &Path, relative: &Path) -> impl Iterator<Item = PathBuf> {
+    let names = relative.parent().into_iter().flat_map(Path::components);
+    let parents = names.scan(root.to_path_buf(), |parent, name| {
+        parent.push(name);
+        Some(parent.clone())
+    });
+    std::iter::once(root.to_path_buf()).chain(parents.collect::<Vec<_>>())
+}
+
+/// Makes, records and marks what is missing on the way.
+fn make_parents(ledger: &mut Ledger, root: &Path, relative: &Path) -> Result<(), Error> {
+    let mut races = 0;
+    let mut parents: Vec<PathBuf> = ancestors(root, relative).skip(1).collect();
+    parents.reverse();
+    // From the outermost that is missing; one more time from there when an outer one has gone meanwhile.
+    while let Some(index) = parents.iter().rposition(|parent| !parent.exists()) {
+        match make(ledger, &parents[index], true) {
+            Err(Error::Io { source, .. }) if is_gone(&source) && races < RACES => races += 1,
+            other => other?,
         }
-        enable_controllers(&parent);
     }
-    Ok(parents)
+    Ok(())
+}
+
+/// There is no such directory, or it is being removed.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// Marks a parent as one that a pod has made. Where it cannot be marked, it goes with the pod that has made it or not at all.
+fn mark(path: &Path) {
+    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
+        return;
+    };
+    // SAFETY: two strings that end with a zero byte, and one byte.
+    let marked =
+        unsafe { libc::setxattr(name.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
+    if marked < 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!(path = %path.display(), %error, "a cgroup is not marked as ours");
+    }
+}
+
+fn is_marked(path: &Path) -> bool {
+    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // SAFETY: two strings that end with a zero byte; a size of 0 asks for the value's size only.
+    unsafe { libc::getxattr(name.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
 }
 
 fn make(ledger: &mut Ledger, path: &Path, shared: bool) -> Result<(), Error> {
@@ -228,7 +272,12 @@ fn make(ledger: &mut Ledger, path: &Path, shared: bool) -> Result<(), Error> {
         shared,
     })?;
     match fs::create_dir(path) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            if shared {
+                mark(path);
+            }
+            Ok(())
+        }
         // Another pod was faster with a shared parent.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && shared => Ok(()),
         Err(source) => {
@@ -276,22 +325,43 @@ fn write(path: &Path, value: &str) -> io::Result<()> {
         .write_all(value.as_bytes())
 }
 
-/// Kills what is in a cgroup that is not shared, waits until it is empty, and removes it. Idempotent.
+/// Kills what is in a cgroup that is not shared, waits until it is empty, and removes it, with the parents that pods have made and
+/// nobody uses any more. Idempotent.
 pub(crate) fn remove(path: &Path, shared: bool) -> io::Result<()> {
     if shared {
-        return match fs::remove_dir(path) {
-            // Still in use by another pod, or gone.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EBUSY | libc::ENOTEMPTY | libc::ENOENT)
-                ) =>
-            {
-                Ok(())
+        return match remove_empty(path) {
+            Ok(false) => {
+                // Its maker may have died before it was marked: whoever uses it now takes it away.
+                mark(path);
+                // Or has gone without seeing the mark, in this very moment.
+                remove_empty(path).map(drop)
             }
-            other => other,
+            other => other.map(drop),
         };
     }
+    remove_own(path)?;
+    for parent in path.ancestors().skip(1) {
+        if !is_marked(parent) || !remove_empty(parent)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// `false`: it is in use.
+fn remove_empty(path: &Path) -> io::Result<bool> {
+    match fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EBUSY | libc::ENOTEMPTY) => Ok(false),
+            // Another pod was the last one.
+            Some(libc::ENOENT | libc::ENODEV) => Ok(true),
+            _ => Err(error),
+        },
+    }
+}
+
+fn remove_own(path: &Path) -> io::Result<()> {
     match write(&path.join("cgroup.kill"), "1") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         other => other?,
@@ -344,6 +414,127 @@ fn wait_empty(path: &Path, deadline: Instant) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A directory of cgroup v2 of this test's own; its name keeps it apart from other runs.
+    struct Place(PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> Option<Place> {
+            let text = fs::read_to_string("/proc/self/mounts").unwrap();
+            let mounted = text.lines().find_map(|line| {
+                let mut words = line.split(' ');
+                let point = words.nth(1)?;
+                (words.next() == Some("cgroup2")).then(|| PathBuf::from(point))
+            });
+            let place = mounted?.join(format!("bulkhead-test-{name}-{}", std::process::id()));
+            match fs::create_dir(&place) {
+                Ok(()) => Some(Place(place)),
+                Err(error) => {
+                    println!("NOT RUN: cannot make {}: {error}", place.display());
+                    None
+                }
+            }
+        }
+
+        fn pod(&self, state: &Path, id: &str, parents: &str) -> (Ledger, Cgroup) {
+            let mut ledger = Ledger::create(state, "n", id).unwrap();
+            let path = self.0.join(parents).join(id);
+            let cgroup = Cgroup::create_in(&mut ledger, &self.0, &path).unwrap();
+            (ledger, cgroup)
+        }
+
+        fn end(&self, (ledger, cgroup): (Ledger, Cgroup)) {
+            let left = ledger.teardown();
+            assert!(left.is_empty(), "{left:?}");
+            assert!(!cgroup.path().exists());
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let removed = fs::remove_dir(&self.0);
+            if !thread::panicking() {
+                removed.expect("empty again");
+            }
+        }
+    }
+
+    #[test]
+    fn parents_go_with_the_last_pod_whoever_made_them() {
+        let Some(place) = Place::new("last") else {
+            return;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().canonicalize().unwrap().join("state");
+        for first in [0, 1, 2] {
+            let ids = ["a", "b", "c"];
+            let mut pods: Vec<_> = ids.map(|id| place.pod(&state, id, "x/y")).into();
+            place.end(pods.remove(first));
+            assert!(place.0.join("x/y").exists(), "in use");
+            for pod in pods {
+                place.end(pod);
+            }
+            assert!(!place.0.join("x").exists(), "pod {first} ended first");
+        }
+    }
+
+    #[test]
+    fn a_parent_that_was_there_before_stays() {
+        let Some(place) = Place::new("stays") else {
+            return;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().canonicalize().unwrap().join("state");
+        fs::create_dir(place.0.join("slice")).unwrap();
+        let pod = place.pod(&state, "a", "slice/made");
+        place.end(pod);
+        assert!(!place.0.join("slice/made").exists());
+        fs::remove_dir(place.0.join("slice")).expect("still there");
+    }
+
+    #[test]
+    fn the_parents_of_a_maker_that_died_go_with_the_last_pod() {
+        let Some(place) = Place::new("died") else {
+            return;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().canonicalize().unwrap().join("state");
+        // Between mkdir and the mark.
+        let mut maker = Ledger::create(&state, "n", "maker").unwrap();
+        let parent = place.0.join("x");
+        let resource = Resource::Cgroup {
+            path: parent.clone(),
+            shared: true,
+        };
+        maker.take(resource).unwrap();
+        fs::create_dir(&parent).unwrap();
+        let pod = place.pod(&state, "a", "x");
+        assert!(maker.teardown().is_empty());
+        assert!(parent.exists());
+        place.end(pod);
+        assert!(!parent.exists());
+    }
+
+    #[test]
+    fn many_pods_that_come_and_go_at_once_leave_no_parent() {
+        let Some(place) = Place::new("many") else {
+            return;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().canonicalize().unwrap().join("state");
+        thread::scope(|scope| {
+            for worker in 0..8 {
+                let (place, state) = (&place, &state);
+                scope.spawn(move || {
+                    for round in 0..40 {
+                        let pod = place.pod(state, &format!("{worker}-{round}"), "x/y");
+                        place.end(pod);
+                    }
+                });
+            }
+        });
+        assert!(!place.0.join("x").exists());
+    }
 
     #[test]
     fn the_place_follows_cgroups_path() {

@@ -322,6 +322,20 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_documentation_has_every_key_with_its_default() {
+        let page = include_str!("../../docs/operations.md");
+        let example = page.split("```toml\n").nth(1).unwrap();
+        let example = example.split("```").next().unwrap();
+        assert_eq!(parse(example).unwrap(), Config::default());
+        let table: toml::Table = toml::from_str(example).unwrap();
+        let keys = |name: &str| table[name].as_table().unwrap().len();
+        assert_eq!((keys("share"), keys("network")), (6, 3));
+        for key in ["libexec_dir", "kernel", "initramfs"] {
+            assert!(example.contains(&format!("# {key} = \"/")), "{key}");
+        }
+    }
+
+    #[test]
     fn keys_are_read() {
         let config = parse("memory_mib = 256\nkernel = \"/k\"\n[share]\nqueues = 2\n").unwrap();
         assert_eq!(config.memory_mib, 256);

@@ -12,7 +12,10 @@ use std::{
 
 use containerd_shim_protos::protobuf::{self, Message, well_known_types::any::Any};
 
-use crate::oci::{self, HOST_NAMESPACES, PodFiles, PodPaths, PodPlan};
+use crate::{
+    ids,
+    oci::{self, HOST_NAMESPACES, PodFiles, PodPaths, PodPlan},
+};
 
 #[allow(
     missing_docs,
@@ -116,7 +119,7 @@ fn has_user_namespace(asked: &NamespaceOption) -> bool {
 /// What a pod asks for, when nothing of it is refused.
 pub fn plan(config: &PodSandboxConfig, id: &str, network: &str, files: PodFiles) -> PodPlan {
     let hostname = match config.hostname.as_str() {
-        "" => id,
+        "" => ids::hostname(id),
         name => name,
     };
     PodPlan {

@@ -29,7 +29,7 @@ pub struct State<'a> {
     pub id: &'a str,
     /// creating, created, running or stopped.
     pub status: &'a str,
-    /// On the host: the VMM's.
+    /// Of the process that stands for the pod in its cgroup and network namespace (`sys/stub.rs`); in the guest 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
     /// Absolute.

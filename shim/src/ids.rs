@@ -65,6 +65,18 @@ pub fn check(what: &'static str, id: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// Longest host name that Linux takes, in bytes (sethostname(2)).
+const MAX_HOSTNAME: usize = 64;
+
+/// The host name of a pod that was given none: its id, cut to what Linux takes. No dot or hyphen is left at the cut, where no
+/// host name has one (kubelet cuts pods' names in the same way).
+pub fn hostname(id: &str) -> &str {
+    match id.get(..MAX_HOSTNAME) {
+        Some(cut) if cut.len() < id.len() => cut.trim_end_matches(['.', '-']),
+        _ => id,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,5 +104,19 @@ mod tests {
             check("id", "a/b").unwrap_err().to_string(),
             "the id \"a/b\" has the character '/'; letters, digits and . _ + - are allowed"
         );
+    }
+
+    #[test]
+    fn a_long_id_is_cut_to_a_host_name() {
+        for length in [1, 63, 64] {
+            let id = "x".repeat(length);
+            assert_eq!(hostname(&id), id);
+        }
+        for length in [65, 76, MAX_ID] {
+            assert_eq!(hostname(&"x".repeat(length)), "x".repeat(64));
+        }
+        let id = format!("{}-.-{}", "x".repeat(61), "y".repeat(12));
+        assert_eq!(hostname(&id), "x".repeat(61));
+        assert_eq!(hostname("a-"), "a-");
     }
 }

@@ -4,6 +4,7 @@
 //! sandbox ─► ledger   every host resource, written down before it is taken
 //!         ─► cgroup   the pod's processes start in it
 //!         ─► rootfs   the share: what the guest may see of the host's files, each volume once
+//!         ─► mount_points   what a read-only root lacks for its mounts
 //!         ─► fs, vm   the two processes (peer, control), their requests and events
 //!         ─► agent    the guest's side of a container
 //! oci      config.json ─► what the agent is told, or a refusal by name
@@ -31,6 +32,7 @@ pub mod kubelet_volume;
 pub mod layers;
 pub mod ledger;
 pub mod logs;
+pub mod mount_points;
 pub mod network;
 pub mod oci;
 pub mod peer;

@@ -14,7 +14,10 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::fs::{DirBuilderExt, OpenOptionsExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, OpenOptionsExt},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -27,11 +30,14 @@ use crate::{
     ledger::{self, Ledger, Leftover, Resource, Ticket},
     oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot, host_interfaces},
     sys::mount::{self as mounts, Depth, DetachedTree, MountLine, Object},
-    volume::{self, Identity},
+    volume::{self, Identity, Layout},
 };
 
 /// Enough for mount points: about 100 containers with 100 volumes each.
 const LIMITS: &str = "mode=0755,size=16m,nr_inodes=32768";
+
+/// Most mounts beneath one source: the guest makes each of them when a container is made.
+const MAX_SUBMOUNTS: usize = 4096;
 
 /// Why something could not be put into the share.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +52,16 @@ pub enum Error {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// More than a guest is asked to make.
+    #[error(
+        "{path} has {count} mounts beneath it, {max} are possible; bind a directory with fewer, or without \"r\" in \"rbind\"", max = MAX_SUBMOUNTS
+    )]
+    Submounts {
+        /// The source.
+        path: PathBuf,
+        /// How many.
+        count: usize,
     },
     /// The id is taken.
     #[error("container {0} has its files in the pod already")]
@@ -125,14 +141,38 @@ struct Mounted {
 #[derive(Debug)]
 struct Placed {
     container: String,
-    root: u64,
-    /// Index in the container's list of mounts, and the source's number.
-    binds: Vec<(usize, u64)>,
+    root: Source,
+    /// Index in the container's list of mounts, and what it shows.
+    binds: Vec<(usize, Source)>,
 }
 
 impl Placed {
     fn uses(&self, number: u64) -> bool {
-        self.root == number || self.binds.iter().any(|(_, used)| *used == number)
+        let mut binds = self.binds.iter();
+        self.root.number == number || binds.any(|(_, source)| source.number == number)
+    }
+}
+
+/// A mount of the share as one container uses it.
+#[derive(Debug)]
+struct Source {
+    number: u64,
+    /// What it looked like when the container was made.
+    layout: Layout,
+}
+
+impl Source {
+    fn path(&self) -> String {
+        format!("{GUEST_SHARE}/{}", self.number)
+    }
+
+    fn submounts(&self) -> Vec<wire::Submount> {
+        let convert = |submount: &volume::Submount| wire::Submount {
+            path: submount.place.as_os_str().as_bytes().to_vec(),
+            attributes: submount.attributes,
+            ..wire::Submount::default()
+        };
+        self.layout.beneath.iter().map(convert).collect()
     }
 }
 
@@ -274,8 +314,8 @@ impl Share {
             binds: Vec::new(),
         });
         for bind in binds {
-            let number = self.mount(ledger, &Wish::bind(bind))?;
-            self.containers[index].binds.push((bind.mount, number));
+            let source = self.mount(ledger, &Wish::bind(bind))?;
+            self.containers[index].binds.push((bind.mount, source));
         }
         Ok(())
     }
@@ -284,10 +324,14 @@ impl Share {
     pub fn name_sources(&self, container: &str, spec: &mut wire::Container) -> Result<(), Error> {
         let absent = || Error::Absent(container.into());
         let placed = self.placed(container).ok_or_else(absent)?;
-        spec.root = format!("{GUEST_SHARE}/{}", placed.root);
-        for (index, number) in &placed.binds {
+        spec.root = placed.root.path();
+        spec.root_attributes = placed.root.layout.attributes;
+        spec.root_submounts = placed.root.submounts();
+        for (index, source) in &placed.binds {
             let mount = spec.mounts.get_mut(*index).ok_or_else(absent)?;
-            mount.source = format!("{GUEST_SHARE}/{number}");
+            mount.source = source.path();
+            mount.source_attributes = source.layout.attributes;
+            mount.submounts = source.submounts();
         }
         Ok(())
     }
@@ -297,20 +341,27 @@ impl Share {
         all.find(|placed| placed.container == container)
     }
 
-    /// The number of a mount that shows the source: one that is there, or a new one.
-    fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<u64, Error> {
+    /// A mount that shows the source: one that is there, or a new one.
+    fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<Source, Error> {
         let source = wish.source;
         let opened = open(source, wish.directory).map_err(io_error("open", source))?;
         let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
         let mounts = mounts::mounts().map_err(io_error("list the mounts for", source))?;
         let place = volume::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
-        let identity = Identity::of(&place, &mounts, &found, wish.depth, wish.propagation);
+        let (identity, layout) =
+            volume::look(&place, &mounts, &found, wish.depth, wish.propagation);
+        let count = layout.beneath.len();
+        if count > MAX_SUBMOUNTS {
+            let path = source.to_path_buf();
+            return Err(Error::Submounts { path, count });
+        }
         let there = self
             .mounted
             .iter()
             .find(|m| m.serves && m.identity == identity && wish.fits(m.read_only));
         if let Some(mounted) = there {
-            return Ok(mounted.number);
+            let number = mounted.number;
+            return Ok(Source { number, layout });
         }
         wish.check(opened.as_fd(), &found, &mounts, &place)?;
         let tree = DetachedTree::clone_of_open(opened.as_fd(), wish.depth)
@@ -347,7 +398,7 @@ impl Share {
         tree.attach(&target).map_err(io_error("mount", &target))?;
         let mounted = self.mounted.last_mut().expect("just pushed");
         mounted.serves = true;
-        Ok(number)
+        Ok(Source { number, layout })
     }
 
     fn make_mount_point(&self, number: u64, found: &Object) -> Result<(), Error> {

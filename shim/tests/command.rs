@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -38,7 +39,9 @@ impl Place {
     }
 
     fn bulkhead(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+        // With an end: status 124 means that it did not come by itself.
+        Command::new("timeout")
+            .args(["120", env!("CARGO_BIN_EXE_bulkhead")])
             .arg("--config")
             .arg(self.path("config.toml"))
             .args(arguments)
@@ -83,6 +86,10 @@ fn arguments_that_cannot_work_are_refused() {
             .contains("at least 64 MiB")
     );
     assert!(place.failure(&["--vcpus", "33", "x"]).contains("1 to 32"));
+    for option in ["--timeline-json", "--timeline-svg", "--serial"] {
+        let error = place.failure(&[option, "/nowhere/file", "x"]);
+        assert!(error.contains("cannot write /nowhere/file"), "{error}");
+    }
     let wrong = place.bulkhead(&["run", "--wrong", "x"]);
     assert_eq!(wrong.status.code(), Some(125));
 }
@@ -159,6 +166,94 @@ fn check_names_each_missing_thing_with_its_remedy() {
     assert!(parts["remedy"].as_str().unwrap().contains("install"));
 }
 
+/// The item of `check --json` with this name.
+fn checked(output: &Output, name: &str) -> serde_json::Value {
+    let items: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut items = items.as_array().unwrap().iter();
+    items.find(|item| item["name"] == name).unwrap().clone()
+}
+
+#[test]
+fn check_tells_a_user_who_may_not_open_kvm_how_to_be_let() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("NOT RUN: another user than this one can be had by root only");
+        return;
+    }
+    let place = Place::new();
+    let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    open(place.0.path());
+    fs::write(place.path("kvm"), "").unwrap();
+    fs::set_permissions(place.path("kvm"), fs::Permissions::from_mode(0o660)).unwrap();
+    let config = format!("kvm_device = {:?}\n", place.path("kvm"));
+    fs::write(place.path("config.toml"), config).unwrap();
+    // The build's directory need not be open to others.
+    let program = place.path("bulkhead");
+    fs::copy(env!("CARGO_BIN_EXE_bulkhead"), &program).unwrap();
+    open(&program);
+    let output = Command::new("timeout")
+        .arg("120")
+        .arg(&program)
+        .arg("--config")
+        .arg(place.path("config.toml"))
+        .args(["check", "--json"])
+        .uid(65534)
+        .gid(65534)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let kvm = checked(&output, "kvm");
+    let (found, remedy) = (
+        kvm["found"].as_str().unwrap(),
+        kvm["remedy"].as_str().unwrap(),
+    );
+    assert!(found.contains("Permission denied"), "{found}");
+    assert!(
+        remedy.contains("group kvm") && remedy.contains("as root"),
+        "{remedy}"
+    );
+    assert!(!remedy.contains("kvm_intel"), "{remedy}");
+}
+
+#[test]
+fn check_says_that_a_file_is_not_kvm() {
+    let place = Place::new();
+    let output = place.bulkhead(&["check", "--json"]);
+    let kvm = checked(&output, "kvm");
+    assert_eq!(kvm["found"], "/dev/null is not KVM");
+    assert!(kvm["remedy"].as_str().unwrap().contains("kvm_device"));
+}
+
+#[test]
+fn without_a_command_there_is_help() {
+    let place = Place::new();
+    // Even with a configuration that stops everything else.
+    fs::write(place.path("config.toml"), "memory = 5\n").unwrap();
+    let help = place.bulkhead(&[]);
+    assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
+    let text = String::from_utf8(help.stdout).unwrap();
+    assert!(
+        text.contains("Usage: bulkhead") && text.contains("Exit codes:"),
+        "{text}"
+    );
+    assert_eq!(text.as_bytes(), place.bulkhead(&["--help"]).stdout);
+}
+
+#[test]
+fn a_command_that_there_is_not_is_told_in_one_line_without_a_guess() {
+    let place = Place::new();
+    for verb in ["list", "state", "kill", "chek", "créate"] {
+        let output = place.bulkhead(&[verb, "x"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(
+            text.contains(&format!("no command {verb:?}")) && text.contains("uninstall, version"),
+            "{text}"
+        );
+        assert!(!text.contains("similar"), "{text}");
+    }
+}
+
 #[test]
 fn help_and_version_are_no_failures() {
     let place = Place::new();
@@ -170,6 +265,86 @@ fn help_and_version_are_no_failures() {
             .contains("Exit codes:")
     );
     let version = place.bulkhead(&["--version"]);
+    assert_eq!(version.status.code(), Some(0));
+    assert_eq!(place.bulkhead(&["version"]).stdout, version.stdout);
     let text = String::from_utf8(version.stdout).unwrap();
+    // As engines read runc's: NAME version VERSION, in the first line and in no other.
+    let first = text.lines().next().unwrap();
+    let (name, number) = first.split_once(" version ").unwrap();
+    assert_eq!((name, number), ("bulkhead", env!("CARGO_PKG_VERSION")));
+    assert_eq!(text.matches("version").count(), 1, "{text}");
     assert_eq!(text.matches("sha256:").count(), 4, "{text}");
+}
+
+#[test]
+fn versions_are_told_to_programs_and_with_a_part_missing() {
+    let place = Place::new();
+    fs::remove_file(place.path("vmlinux")).unwrap();
+    let output = place.bulkhead(&["version", "--json"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(
+        place.bulkhead(&["--version", "--json"]).stdout,
+        output.stdout
+    );
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(told["version"], env!("CARGO_PKG_VERSION"));
+    let part = |name: &str| {
+        let parts = told["parts"].as_array().unwrap();
+        parts
+            .iter()
+            .find(|part| part["name"] == name)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(part("initramfs")["sha256"].as_str().unwrap().len(), 64);
+    assert!(
+        part("vmlinux")["error"]
+            .as_str()
+            .unwrap()
+            .contains("No such file")
+    );
+}
+
+#[test]
+fn the_own_version_comes_first_whatever_the_configuration_is() {
+    let place = Place::new();
+    fs::write(place.path("config.toml"), "memory = 5\n").unwrap();
+    let output = place.bulkhead(&["--version"]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .starts_with("bulkhead version ")
+    );
+}
+
+#[test]
+fn what_install_would_do_is_shown_and_not_done() {
+    let place = Place::new();
+    let config = place.path("containerd/config.toml");
+    fs::create_dir(place.path("containerd")).unwrap();
+    fs::write(&config, "version = 3\nroot = \"/x\"\n").unwrap();
+    let class = place.path("etc/class.yaml");
+    let words = [
+        "--containerd-config",
+        config.to_str().unwrap(),
+        "--runtime-class",
+        class.to_str().unwrap(),
+    ];
+    let output = place.bulkhead(&[&["install", "--dry-run"], &words[..]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in [
+        "@@ -1,2 +1,8 @@",
+        " root = \"/x\"",
+        "+  runtime_type = \"io.containerd.bulkhead.v1\"",
+        "--- /dev/null",
+        "+handler: bulkhead",
+    ] {
+        assert!(text.lines().any(|told| told == line), "{line}: {text}");
+    }
+    assert_eq!(
+        fs::read_to_string(&config).unwrap(),
+        "version = 3\nroot = \"/x\"\n"
+    );
+    assert!(!place.path("etc").exists());
 }

@@ -8,6 +8,7 @@ use std::{
     fs, panic,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use bulkhead_shim::{
@@ -38,8 +39,29 @@ fn forked(test: impl FnOnce()) {
             unsafe { libc::_exit(i32::from(result.is_err())) }
         }
         ForkResult::Parent { child } => {
-            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+            assert_eq!(next_of(child), WaitStatus::Exited(child, 0));
         }
+    }
+}
+
+/// The next that happens to a child; one to which nothing happens is killed, and the test has failed.
+fn next_of(child: Pid) -> WaitStatus {
+    const PATIENCE: Duration = Duration::from_secs(300);
+    let end = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_micros(10);
+    loop {
+        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+        match waitpid(child, Some(flags)).unwrap() {
+            WaitStatus::StillAlive => {}
+            status => return status,
+        }
+        if Instant::now() >= end {
+            let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
+            panic!("waited {PATIENCE:?} in vain for process {child}");
+        }
+        std::thread::sleep(pause);
+        // A traced child stops thousands of times.
+        pause = (2 * pause).min(Duration::from_millis(5));
     }
 }
 
@@ -413,10 +435,7 @@ fn kill_at(host: &Host, nth: usize) -> bool {
 }
 
 fn trace(child: Pid, nth: usize) -> bool {
-    assert!(matches!(
-        waitpid(child, None).unwrap(),
-        WaitStatus::Stopped(..)
-    ));
+    assert!(matches!(next_of(child), WaitStatus::Stopped(..)));
     // SAFETY: the child is stopped and traced by us; PTRACE_O_TRACESYSGOOD and _EXITKILL take no pointers.
     unsafe {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
@@ -430,7 +449,7 @@ fn trace(child: Pid, nth: usize) -> bool {
         unsafe { libc::ptrace(libc::PTRACE_SYSCALL, child.as_raw(), 0, signal) };
         signal = 0;
         // Only this child: the sleeper that it started is not traced.
-        match waitpid(child, Some(WaitPidFlag::__WALL)).unwrap() {
+        match next_of(child) {
             WaitStatus::PtraceSyscall(_) => {
                 entering = !entering;
                 if !entering {
@@ -442,10 +461,7 @@ fn trace(child: Pid, nth: usize) -> bool {
                     None => {}
                     Some(count) if count == nth => {
                         nix::sys::signal::kill(child, Signal::SIGKILL).unwrap();
-                        assert!(matches!(
-                            waitpid(child, None).unwrap(),
-                            WaitStatus::Signaled(..)
-                        ));
+                        assert!(matches!(next_of(child), WaitStatus::Signaled(..)));
                         kill_sleepers(child);
                         return false;
                     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use bulkhead_tests::{Bundle, Host, Ran, Runtime, Started};
+use bulkhead_tests::{Bundle, Host, Ran, Runtime, Started, must};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -176,13 +176,7 @@ fn an_agent_that_never_answers_is_reported_with_how_far_the_boot_came() {
         "chmod 755 {0}/root/init && cd {0}/root && find . | busybox cpio -o -H newc > ../initramfs",
         dir.path().display()
     );
-    assert!(
-        Command::new("sh")
-            .args(["-c", &script])
-            .status()
-            .expect("sh")
-            .success()
-    );
+    must(Command::new("sh").args(["-c", &script]));
     fs::write(
         path("config.toml"),
         format!(
@@ -227,12 +221,12 @@ fn without_kvm_it_says_so() {
 #[test]
 fn a_full_disk_is_the_containers_error_and_ours_is_clean() {
     let small = TempDir::new().expect("a temporary directory");
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
-        .arg(small.path())
-        .status()
-        .expect("mount");
-    assert!(mounted.success());
+    let mut mount = Command::new("mount");
+    must(
+        mount
+            .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+            .arg(small.path()),
+    );
     let host = Host::now();
     let bundle = Bundle::busybox()
         .bind(small.path(), "/data", &["rbind"])
@@ -241,13 +235,7 @@ fn a_full_disk_is_the_containers_error_and_ours_is_clean() {
         );
     assert_eq!(bundle.run().ok(), "No space left on device");
     host.assert_nothing_left();
-    assert!(
-        Command::new("umount")
-            .arg(small.path())
-            .status()
-            .expect("umount")
-            .success()
-    );
+    must(Command::new("umount").arg(small.path()));
 }
 
 #[test]

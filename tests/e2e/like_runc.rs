@@ -1,5 +1,8 @@
 //! The same bundle under runc and under Bulkhead: what the process sees of itself is the same.
 
+#[path = "like_runc/mounts.rs"]
+mod mounts;
+
 use bulkhead_tests::{Bundle, Runtime};
 use serde_json::{Value, json};
 
@@ -258,11 +261,15 @@ fn host_hooks_run_in_order_with_the_state() {
     let path = log.path().to_str().expect("a plain path").to_string();
     let run = |runtime: Runtime, failing: bool| {
         std::fs::write(&path, "").expect("writable");
+        let bundle = Bundle::busybox();
+        let root = bundle.root();
         let hook = |kind: &str| {
             let script = format!(
                 "state=$(cat); status=$(echo \"$state\" | grep -o '\"status\": *\"[a-z]*\"' | grep -o '[a-z]*\"$' | tr -d '\"'); \
                  pid=$(echo \"$state\" | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*$'); \
-                 alive=no; if [ -n \"$pid\" ] && [ -d /proc/$pid ]; then alive=yes; fi; echo \"{kind} $status $alive $W\" >> {path}"
+                 alive=no; if [ -n \"$pid\" ] && [ -d /proc/$pid ]; then alive=yes; fi; echo \"{kind} $status $alive $W\" >> {path}; \
+                 [ {kind} != started ] || touch {}/go",
+                root.display()
             );
             json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin", format!("W={kind}")]}])
         };
@@ -271,8 +278,9 @@ fn host_hooks_run_in_order_with_the_state() {
             hooks["createRuntime"] =
                 json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo because >&2; exit 3"]}]);
         }
-        let bundle = Bundle::busybox()
-            .script("sleep 1; echo ran")
+        // It lives until its hook has looked.
+        let bundle = bundle
+            .script("until [ -e /go ]; do sleep 0.1; done; echo ran")
             .edit(|config| config["hooks"] = hooks);
         let ran = bundle.run_with(runtime, &[]);
         (ran, std::fs::read_to_string(&path).expect("readable"))

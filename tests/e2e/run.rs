@@ -1,9 +1,11 @@
 //! `bulkhead run`: what goes in comes out, and the exit status is the container's.
 
 use std::fs;
-use std::process::Command;
+use std::io::Write;
+use std::process::{ChildStdin, Command};
+use std::time::{Duration, SystemTime};
 
-use bulkhead_tests::{Bundle, Host, Runtime, sha256, soak};
+use bulkhead_tests::{Bundle, Host, Runtime, Started, must, sha256, soak};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
@@ -134,15 +136,7 @@ fn an_image_unpacked_by_umoci_runs() {
     let busybox = Bundle::busybox();
     let tag = format!("{}:test", image.display());
     let umoci = |words: &[&str]| {
-        let output = Command::new("umoci")
-            .args(words)
-            .output()
-            .expect("umoci is installed");
-        assert!(
-            output.status.success(),
-            "umoci {words:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        must(Command::new("umoci").args(words));
     };
     umoci(&["init", "--layout", image.to_str().expect("a plain path")]);
     umoci(&["new", "--image", &tag]);
@@ -294,4 +288,108 @@ fn a_volume_is_shared_with_the_host() {
         json!(fs::read_to_string(volume.path().join("in")).expect("readable")),
         json!("from the host")
     );
+}
+
+/// How far the guest's clock may be from the host's.
+const CLOCK: Duration = Duration::from_millis(50);
+/// How far a file's times may be from the guest's clock.
+const FILE_TIMES: Duration = Duration::from_millis(20);
+
+fn clock() -> Duration {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.expect("the host is past 1970")
+}
+
+/// The narrowest of several pairs of the host's clock, each around one of the guest's, has to hold the guest's.
+#[track_caller]
+fn assert_clock_between(guest: &Started, stdin: &mut ChildStdin, lines: std::ops::Range<usize>) {
+    let asked = lines.map(|line| {
+        let before = clock();
+        stdin.write_all(b"\n").expect("the guest reads");
+        let inside: u64 = guest.line(line).parse().expect("nanoseconds");
+        (before, Duration::from_nanos(inside), clock())
+    });
+    let narrowest = asked.min_by_key(|(before, _, after)| after.saturating_sub(*before));
+    let (before, inside, after) = narrowest.expect("lines");
+    assert!(
+        inside + CLOCK >= before && inside <= after + CLOCK,
+        "the guest's clock says {inside:?}, the host's {before:?} before and {after:?} after"
+    );
+}
+
+#[test]
+fn the_clock_is_the_hosts_at_once_and_later() {
+    let script = "import sys, time\nfor line in sys.stdin: print(time.time_ns(), flush=True)";
+    let bundle = Bundle::debian().args(&["/usr/bin/python3", "-c", script]);
+    let mut guest = bundle.start(Runtime::Bulkhead, &[]);
+    let mut stdin = guest.stdin();
+    assert_clock_between(&guest, &mut stdin, 0..10);
+    std::thread::sleep(Duration::from_secs(10));
+    assert_clock_between(&guest, &mut stdin, 10..20);
+    drop(stdin);
+    guest.finish().ok();
+}
+
+/// The host's kernel stamps files, the guest's tells the time: they agree for what is made, touched and written, in the root and in a
+/// volume.
+#[test]
+fn a_files_times_are_those_of_the_clock() {
+    let volume = TempDir::new().expect("a temporary directory");
+    let script = r#"
+import os, time
+def make(path): open(path, "x").close()
+def touch(path): os.utime(path)
+def write(path):
+    with open(path, "w") as file: file.write("x")
+for directory in ("/tmp", "/volume"):
+    for act in (make, touch, write):
+        before = time.time_ns()
+        act(directory + "/file")
+        after = time.time_ns()
+        time.sleep(0.05)
+        print(act.__name__, before, os.stat(directory + "/file").st_mtime_ns, after)
+"#;
+    let ran = Bundle::debian()
+        .args(&["/usr/bin/python3", "-c", script])
+        .bind(volume.path(), "/volume", &["rbind", "rw"])
+        .run();
+    let text = ran.ok();
+    assert_eq!(text.lines().count(), 6, "{ran}");
+    for line in text.lines() {
+        let mut words = line.split(' ').skip(1);
+        let mut time = || -> Duration {
+            let word = words.next().expect("three numbers");
+            Duration::from_nanos(word.parse().expect("nanoseconds"))
+        };
+        let (before, stamp, after) = (time(), time(), time());
+        assert!(
+            stamp + FILE_TIMES >= before && stamp <= after + FILE_TIMES,
+            "before, mtime, after: {line}"
+        );
+    }
+}
+
+/// Nothing of the host is in it: its processes are the guest's, its only interface is lo, and what it leaves behind ends with it.
+#[test]
+fn a_container_with_a_mount_namespace_alone_has_the_guest_to_itself() {
+    let host = Host::now();
+    let bundle = Bundle::busybox()
+        .edit(|config| {
+            config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+            config["hostname"] = json!("");
+        })
+        .script(
+            "(sleep 1000 </dev/null >/dev/null 2>&1 &); cat /proc/1/comm; ls /sys/class/net; \
+             ls /proc | grep -c '^[0-9]'; uname -r; exit 3",
+        );
+    let ran = bundle.run();
+    let text = ran.text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((ran.status, lines.len()), (3, 4), "{ran}");
+    assert_eq!(lines[..2], ["init", "lo"], "{ran}");
+    let processes: u32 = lines[2].parse().expect("a count");
+    // The agent, the shell, sleep, ls, grep and threads of the kernel.
+    assert!((5..100).contains(&processes), "{ran}");
+    assert!(lines[3].ends_with("-bulkhead"), "{ran}");
+    host.assert_nothing_left();
 }

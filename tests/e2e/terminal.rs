@@ -4,7 +4,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::{Bundle, Host, Runtime, Started};
+use bulkhead_tests::{Bundle, Host, PATIENCE, Runtime, Started, run};
 use serde_json::json;
 
 fn terminal_bundle(script: &str) -> Bundle {
@@ -68,12 +68,8 @@ impl Tmux {
     }
 
     fn run(&self, words: &[&str]) -> String {
-        let output = Command::new("tmux")
-            .args(["-L", &self.0])
-            .args(words)
-            .output()
-            .expect("tmux is installed");
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        let mut command = Command::new("tmux");
+        run(command.args(["-L", &self.0]).args(words)).text()
     }
 
     fn keys(&self, keys: &[&str]) {
@@ -85,7 +81,7 @@ impl Tmux {
     /// Waits until the screen shows `text`.
     #[track_caller]
     fn shows(&self, text: &str) {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + PATIENCE;
         loop {
             let screen = self.run(&["capture-pane", "-p"]);
             if screen.contains(text) {
@@ -127,7 +123,7 @@ fn keys_interrupts_and_resizes_reach_the_shell() {
     tmux.shows("24 80");
     tmux.run(&["resize-window", "-x", "100", "-y", "30"]);
     // The new size travels beside the keys: asked again until it is there, as a person would.
-    let until = Instant::now() + Duration::from_secs(30);
+    let until = Instant::now() + PATIENCE;
     while !tmux.run(&["capture-pane", "-p"]).contains("30 100") {
         assert!(
             Instant::now() < until,

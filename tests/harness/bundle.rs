@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::netns::Netns;
-use crate::process::{Ran, Runtime, Started};
+use crate::process::{Ran, Runtime, Started, run};
 
 /// Where `tests/run` puts the debootstrapped root (lab exec --share).
 const DEBIAN_ROOT: &str = "/share";
@@ -174,7 +174,7 @@ impl Bundle {
 impl Drop for Bundle {
     fn drop(&mut self) {
         // Only Bundle::debian mounts here; a failure shows in the temporary directory that then stays.
-        let _ = Command::new("umount").arg("-q").arg(self.root()).status();
+        run(Command::new("umount").arg("-q").arg(self.root()));
     }
 }
 
@@ -208,28 +208,15 @@ pub(crate) fn busybox_root(root: &Path) {
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").expect("etc/passwd");
     fs::copy("/bin/busybox", root.join("bin/busybox"))
         .expect("Debian's busybox-static is installed");
-    let list = Command::new("/bin/busybox")
-        .arg("--list")
-        .output()
-        .expect("busybox runs");
-    for applet in String::from_utf8(list.stdout)
-        .expect("names")
-        .lines()
-        .filter(|name| *name != "busybox")
-    {
+    let list = run(Command::new("/bin/busybox").arg("--list")).ok();
+    for applet in list.lines().filter(|name| *name != "busybox") {
         symlink("busybox", root.join("bin").join(applet)).expect("an applet's link");
     }
 }
 
 /// Runs a tool that has to succeed.
+#[track_caller]
 pub fn must(command: &mut Command) {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let ran = run(command);
+    assert_eq!(ran.status, 0, "{command:?}: {ran}");
 }

@@ -1,11 +1,12 @@
 //! CNI plugins, called as an engine calls them (CNI specification 1.0), in a namespace that stands for the node.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::bundle::fresh_id;
 use crate::netns::Netns;
+use crate::process::Started;
 
 const PLUGINS: &str = "/usr/lib/cni";
 
@@ -79,7 +80,8 @@ impl<'a> Attachment<'a> {
             config["prevResult"] = self.result.clone();
         }
         let program = format!("{PLUGINS}/{}", plugin["type"].as_str().expect("a type"));
-        let mut child = Command::new("ip")
+        let mut command = Command::new("ip");
+        command
             .args(["netns", "exec"])
             .arg(self.node.name())
             .arg(program)
@@ -87,19 +89,15 @@ impl<'a> Attachment<'a> {
             .env("CNI_CONTAINERID", &self.id)
             .env("CNI_NETNS", self.pod.path())
             .env("CNI_IFNAME", self.interface)
-            .env("CNI_PATH", PLUGINS)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("iproute2 is installed");
-        let input = child.stdin.take().expect("piped");
-        serde_json::to_writer(input, &config).expect("a plugin reads its configuration");
-        let output = child.wait_with_output().expect("our own child");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        match output.status.success() {
-            true if text.trim().is_empty() => Ok(Value::Null),
-            true => serde_json::from_str(&text).map_err(|error| format!("{error}: {text}")),
-            false => Err(text),
+            .env("CNI_PATH", PLUGINS);
+        let mut plugin = Started::spawn(command);
+        serde_json::to_writer(plugin.stdin(), &config).expect("a plugin reads its configuration");
+        let ran = plugin.finish();
+        let text = ran.text();
+        match ran.status {
+            0 if text.trim().is_empty() => Ok(Value::Null),
+            0 => serde_json::from_str(&text).map_err(|error| format!("{error}: {text}")),
+            _ => Err(format!("{text}{}", ran.errors())),
         }
     }
 }

@@ -6,6 +6,8 @@ use http::{HeaderMap, Request};
 use protobuf::Message;
 use tokio::runtime::Runtime;
 
+use crate::PATIENCE;
+
 /// The messages, generated from `cri/cri.proto` and the shim's `cri/pod.proto`.
 #[allow(
     missing_docs,
@@ -48,7 +50,10 @@ impl Cri {
 
     /// One call of the RuntimeService: its answer, or the message of its error.
     pub fn call<A: Message>(&self, method: &str, request: &impl Message) -> Result<A, String> {
-        let bytes = self.runtime.block_on(self.exchange(method, request));
+        let bounded =
+            async { tokio::time::timeout(PATIENCE, self.exchange(method, request)).await };
+        let answer = self.runtime.block_on(bounded);
+        let bytes = answer.unwrap_or_else(|_| Err(format!("no answer in {PATIENCE:?}")));
         bytes.map(|bytes| A::parse_from_bytes(&bytes).expect("the published message"))
     }
 

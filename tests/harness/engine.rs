@@ -2,17 +2,16 @@
 //! `make test-containerd2` has built, in the directory that `BULKHEAD_CONTAINERD` names, and there the way to make pods that
 //! `BULKHEAD_SANDBOXER` names.
 
+use serde_json::json;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
-
-use serde_json::json;
 
 use crate::bundle::{busybox_root, debian_root, must};
+use crate::eventually;
 use crate::process::{Ran, Started, sha256};
 
 /// How containerd names the runtimes.
@@ -65,21 +64,8 @@ impl Engine {
     }
 
     fn wait_until_it_serves(&self) {
-        let deadline = Instant::now() + Duration::from_secs(120);
-        while !self
-            .ctr(&["version"])
-            .output()
-            .expect("ctr is installed")
-            .status
-            .success()
-        {
-            assert!(
-                Instant::now() < deadline,
-                "containerd does not serve: {}",
-                self.log()
-            );
-            thread::sleep(Duration::from_millis(100));
-        }
+        let serves = || self.run(&["version"]).status == 0;
+        eventually("containerd serves", serves, || self.log());
     }
 
     /// Ends containerd with SIGKILL and starts it again on the same directories.
@@ -123,7 +109,7 @@ impl Engine {
         let socket = format!("unix://{}", self.socket().display());
         command.args(["--runtime-endpoint", &socket, "--image-endpoint", &socket]);
         // An emulated host takes longer over a pod than the usual 2 s.
-        command.args(["--timeout", "120s"]);
+        command.args(["--timeout", "300s"]);
         command.args(words);
         Some(command)
     }

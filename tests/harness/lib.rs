@@ -13,17 +13,38 @@ mod kubelet;
 mod netns;
 mod process;
 
-pub use bundle::{Bundle, debian_root, fresh_id};
+pub use bundle::{Bundle, debian_root, fresh_id, must};
 pub use cni::Attachment;
 pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, sandboxer, tail};
 pub use host::Host;
 pub use kubelet::KubeletVolume;
 pub use netns::Netns;
-pub use process::{Ran, Runtime, Started, sha256};
+pub use process::{PATIENCE, Ran, Runtime, Started, run, sha256};
 
 /// The long versions of the suites were asked for (`make soak`).
 pub fn soak() -> bool {
     std::env::var_os("BULKHEAD_SOAK").is_some()
+}
+
+/// How long something may take that does not wait for a guest which does not answer: the shim gives such a one up after 10 s.
+/// On a quiet machine all of it takes a second or two.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(9);
+
+/// Waits for something that must come.
+///
+/// # Panics
+/// When it does not: with `what`, and what `more` has to say.
+#[track_caller]
+pub fn eventually(what: &str, mut happened: impl FnMut() -> bool, more: impl FnOnce() -> String) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !happened() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "waited {PATIENCE:?} in vain: {what}\n{}",
+            more()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
 }
 
 /// How many samples of a figure are taken: `make bench` says.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::bundle::{fresh_id, must};
-use crate::process::{Ran, Started};
+use crate::process::{Ran, Started, run};
 
 /// A namespace; it goes, with its interfaces, when this is dropped.
 pub struct Netns {
@@ -79,8 +79,6 @@ impl Default for Netns {
 impl Drop for Netns {
     fn drop(&mut self) {
         // What still holds it open shows in the next look at the host.
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .status();
+        run(Command::new("ip").args(["netns", "del", &self.name]));
     }
 }

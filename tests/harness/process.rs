@@ -5,16 +5,22 @@ use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
-/// How long a test waits for output that must come.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a test waits for what must come: many times what it takes in the lab on a quiet machine, since a busy one is several
+/// times slower, and still an end to a hang.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How long a command may take from start to end; the long versions of the suites move sixteen times as much.
+fn life() -> Duration {
+    PATIENCE * if crate::soak() { 16 } else { 2 }
+}
 
 /// Which runtime runs the bundle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +54,8 @@ impl Runtime {
 
 /// A command that runs.
 pub struct Started {
+    /// What was called, for whoever waits in vain.
+    name: String,
     child: Child,
     stdout: Output,
     stderr: Output,
@@ -57,7 +65,12 @@ pub struct Started {
 impl Started {
     /// Starts it in a process group of its own, with pipes.
     pub fn spawn(mut command: Command) -> Started {
+        Started::of(&mut command)
+    }
+
+    fn of(command: &mut Command) -> Started {
         let since = Instant::now();
+        let name = format!("{command:?}");
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -68,6 +81,7 @@ impl Started {
         let stdout = Output::read(child.stdout.take().expect("piped"));
         let stderr = Output::read(child.stderr.take().expect("piped"));
         Started {
+            name,
             child,
             stdout,
             stderr,
@@ -143,18 +157,49 @@ impl Started {
     }
 
     /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not come: the command is killed then, and what it has said is told.
+    #[track_caller]
     pub fn finish(mut self) -> Ran {
         drop(self.child.stdin.take());
-        let status = self.child.wait().expect("our own child");
-        Ran {
-            status: status
-                .code()
-                .unwrap_or_else(|| -status.signal().expect("ended by exit or signal")),
-            stdout: self.stdout.finish(),
-            stderr: self.stderr.finish(),
-            took: self.since.elapsed(),
-        }
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
+        let (sender, ended) = mpsc::channel();
+        let mut child = self.child;
+        thread::spawn(move || sender.send(child.wait()));
+        let status = match ended.recv_timeout(life()) {
+            Ok(status) => status.expect("our own child"),
+            Err(_) => {
+                // Its own group, see `spawn`.
+                let _ = killpg(pid, Signal::SIGKILL);
+                let (stdout, stderr) = (self.stdout.so_far(), self.stderr.so_far());
+                let ran = Ran::new(-9, stdout, stderr, self.since);
+                panic!("{} has not ended in {:?}: {ran}", self.name, life());
+            }
+        };
+        let status = status
+            .code()
+            .unwrap_or_else(|| -status.signal().expect("ended by exit or signal"));
+        // Whoever has a copy of the streams keeps them from ending.
+        let all = [self.stdout, self.stderr].map(|output| {
+            let (bytes, ended) = output.finish();
+            assert!(
+                ended,
+                "{} has ended, but somebody held its output open for {PATIENCE:?} after that: {}",
+                self.name,
+                String::from_utf8_lossy(&bytes)
+            );
+            bytes
+        });
+        let [stdout, stderr] = all;
+        Ran::new(status, stdout, stderr, self.since)
     }
+}
+
+/// Runs a command to its end, which must come.
+#[track_caller]
+pub fn run(command: &mut Command) -> Ran {
+    Started::of(command).finish()
 }
 
 /// What came of a command.
@@ -170,6 +215,15 @@ pub struct Ran {
 }
 
 impl Ran {
+    fn new(status: i32, stdout: Vec<u8>, stderr: Vec<u8>, since: Instant) -> Ran {
+        Ran {
+            status,
+            stdout,
+            stderr,
+            took: since.elapsed(),
+        }
+    }
+
     /// Its output as text without the last line's end.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout)
@@ -228,31 +282,42 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 /// A stream that a thread reads to its end.
-struct Output {
-    read: Arc<(Mutex<Vec<u8>>, Condvar)>,
-    thread: JoinHandle<()>,
+struct Output(Arc<(Mutex<Seen>, Condvar)>);
+
+/// What has come of a stream.
+#[derive(Default)]
+struct Seen {
+    bytes: Vec<u8>,
+    ended: bool,
 }
 
 impl Output {
     fn read(mut from: impl Read + Send + 'static) -> Output {
-        let read = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
-        let shared = read.clone();
-        let thread = thread::spawn(move || {
+        let shared = Arc::new((Mutex::new(Seen::default()), Condvar::new()));
+        let output = Output(shared.clone());
+        thread::spawn(move || {
             let mut chunk = vec![0; 64 << 10];
             loop {
                 let count = from.read(&mut chunk).expect("a pipe is readable");
-                if count == 0 {
+                let mut seen = shared.0.lock().expect("not poisoned");
+                seen.bytes.extend_from_slice(&chunk[..count]);
+                seen.ended = count == 0;
+                shared.1.notify_all();
+                if seen.ended {
                     break;
                 }
-                shared
-                    .0
-                    .lock()
-                    .expect("not poisoned")
-                    .extend_from_slice(&chunk[..count]);
-                shared.1.notify_all();
             }
         });
-        Output { read, thread }
+        output
+    }
+
+    /// Waits until the stream has ended or what has come is enough, at most [`PATIENCE`].
+    fn wait(&self, is_enough: impl Fn(&[u8]) -> bool) -> MutexGuard<'_, Seen> {
+        let (seen, news) = &*self.0;
+        let goes_on = |seen: &mut Seen| !seen.ended && !is_enough(&seen.bytes);
+        let seen = seen.lock().expect("not poisoned");
+        let waited = news.wait_timeout_while(seen, PATIENCE, goes_on);
+        waited.expect("not poisoned").0
     }
 
     fn wait_for(&self, text: &str) -> bool {
@@ -261,47 +326,59 @@ impl Output {
                 .windows(text.len())
                 .any(|window| window == text.as_bytes())
         };
-        let mut bytes = self.read.0.lock().expect("not poisoned");
-        let deadline = Instant::now() + PATIENCE;
-        // The time-out only notices the end of the stream, which nobody announces.
-        while !has(&bytes) && !self.thread.is_finished() && Instant::now() < deadline {
-            bytes = self
-                .read
-                .1
-                .wait_timeout(bytes, Duration::from_millis(100))
-                .expect("not poisoned")
-                .0;
-        }
-        has(&bytes)
+        has(&self.wait(has).bytes)
     }
 
     fn line(&self, index: usize) -> Option<String> {
-        let deadline = Instant::now() + PATIENCE;
-        let mut bytes = self.read.0.lock().expect("not poisoned");
-        loop {
+        let line = |bytes: &[u8]| {
             let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').skip(index);
-            if let Some(line) = lines.next().and_then(|line| line.strip_suffix(b"\n")) {
-                return Some(String::from_utf8_lossy(line).into_owned());
-            }
-            if self.thread.is_finished() || Instant::now() >= deadline {
-                return None;
-            }
-            // As above.
-            bytes = self
-                .read
-                .1
-                .wait_timeout(bytes, Duration::from_millis(100))
-                .expect("not poisoned")
-                .0;
-        }
+            let line = lines.next()?.strip_suffix(b"\n")?;
+            Some(String::from_utf8_lossy(line).into_owned())
+        };
+        line(&self.wait(|bytes| line(bytes).is_some()).bytes)
     }
 
     fn so_far(&self) -> Vec<u8> {
-        self.read.0.lock().expect("not poisoned").clone()
+        self.0.0.lock().expect("not poisoned").bytes.clone()
     }
 
-    fn finish(self) -> Vec<u8> {
-        self.thread.join().expect("a reader");
-        std::mem::take(&mut *self.read.0.lock().expect("not poisoned"))
+    /// All of it, and whether it has ended.
+    fn finish(self) -> (Vec<u8>, bool) {
+        let mut seen = self.wait(|_| false);
+        (std::mem::take(&mut seen.bytes), seen.ended)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Started {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Started::spawn(command)
+    }
+
+    #[test]
+    fn output_is_waited_for_and_read_to_its_end() {
+        let mut started = shell("echo one; read word; echo $word; echo last >&2; exit 3");
+        started.wait_for_output("one");
+        assert_eq!(started.line(0), "one");
+        writeln!(started.stdin(), "two").expect("it reads");
+        assert_eq!(started.line(1), "two");
+        let ran = started.finish();
+        assert_eq!((ran.status, ran.text().as_str()), (3, "one\ntwo"), "{ran}");
+        assert_eq!(ran.errors(), "last\n");
+    }
+
+    #[test]
+    #[should_panic(expected = "the output ended")]
+    fn output_that_ends_before_is_told_at_once() {
+        shell("echo one").wait_for_output("two");
+    }
+
+    #[test]
+    fn a_command_that_a_signal_ends_has_its_negative_number() {
+        assert_eq!(shell("kill -9 $$").finish().status, -9);
     }
 }

@@ -110,7 +110,8 @@ pub fn enter(uid: u32, gid: u32, file_limit: u64, threads: u64) -> Result<(), Ja
 fn limit_resources(file_limit: u64, threads: u64) -> Result<(), JailError> {
     let limits = [
         (Resource::RLIMIT_NOFILE, MAX_FILES),
-        (Resource::RLIMIT_CORE, 0),
+        // core(5): a limit of 0 does not stop a dump that goes to a program; 1 stops both kinds.
+        (Resource::RLIMIT_CORE, 1),
         (Resource::RLIMIT_FSIZE, file_limit),
         (Resource::RLIMIT_NPROC, threads),
     ];
@@ -207,4 +208,4 @@ pub fn set_name(name: &CStr) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -212,6 +212,7 @@ fn map(file: FileOffset, start: u64, size: u64) -> Result<GuestRegionMmap, Memor
     if address == libc::MAP_FAILED {
         return Err(fail(io::Error::last_os_error()));
     }
+    keep_out_of_dumps(address.cast(), length).map_err(fail)?;
     let builder = MmapRegionBuilder::new(length)
         .with_mmap_prot(protection)
         .with_mmap_flags(flags)
@@ -223,6 +224,19 @@ fn map(file: FileOffset, start: u64, size: u64) -> Result<GuestRegionMmap, Memor
         .map_err(|error| MemoryError::Ranges(error.to_string()))?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
         .ok_or_else(|| MemoryError::Ranges(format!("{start:#x}+{size:#x} wraps")))
+}
+
+/// Keeps a mapping of guest memory out of core dumps: what a pod has in memory is not for the
+/// host's disk.
+///
+/// # Errors
+/// madvise(2)'s: the range is no mapping.
+pub fn keep_out_of_dumps(start: *mut u8, length: usize) -> io::Result<()> {
+    // SAFETY: the advice changes no memory and no mapping, it marks what a core dump leaves out.
+    match unsafe { libc::madvise(start.cast(), length, libc::MADV_DONTDUMP) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Address space for `length` bytes at a multiple of [`HUGE_PAGE`], as guest memory begins at one, too.
@@ -268,6 +282,22 @@ mod tests {
                 executable.unwrap_err().kind(),
                 io::ErrorKind::PermissionDenied
             );
+        }
+    }
+
+    #[test]
+    fn guest_memory_is_in_no_core_dump() {
+        let memory = Memory::new(8 << 20).unwrap();
+        let regions = memory.ram().iter().chain([&memory.ramoops]);
+        for region in regions {
+            let start = region.as_ptr() as usize;
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut lines = maps.lines();
+            let found = lines.any(|line| line.starts_with(&format!("{start:x}-")));
+            assert!(found, "{start:x} is not mapped");
+            let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+            // proc_pid_smaps(5): "dd", do not include area into core dump.
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
         }
     }
 

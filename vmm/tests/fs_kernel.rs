@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
+use bulkhead_vmm_config::LISTEN_SUFFIX;
 use nix::errno::Errno;
 use nix::fcntl::{
     AT_FDCWD, AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, open, renameat2,
@@ -17,7 +19,7 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Whence, linkat, lseek64};
 
 mod fs_support;
-use fs_support::{CACHED, Mounted, NO_CACHE, shell_as};
+use fs_support::{CACHED, Mounted, NO_CACHE, assert_same, program, shell_as};
 
 fn c_path(path: &Path) -> CString {
     CString::new(path.as_os_str().as_bytes()).unwrap()
@@ -94,6 +96,63 @@ fn rename_flags() {
     rename("b", "d", RenameFlags::RENAME_WHITEOUT).unwrap();
     let whiteout = fs::metadata(m.host("b")).unwrap();
     assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0);
+}
+
+#[test]
+fn who_listens_at_a_socket_of_the_host_is_reached_by_its_name() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let reached = |listener: &UnixListener, path: &Path| {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(b"hi").unwrap();
+        let mut heard = [0; 2];
+        listener.accept().unwrap().0.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"hi");
+    };
+    let refused = |path: &Path| UnixStream::connect(path).unwrap_err().kind();
+    for cache in [NO_CACHE, CACHED] {
+        let m = Mounted::new(cache);
+        let at_suffix = |name: &str| m.at(&format!("{name}{LISTEN_SUFFIX}"));
+        let host = UnixListener::bind(m.host("s")).unwrap();
+        fs::set_permissions(m.host("s"), fs::Permissions::from_mode(0o640)).unwrap();
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        let agent = UnixListener::bind(at_suffix("s")).unwrap();
+        reached(&agent, &m.at("s"));
+        assert_eq!(fs::metadata(m.at("s")).unwrap().mode() & 0o777, 0o640);
+        let stranger = "import socket\ntry: socket.socket(socket.AF_UNIX).connect('s')\nexcept OSError as e: print(e.errno)";
+        let stranger = format!("python3 -c \"{stranger}\"");
+        let told = shell_as(1000, 1000, m.point.path(), &stranger);
+        assert_eq!(told.trim(), libc::EACCES.to_string(), "the mode counts");
+        // Nothing was made, and the host's server has heard nothing.
+        let names: Vec<_> = fs::read_dir(m.share.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["s"]);
+        host.set_nonblocking(true).unwrap();
+        assert_eq!(host.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        // By another name of the inode too, and no more by this one when the host has another socket there.
+        fs::hard_link(m.host("s"), m.host("link")).unwrap();
+        reached(&agent, &m.at("link"));
+        fs::remove_file(m.host("s")).unwrap();
+        let _again = UnixListener::bind(m.host("s")).unwrap();
+        std::thread::sleep(Duration::from_millis(cache.entry_ms + 50));
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        let again = UnixListener::bind(at_suffix("s")).unwrap();
+        reached(&again, &m.at("s"));
+        reached(&agent, &m.at("link"));
+        drop(again);
+        assert_eq!(refused(&m.at("s")), ErrorKind::ConnectionRefused);
+        assert!(m.host("s").exists());
+        // Only a socket that is there.
+        fs::write(m.host("f"), b"").unwrap();
+        let error = |name| {
+            UnixListener::bind(at_suffix(name))
+                .unwrap_err()
+                .raw_os_error()
+        };
+        assert_eq!(error("f"), Some(libc::ENOTSOCK));
+        assert_eq!(error("none"), Some(libc::ENOENT));
+    }
 }
 
 #[test]
@@ -342,7 +401,7 @@ fn attributes_acls_and_capabilities() {
         })
     };
     set("user.colour", b"blue").unwrap();
-    assert_eq!(set("trusted.x", b"1"), Err(Errno::EOPNOTSUPP));
+    assert_eq!(set("security.selinux", b"1"), Err(Errno::EOPNOTSUPP));
     // cap_net_bind_service+ep, revision 2.
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     set("security.capability", &capability).unwrap();
@@ -430,6 +489,389 @@ fn access_control_lists_decide_and_are_inherited() {
         fs::metadata(m.host("d/by-acl")).unwrap().mode() & 0o777,
         0o664
     );
+}
+
+/// The same calls on the bare file system and on the share.
+#[test]
+fn access_control_lists_are_those_of_the_bare_file_system() {
+    let bare = tempfile::tempdir().unwrap();
+    fs::set_permissions(bare.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    program("acl.py", &["outside"], bare.path());
+    let control = program("acl.py", &["inside"], bare.path());
+    let m = Mounted::new(CACHED);
+    program("acl.py", &["outside"], m.share.path());
+    assert_same(&control, &program("acl.py", &["inside"], m.point.path()));
+}
+
+#[test]
+fn set_id_bits_and_capabilities_go_as_on_the_bare_file_system() {
+    let bare = tempfile::tempdir().unwrap();
+    fs::set_permissions(bare.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let control = program("set_id.py", &[], bare.path());
+    let m = Mounted::new(CACHED);
+    assert_same(&control, &program("set_id.py", &[], m.point.path()));
+}
+
+#[test]
+fn overlays_mount_and_leave_nothing_trusted_on_the_host() {
+    let bare = tempfile::tempdir().unwrap();
+    fs::set_permissions(bare.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let control = program("overlay.py", &[], bare.path());
+    let m = Mounted::new(CACHED);
+    assert_same(&control, &program("overlay.py", &[], m.point.path()));
+    let names = |path: &Path| {
+        let mut names = [0_u8; 1024];
+        let path = c_path(path);
+        // SAFETY: the path is NUL-terminated and names is writable for its length.
+        let length =
+            unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+        String::from_utf8_lossy(&names[..length as usize]).into_owned()
+    };
+    let ours = "user.bulkhead.trusted.overlay.opaque\0";
+    assert!(names(&m.host("defaults/u/d")).contains(ours));
+    for path in ["f", "dir", "defaults/u/d", "redirect_dir=on/u/there"] {
+        let names = names(&m.host(path));
+        assert!(
+            !names.contains("\0trusted.") && !names.starts_with("trusted."),
+            "{names:?}"
+        );
+    }
+    // The name on the host is none in the guest.
+    let path = c_path(&m.at("dir"));
+    let raw = c"user.bulkhead.trusted.d";
+    let mut value = [0_u8; 16];
+    // SAFETY: the strings are NUL-terminated and the value is writable for its length.
+    let (got, set) = unsafe {
+        let value = value.as_mut_ptr().cast();
+        (
+            Errno::result(libc::getxattr(path.as_ptr(), raw.as_ptr(), value, 16)),
+            Errno::result(libc::setxattr(path.as_ptr(), raw.as_ptr(), value, 1, 0)),
+        )
+    };
+    assert_eq!((got, set), (Err(Errno::ENODATA), Err(Errno::EPERM)));
+    assert_eq!(names(&m.at("dir")), "trusted.d\0");
+}
+
+/// A user namespace that maps `inside` and the nine ids behind it to `outside`.
+fn user_namespace(inside: u32, outside: u32) -> File {
+    use std::os::unix::process::CommandExt;
+
+    let mut command = std::process::Command::new("sleep");
+    // SAFETY: the child calls nothing but unshare(2) before it executes.
+    unsafe {
+        command.arg("60").pre_exec(|| {
+            Errno::result(libc::unshare(libc::CLONE_NEWUSER))?;
+            Ok(())
+        });
+    }
+    let mut holder = command.spawn().unwrap();
+    let proc = format!("/proc/{}", holder.id());
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("{proc}/{map}"), format!("{inside} {outside} 10")).unwrap();
+    }
+    let namespace = File::open(format!("{proc}/ns/user")).unwrap();
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    namespace
+}
+
+#[test]
+fn a_mount_of_other_ids_shows_and_makes_mapped_owners() {
+    use nix::mount::{MntFlags, umount2};
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+
+    let m = Mounted::new(CACHED);
+    fs::set_permissions(m.at("."), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(m.at("of root"), "").unwrap();
+    let mapped = tempfile::tempdir().unwrap();
+    fs::set_permissions(mapped.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // What belongs to 0 on the share belongs to 1000 on the mount.
+    let namespace = user_namespace(0, 1000);
+    let attributes = MountAttr {
+        set: 0x10_0000, // MOUNT_ATTR_IDMAP
+        clear: 0,
+        propagation: 0,
+        user_namespace: namespace.as_raw_fd() as u64,
+    };
+    let (from, to) = (c_path(m.point.path()), c_path(mapped.path()));
+    // SAFETY: the paths are NUL-terminated, the attributes have the size that is passed, and the
+    // descriptor is closed once.
+    unsafe {
+        let open_tree_clone = 1;
+        let tree = libc::syscall(
+            libc::SYS_open_tree,
+            libc::AT_FDCWD,
+            from.as_ptr(),
+            open_tree_clone,
+        );
+        Errno::result(tree).unwrap();
+        Errno::result(libc::syscall(
+            libc::SYS_mount_setattr,
+            tree,
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<MountAttr>(),
+        ))
+        .expect("the share can be mapped");
+        let empty_from = 4; // MOVE_MOUNT_F_EMPTY_PATH
+        let moved = libc::syscall(
+            libc::SYS_move_mount,
+            tree,
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            to.as_ptr(),
+            empty_from,
+        );
+        Errno::result(moved).unwrap();
+        libc::close(tree as i32);
+    }
+    let owner = |path: &Path| {
+        let status = fs::symlink_metadata(path).unwrap();
+        (status.uid(), status.gid())
+    };
+    assert_eq!(owner(&mapped.path().join("of root")), (1000, 1000));
+    let script =
+        "echo x > f; mkdir d; ln -s f s; mkfifo p; mv f g; chmod 600 g; echo y >> g; cat g";
+    shell_as(1000, 1000, mapped.path(), script);
+    for name in ["g", "d", "s", "p"] {
+        assert_eq!(owner(&m.host(name)), (0, 0), "{name}");
+        assert_eq!(owner(&mapped.path().join(name)), (1000, 1000), "{name}");
+    }
+    std::os::unix::fs::chown(mapped.path().join("g"), Some(1003), Some(1004)).unwrap();
+    assert_eq!(owner(&m.host("g")), (3, 4));
+    umount2(mapped.path(), MntFlags::MNT_DETACH).unwrap();
+}
+
+/// How often the kernel has asked for something.
+fn asked(m: &Mounted, what: &str) -> u64 {
+    let requests = m.engine.stats().requests;
+    let of = |(name, count): &(&str, u64)| (*name == what).then_some(*count);
+    requests.iter().find_map(of).unwrap_or(0)
+}
+
+/// Opens, reads and asks for no attributes, which would show the kernel a change by themselves.
+fn read_only(path: &Path) -> String {
+    let mut text = [0; 64];
+    let length = File::open(path).unwrap().read(&mut text).unwrap();
+    String::from_utf8_lossy(&text[..length]).into_owned()
+}
+
+#[test]
+fn what_the_host_wrote_is_read_by_the_next_open() {
+    let m = Mounted::new(CACHED);
+    let path = |name: &str| m.host(name);
+    let write_at_start = |name: &str, text: &str| {
+        let file = File::options().write(true).open(path(name)).unwrap();
+        file.write_all_at(text.as_bytes(), 0).unwrap();
+    };
+    let stamps = |name: &str| fs::metadata(path(name)).unwrap().modified().unwrap();
+    type Change<'a> = Box<dyn Fn(&str) + 'a>;
+    let ways: [(&str, &str, Change); 9] = [
+        (
+            "rewritten",
+            "NEW",
+            Box::new(|name| write_at_start(name, "NEW")),
+        ),
+        (
+            "grown",
+            "old and more",
+            Box::new(|name| {
+                let mut file = File::options().append(true).open(path(name)).unwrap();
+                file.write_all(b" and more").unwrap();
+            }),
+        ),
+        (
+            "shrunk",
+            "o",
+            Box::new(|name| {
+                File::options()
+                    .write(true)
+                    .open(path(name))
+                    .unwrap()
+                    .set_len(1)
+                    .unwrap();
+            }),
+        ),
+        (
+            "truncated and written",
+            "NEW",
+            Box::new(|name| fs::write(path(name), "NEW").unwrap()),
+        ),
+        (
+            "rewritten with the old time",
+            "NEW",
+            Box::new(|name| {
+                let before = stamps(name);
+                let file = File::options().write(true).open(path(name)).unwrap();
+                file.write_all_at(b"NEW", 0).unwrap();
+                file.set_modified(before).unwrap();
+            }),
+        ),
+        (
+            "replaced",
+            "NEW",
+            Box::new(|name| {
+                fs::write(path("new"), "NEW").unwrap();
+                fs::rename(path("new"), path(name)).unwrap();
+            }),
+        ),
+        (
+            "replaced with the old time",
+            "NEW",
+            Box::new(|name| {
+                let before = stamps(name);
+                fs::write(path("new"), "NEW").unwrap();
+                let file = File::options().write(true).open(path("new")).unwrap();
+                file.set_modified(before).unwrap();
+                fs::rename(path("new"), path(name)).unwrap();
+            }),
+        ),
+        (
+            "moved away and replaced",
+            "NEW",
+            Box::new(|name| {
+                fs::rename(path(name), path("old")).unwrap();
+                fs::write(path(name), "NEW").unwrap();
+            }),
+        ),
+        (
+            "removed and made again",
+            "NEW",
+            Box::new(|name| {
+                fs::remove_file(path(name)).unwrap();
+                fs::write(path(name), "NEW").unwrap();
+            }),
+        ),
+    ];
+    for (name, new, change) in &ways {
+        fs::create_dir_all(m.host("dir")).unwrap();
+        let name = format!("dir/{name}");
+        fs::write(m.host(&name), "old").unwrap();
+        assert_eq!(read_only(&m.at(&name)), "old");
+        // Time stamps of the host are as coarse as its clock's tick.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        change(&name);
+        assert_eq!(read_only(&m.at(&name)), *new, "{name}");
+    }
+    // By a mapping: the host's kernel stamps the file when the page is written to first.
+    fs::write(m.host("mapped"), vec![b'a'; 8192]).unwrap();
+    assert_eq!(fs::read(m.at("mapped")).unwrap()[0], b'a');
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(m.host("mapped"))
+        .unwrap();
+    map(&file, libc::MAP_SHARED)[0] = b'm';
+    assert_eq!(fs::read(m.at("mapped")).unwrap()[0], b'm');
+    // And a mapping inside, made by a new open.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    fs::write(m.host("plain"), vec![b'a'; 8192]).unwrap();
+    assert_eq!(fs::read(m.at("plain")).unwrap()[0], b'a');
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    fs::write(m.host("plain"), vec![b'b'; 8192]).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(m.at("plain"))
+        .unwrap();
+    assert_eq!(map(&file, libc::MAP_SHARED)[0], b'b');
+}
+
+/// open(2) walks its path again once only: what goes on changing opens all the same.
+#[test]
+fn a_file_that_the_host_writes_all_the_time_can_be_opened() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let m = Mounted::new(CACHED);
+    fs::write(m.host("log"), "").unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut log = File::options().append(true).open(m.host("log")).unwrap();
+            while !stop.load(Ordering::Relaxed) {
+                log.write_all(b"x").unwrap();
+            }
+        });
+        let opened = std::panic::catch_unwind(|| {
+            std::thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        for _ in 0..1000 {
+                            File::open(m.at("log")).unwrap();
+                        }
+                    });
+                }
+            });
+        });
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap();
+        opened.unwrap();
+    });
+}
+
+#[test]
+fn what_the_guest_changes_itself_costs_it_no_cache_at_each_open() {
+    let m = Mounted::new(CACHED);
+    let content = vec![7; 1 << 20];
+    fs::write(m.at("f"), &content).unwrap();
+    let read = || assert!(fs::read(m.at("f")).unwrap() == content);
+    // The kernel drops the pages that it has written itself when it learns their modification time.
+    read();
+    let cached = |what: &str, change: &dyn Fn()| {
+        change();
+        let (reads, opens) = (asked(&m, "read"), asked(&m, "open"));
+        read();
+        assert_eq!(asked(&m, "read"), reads, "{what}");
+        assert_eq!(asked(&m, "open"), opens + 1, "{what}: opened again");
+    };
+    cached("nothing", &|| {});
+    let mode = |mode| fs::set_permissions(m.at("f"), fs::Permissions::from_mode(mode)).unwrap();
+    cached("chmod", &|| mode(0o600));
+    cached("chown", &|| {
+        std::os::unix::fs::chown(m.at("f"), Some(5), None).unwrap()
+    });
+    cached("link", &|| fs::hard_link(m.at("f"), m.at("g")).unwrap());
+    cached("rename", &|| {
+        fs::rename(m.at("f"), m.at("h")).unwrap();
+        fs::rename(m.at("h"), m.at("f")).unwrap();
+    });
+    cached("attribute", &|| {
+        let path = c_path(&m.at("f"));
+        // SAFETY: the strings are NUL-terminated and the value is readable for its length.
+        let set = unsafe {
+            libc::setxattr(
+                path.as_ptr(),
+                c"user.a".as_ptr(),
+                c"v".as_ptr().cast(),
+                1,
+                0,
+            )
+        };
+        Errno::result(set).unwrap();
+    });
+    // A write is read back once, however often the file is opened.
+    File::options()
+        .write(true)
+        .open(m.at("f"))
+        .unwrap()
+        .write_all_at(&[7; 10], 0)
+        .unwrap();
+    read();
+    for _ in 0..3 {
+        cached("after a write", &|| {});
+    }
+    // Removed and open: the kernel opens it again through /proc.
+    let file = File::open(m.at("f")).unwrap();
+    fs::remove_file(m.at("f")).unwrap();
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
 }
 
 #[test]
@@ -610,7 +1052,9 @@ fn a_tree_is_let_go_while_it_is_used() {
             let none = None::<&str>;
             mount(Some(source.path()), &point, none, MsFlags::MS_BIND, none).unwrap();
             let before = seen.load(Ordering::Relaxed);
+            let since = std::time::Instant::now();
             while seen.load(Ordering::Relaxed) < before + 3 {
+                assert!(since.elapsed().as_secs() < 60, "{cycle}: nobody reads");
                 std::thread::yield_now();
             }
             m.engine.detach(&worker, "c/rootfs").unwrap();
@@ -618,7 +1062,7 @@ fn a_tree_is_let_go_while_it_is_used() {
             let refused = std::time::Instant::now();
             while let Err(error) = umount2(&point, MntFlags::empty()) {
                 assert_eq!(error, nix::errno::Errno::EBUSY, "{cycle}");
-                assert!(refused.elapsed().as_secs() < 2, "{cycle}: stays busy");
+                assert!(refused.elapsed().as_secs() < 60, "{cycle}: stays busy");
             }
         }
         m

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use bulkhead_vmm_config::{
     CONTROL_FD, CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -24,9 +25,19 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+/// How long a test waits for what must come.
+const PATIENCE: Duration = Duration::from_secs(60);
 const RAM: usize = 8 << 20;
 const QUEUE_SIZE: u16 = 16;
 const EVENT_IDX: u64 = 1 << 29;
+
+/// Waits until there is something to read.
+fn comes(what: &str, from: BorrowedFd<'_>) {
+    let mut polled = [PollFd::new(from, PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(PATIENCE).unwrap();
+    let came = poll(&mut polled, patience).unwrap();
+    assert_eq!(came, 1, "waited {PATIENCE:?} in vain for {what}");
+}
 
 fn seqpacket() -> (OwnedFd, OwnedFd) {
     socketpair(
@@ -95,7 +106,9 @@ impl FsProcess {
     }
 
     fn event(&self) -> FsEvent {
-        self.control.as_ref().unwrap().receive().unwrap().0
+        let control = self.control.as_ref().unwrap();
+        comes("an event", control.as_fd());
+        control.receive().unwrap().0
     }
 
     fn ask(&self, request: &FsRequest) -> FsEvent {
@@ -121,7 +134,7 @@ impl FsProcess {
     /// Lets go of the control socket; the exit code.
     fn end(&mut self) -> i32 {
         self.control = None;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Ok(WaitStatus::Exited(_, code)) =
                 waitpid(self.pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
@@ -130,7 +143,7 @@ impl FsProcess {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        panic!("the process outlives its control socket");
+        panic!("the process outlives its control socket by {PATIENCE:?}");
     }
 }
 
@@ -195,7 +208,9 @@ impl Driver {
             MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), RAM).unwrap();
         let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
         let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let mut frontend = Frontend::from_stream(UnixStream::from(socket), 2);
+        let socket = UnixStream::from(socket);
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut frontend = Frontend::from_stream(socket, 2);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
         let wanted = 1 << 32 | EVENT_IDX | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -285,6 +300,10 @@ impl Driver {
             )
             .unwrap();
         self.kick.write(1).unwrap();
+        // SAFETY: `self.call` is open as long as this.
+        comes("a call", unsafe {
+            BorrowedFd::borrow_raw(self.call.as_raw_fd())
+        });
         self.call.read().unwrap();
         let used: u16 = memory
             .load(GuestAddress(USED + 2), std::sync::atomic::Ordering::SeqCst)
@@ -408,9 +427,14 @@ fn it_serves_from_a_jail_and_lets_go_of_trees() {
     // What the process may still do.
     assert_eq!(process.status("NoNewPrivs"), "1");
     for set in ["CapEff", "CapPrm", "CapBnd"] {
-        assert_eq!(process.status(set), "00000000800000df", "{set}");
+        assert_eq!(process.status(set), "00000000800000db", "{set}");
     }
     assert_eq!(process.status("CapInh"), "0000000000000000");
+    // proc_pid_smaps(5): "dd", guest memory is in no core dump.
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", process.pid)).unwrap();
+    let mut lines = maps.lines().skip_while(|line| !line.contains("memfd:ram"));
+    let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+    assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
     let mut root: Vec<_> = fs::read_dir(format!("/proc/{}/root", process.pid))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -139,8 +139,9 @@ fn make_nodes(root: &RootDir, spec: &Container, nodes: &[Device]) -> Result<(), 
             .map_err(|e| MountError::path(&device.path, "creation of its directory", e))?;
         match make_node(&parent, &name, device) {
             Ok(()) => {}
-            // The root's file system takes no device nodes (a share served without CAP_MKNOD): bind them all.
-            Err(Errno::EPERM) => return bind_nodes(root, nodes, &store(spec)?),
+            // The root's file system takes no device nodes (a share served without CAP_MKNOD), or it is read-only on the host and has
+            // files to mount them on: bind them all.
+            Err(Errno::EPERM | Errno::EROFS) => return bind_nodes(root, nodes, &store(spec)?),
             Err(errno) => return Err(MountError::path(&device.path, "mknod", errno)),
         }
     }

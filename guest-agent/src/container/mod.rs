@@ -16,7 +16,7 @@ mod hooks;
 mod idmap;
 mod launcher;
 mod message;
-mod mounts;
+pub(crate) mod mounts;
 pub(crate) mod namespaces;
 mod paths;
 mod pause;
@@ -38,7 +38,6 @@ pub(crate) use create::{CreateError, blocking, create};
 pub(crate) use exec::create as create_exec;
 pub(crate) use launcher::Launcher;
 pub(crate) use message::FailureKind;
-pub(crate) use mounts::{is_bind, open_guest_path};
 pub(crate) use process::{Process, ProcessError};
 
 use cgroup::Cgroup;

@@ -17,9 +17,9 @@ use nix::sys::stat::{self, Mode, SFlag};
 const MAX_LINKS: usize = 40;
 /// openat2 answers EAGAIN when a rename or mount elsewhere made "..", inside the root, uncertain; try again this often.
 const MAX_RETRIES: usize = 128;
-/// Mode of the directories and files that are made to mount on.
+/// Modes of the directories and files that are made to mount on, those of runc.
 const MOUNT_POINT_DIR: Mode = Mode::from_bits_truncate(0o755);
-const MOUNT_POINT_FILE: Mode = Mode::from_bits_truncate(0o644);
+const MOUNT_POINT_FILE: Mode = Mode::from_bits_truncate(0o755);
 
 /// What to make when the last component of a path does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

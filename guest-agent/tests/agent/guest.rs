@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::{agent, agent_ttrpc::AgentClient};
 use nix::mount::{MsFlags, mount};
@@ -24,6 +24,10 @@ const APPLETS: [&str; 40] = [
     "awk", "date", "mkfifo", "chroot", "ip", "usleep",
 ];
 
+/// How long a test waits for what must come. A quiet machine needs a second of it; one that is busy with other things several;
+/// a hang all of it.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
 static NEXT_PORT: AtomicU32 = AtomicU32::new(2000);
 
 /// An agent that runs, and the client of it.
@@ -37,7 +41,15 @@ pub struct Guest {
 
 /// Deadline of each request in a test.
 pub fn context() -> Context {
-    ttrpc::context::with_timeout(60_000_000_000)
+    ttrpc::context::with_duration(PATIENCE)
+}
+
+/// What must come, or the test's failure that says what it waited for.
+pub async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, work).await {
+        Ok(done) => done,
+        Err(_) => panic!("waited {PATIENCE:?} in vain: {what}"),
+    }
 }
 
 impl Guest {
@@ -69,7 +81,8 @@ impl Guest {
         // SAFETY: only system calls between fork and exec.
         unsafe { command.pre_exec(move || Ok(private_system(&cgroup)?)) };
         let process = command.spawn().unwrap();
-        let (stream, _) = listener.accept().await.unwrap();
+        let dialled = in_time("the agent dials its host", listener.accept()).await;
+        let (stream, _) = dialled.unwrap();
         let client = AgentClient::new(ttrpc::r#async::Client::new(
             ttrpc::r#async::transport::Socket::new(stream),
         ));
@@ -129,11 +142,8 @@ impl Guest {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let (created, streams) = tokio::join!(
-            self.client.create_container(context(), &request),
-            accept(listeners)
-        );
-        created.map(|_| streams.expect("the agent has dialled every stream of what it made"))
+        self.client.create_container(context(), &request).await?;
+        Ok(accept(listeners).await)
     }
 
     /// Adds a process to a container.
@@ -151,11 +161,8 @@ impl Guest {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let (created, streams) = tokio::join!(
-            self.client.create_exec(context(), &request),
-            accept(listeners)
-        );
-        created.map(|_| streams.expect("the agent has dialled every stream of what it made"))
+        self.client.create_exec(context(), &request).await?;
+        Ok(accept(listeners).await)
     }
 
     /// A port of the host, and who listens on it.
@@ -268,8 +275,12 @@ impl Drop for Guest {
             self.cgroups
         ));
         let _ = std::fs::write(cgroups.join("cgroup.kill"), "1");
-        std::thread::sleep(Duration::from_millis(20));
-        remove_cgroups(&cgroups);
+        // Killed processes leave their cgroups a moment later. What stays after that is in the way of no other test.
+        let end = Instant::now() + Duration::from_secs(5);
+        while cgroups.exists() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+            remove_cgroups(&cgroups);
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
@@ -361,10 +372,9 @@ impl Streams {
         let mut seen = String::new();
         let mut buffer = [0u8; 4096];
         while !seen.contains(text) {
-            let read =
-                tokio::time::timeout(Duration::from_secs(20), self.stdout.read(&mut buffer)).await;
+            let read = tokio::time::timeout(PATIENCE, self.stdout.read(&mut buffer)).await;
             let length = read
-                .unwrap_or_else(|_| panic!("no \"{text}\" in time, only: {seen}"))
+                .unwrap_or_else(|_| panic!("no \"{text}\" in {PATIENCE:?}, only: {seen}"))
                 .unwrap();
             assert_ne!(length, 0, "the stream ended before \"{text}\": {seen}");
             seen.push_str(&String::from_utf8_lossy(&buffer[..length]));
@@ -373,34 +383,32 @@ impl Streams {
     }
 
     pub async fn type_in(&mut self, text: &str) {
-        self.stdin.write_all(text.as_bytes()).await.unwrap();
+        let written = in_time("a key is taken", self.stdin.write_all(text.as_bytes())).await;
+        written.unwrap();
     }
 }
 
 async fn read_all(mut stream: UnixStream) -> String {
     let mut bytes = Vec::new();
-    tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut bytes))
-        .await
-        .expect("the stream ends")
-        .unwrap();
+    let read = in_time("a stream ends", stream.read_to_end(&mut bytes)).await;
+    read.unwrap();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-async fn accept(listeners: Vec<UnixListener>) -> Option<Streams> {
+/// The streams of a process that the agent has made: it has dialled all of them by then, so that they wait here.
+async fn accept(listeners: Vec<UnixListener>) -> Streams {
     let mut streams = Vec::new();
     for listener in listeners {
-        // A creation that fails does not dial.
-        let accepted = tokio::time::timeout(Duration::from_secs(2), listener.accept())
-            .await
-            .ok()?;
+        let accepted = in_time("the agent dials a stream", listener.accept()).await;
         streams.push(accepted.unwrap().0);
     }
     let mut streams = streams.into_iter();
-    Some(Streams {
-        stdin: streams.next()?,
-        stdout: streams.next()?,
+    let mut next = || streams.next().expect("two of each process");
+    Streams {
+        stdin: next(),
+        stdout: next(),
         stderr: streams.next(),
-    })
+    }
 }
 
 /// What a process left.

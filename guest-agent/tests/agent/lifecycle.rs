@@ -1,6 +1,8 @@
 //! From create to delete, and what is refused on the way.
 
-use crate::guest::{Guest, context, shell, status};
+use std::time::Instant;
+
+use crate::guest::{Guest, PATIENCE, context, shell, status};
 use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
 use ttrpc::Code;
 
@@ -159,13 +161,11 @@ impl Holdings {
 
     /// Streams end a moment after the process.
     async fn assert_unchanged(&self, guest: &Guest) {
-        for _ in 0..100 {
-            if Self::of(guest) == *self {
-                return;
-            }
+        let end = Instant::now() + PATIENCE;
+        while Self::of(guest) != *self && Instant::now() < end {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
-        assert_eq!(Self::of(guest), *self);
+        assert_eq!(Self::of(guest), *self, "after {PATIENCE:?}");
     }
 }
 

@@ -226,7 +226,7 @@ async fn start_container_hooks_run_inside_and_in_order() {
     let mut spec = guest.spec("one", "cat /tmp/log");
     spec.hook_state = br#"{"id":"one"}"#.to_vec();
     spec.start_container_hooks = vec![
-        hook("(echo $WHAT; cat; echo) > /tmp/log", 5),
+        hook("(echo $WHAT; cat; echo) > /tmp/log", 60),
         hook("echo second >> /tmp/log; echo $0 $$ >/dev/null", 0),
     ];
     let streams = guest.create("one", spec).await.unwrap();
@@ -245,7 +245,7 @@ async fn start_container_hooks_run_inside_and_in_order() {
 async fn a_failing_hook_ends_the_start_with_its_words() {
     let guest = Guest::start().await;
     let mut spec = guest.spec("one", "echo never");
-    spec.start_container_hooks = vec![hook("echo because >&2; exit 3", 5)];
+    spec.start_container_hooks = vec![hook("echo because >&2; exit 3", 60)];
     let _streams = guest.create("one", spec).await.unwrap();
     let (_, text) = status(guest.start_process("one", "").await);
     assert!(text.contains("because") && text.contains('3'), "{text}");
@@ -262,7 +262,9 @@ async fn a_hook_that_takes_too_long_is_killed() {
     let began = std::time::Instant::now();
     let (_, text) = status(guest.start_process("one", "").await);
     assert!(text.contains("timeout"), "{text}");
-    assert!(began.elapsed() < Duration::from_secs(5));
+    // Long before the 100 s of its two processes, one of which outlives a kill of the other.
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(50), "{took:?}");
     guest.wait("one", "").await;
     guest.delete("one", "").await.unwrap();
 }

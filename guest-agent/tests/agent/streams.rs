@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::guest::{Guest, context, shell};
+use crate::guest::{Guest, context, in_time, shell};
 use bulkhead_agent_protocol::agent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -24,8 +24,9 @@ async fn sixty_four_mebibytes_go_through_unchanged() {
         // Dropping it is the end of file that cat waits for.
     });
     let mut got = Vec::with_capacity(SIZE);
-    stdout.read_to_end(&mut got).await.unwrap();
-    feed.await.unwrap();
+    let read = in_time("all bytes come back", stdout.read_to_end(&mut got)).await;
+    read.unwrap();
+    in_time("all bytes are taken", feed).await.unwrap();
     println!(
         "64 MiB through stdin and stdout: {:.0} MB/s",
         SIZE as f64 / began.elapsed().as_secs_f64() / 1e6
@@ -39,24 +40,31 @@ async fn sixty_four_mebibytes_go_through_unchanged() {
     guest.delete("one", "").await.unwrap();
 }
 
+/// A line for who reads /tmp/go in the container, now or later: it is there as long as what this returns.
+fn let_go(guest: &Guest) -> std::fs::File {
+    use std::io::Write;
+    // For both directions, since a writer alone would wait for the reader.
+    let mut fifo = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(guest.root.join("tmp/go"))
+        .unwrap();
+    fifo.write_all(b"\n").unwrap();
+    fifo
+}
+
 #[tokio::test]
 async fn a_grandchild_with_stdout_holds_the_stream_and_not_the_status() {
     let guest = Guest::start().await;
     let _streams = guest.sleeper("one", guest.spec("one", "")).await;
-    let mut streams = guest
-        .exec(
-            "one",
-            "e",
-            shell("(sleep 1; echo late) & echo early; exit 3"),
-        )
-        .await
-        .unwrap();
+    // The grandchild holds the stream until the test lets it go.
+    let script = "mkfifo /tmp/go; (read x < /tmp/go; echo late) & echo early; exit 3";
+    let mut streams = guest.exec("one", "e", shell(script)).await.unwrap();
     guest.start_process("one", "e").await.unwrap();
-    let began = std::time::Instant::now();
     assert_eq!(guest.wait("one", "e").await.exit_status, 3);
-    assert!(began.elapsed() < Duration::from_millis(900));
     guest.delete("one", "e").await.unwrap();
     streams.expect("early").await;
+    let _go = let_go(&guest);
     let (rest, _) = streams.collect().await;
     assert_eq!(rest, "late\n");
     guest.end("one").await;
@@ -66,12 +74,13 @@ async fn a_grandchild_with_stdout_holds_the_stream_and_not_the_status() {
 async fn with_the_exit_comes_how_much_had_been_written_read_or_not() {
     let guest = Guest::start().await;
     // What the smallest pipe and the connection hold, since nobody reads before the exit; and somebody who writes later, from another process.
-    let script = "head -c 200000 /dev/zero; printf 7bytes. >&2; (sleep 1; echo late) & exit 0";
+    let script = "mkfifo /tmp/go; head -c 200000 /dev/zero; printf 7bytes. >&2; (read x < /tmp/go; echo late) & exit 0";
     let _streams = guest.sleeper("one", guest.spec("one", "")).await;
     let streams = guest.exec("one", "e", shell(script)).await.unwrap();
     guest.start_process("one", "e").await.unwrap();
     let exit = guest.wait("one", "e").await;
     assert_eq!((exit.stdout_bytes, exit.stderr_bytes), (200_000, 7));
+    let _go = let_go(&guest);
     let (out, err) = streams.collect().await;
     assert_eq!((out.len(), err.len()), (200_005, 7));
     let later = guest.wait("one", "e").await;
@@ -105,12 +114,9 @@ async fn a_closed_stdin_of_the_process_closes_the_connection() {
     guest.start_process("one", "").await.unwrap();
     streams.expect("closed").await;
     let mut buffer = [0u8; 1];
-    let read = tokio::time::timeout(Duration::from_secs(10), streams.stdin.read(&mut buffer)).await;
-    assert_eq!(
-        read.expect("the agent notices that nobody reads")
-            .unwrap_or(0),
-        0
-    );
+    let what = "the agent notices that nobody reads";
+    let read = in_time(what, streams.stdin.read(&mut buffer)).await;
+    assert_eq!(read.unwrap_or(0), 0);
     guest.end("one").await;
 }
 
@@ -175,7 +181,8 @@ async fn a_terminal_has_a_name_a_size_and_signals() {
     let mut spec = guest.spec("one", "");
     spec.process = Some(terminal(
         "tty; stty size; test /proc/self/fd/0 -ef /dev/console && echo console; \
-         trap 'echo winch; stty size' WINCH; trap 'echo int; exit 5' INT; while :; do read line; echo got $line; done",
+         trap 'echo winch; stty size' WINCH; trap 'echo int; exit 5' INT; while :; do read line; echo got $line; \
+         test \"$line\" = wait && sh -c 'echo waiting; exec sleep 1000'; done",
     ))
     .into();
     let mut streams = guest.create("one", spec).await.unwrap();
@@ -197,6 +204,10 @@ async fn a_terminal_has_a_name_a_size_and_signals() {
         .unwrap();
     streams.type_in("\n").await;
     streams.expect("50 132").await;
+    // A shell looks for signals before it reads: one that comes between the two waits for the next key. A child that says so
+    // itself has no such moment.
+    streams.type_in("wait\n").await;
+    streams.expect("waiting").await;
     streams.type_in("\u{3}").await;
     streams.expect("int").await;
     assert_eq!(guest.wait("one", "").await.exit_status, 5);
@@ -228,17 +239,19 @@ async fn the_end_of_the_hosts_input_says_nothing_to_a_terminal() {
     let guest = Guest::start().await;
     let mut spec = guest.spec("one", "");
     spec.process = Some(terminal(
-        "echo ready; read -t 1 line; echo status $?; sleep 0.1",
+        "echo ready; read -t 2 line; echo status $?; sleep 0.1",
     ))
     .into();
     let mut streams = guest.create("one", spec).await.unwrap();
+    // From before the 2 s begin: it must be all of them.
+    let began = std::time::Instant::now();
     guest.start_process("one", "").await.unwrap();
     streams.expect("ready").await;
-    let began = std::time::Instant::now();
     let (rest, _) = streams.collect().await;
     assert!(
-        rest.contains("status 1") && began.elapsed() > Duration::from_millis(800),
-        "{rest}"
+        rest.contains("status 1") && began.elapsed() >= Duration::from_secs(2),
+        "{rest} after {:?}",
+        began.elapsed()
     );
     guest.wait("one", "").await;
     guest.delete("one", "").await.unwrap();

@@ -11,6 +11,15 @@ use oci_spec::runtime as spec;
 
 use super::{Error, invalid, unsupported};
 
+/// Those that run, by their names in config.json.
+pub(super) const NAMES: [&str; 5] = [
+    "prestart",
+    "createRuntime",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
+
 /// A program to run on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostHook {

@@ -4,8 +4,10 @@
 //! sources of bind mounts are placed in the share (`rootfs.rs`), and the agent is told where in the guest they are.
 
 mod devices;
+mod features;
 mod hooks;
 pub mod host_interfaces;
+mod mount_points;
 mod mounts;
 mod namespaces;
 mod numbers;
@@ -29,11 +31,16 @@ use std::{
 use bulkhead_agent_protocol::agent;
 use oci_spec::runtime as spec;
 
+pub use features::features;
 pub use hooks::{HostHook, HostHooks};
+pub use mount_points::{MountPoint, PointKind};
 pub use mounts::{HostBind, HostPropagation};
 pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{LATER_INTERFACES, PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
+
+/// The newest OCI runtime-spec whose configuration is converted or refused by name.
+pub const NEWEST_SPEC: &str = "1.3.0";
 
 /// Where the agent mounts the share.
 pub const GUEST_SHARE: &str = "/run/bulkhead/share";
@@ -181,6 +188,35 @@ pub struct Plan {
     pub oci_version: String,
 }
 
+impl Plan {
+    /// What the container needs to find in its root.
+    pub fn mount_points(&self) -> Vec<MountPoint> {
+        mount_points::of(&self.container, &self.binds)
+    }
+
+    /// Uid and gid of the container's root user outside of the container's user namespace.
+    pub fn owner(&self) -> (u32, u32) {
+        let namespaces = self.container.namespaces.get_or_default();
+        let outside = |mappings: &[agent::IdMapping]| {
+            let mapping = mappings.iter().find(|mapping| mapping.container_id == 0);
+            mapping.map_or(0, |mapping| mapping.host_id)
+        };
+        (
+            outside(&namespaces.uid_mappings),
+            outside(&namespaces.gid_mappings),
+        )
+    }
+}
+
+/// Where a container's root comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RootFrom {
+    /// The directory that config.json names.
+    Bundle,
+    /// A list of mounts beside config.json: what `root.path` names need not exist.
+    Mounts,
+}
+
 /// The directory that becomes the container's root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRoot {
@@ -198,7 +234,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
         alone: true,
         ..PodPaths::default()
     };
-    convert(bundle, container_id, &pod)
+    convert(bundle, container_id, &pod, RootFrom::Bundle)
 }
 
 /// The network namespace that a configuration names.
@@ -208,15 +244,25 @@ pub fn network(bundle: &Bundle) -> Option<PathBuf> {
 }
 
 /// The same for a container of an engine, in a pod whose paths of the host are `pod`.
-pub fn plan_in_pod(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+pub fn plan_in_pod(
+    bundle: &Bundle,
+    container_id: &str,
+    pod: &PodPaths,
+    root: RootFrom,
+) -> Result<Plan, Error> {
     refuse_labels(bundle.spec.process().as_ref(), DEFAULT_PROFILES)?;
-    convert(bundle, container_id, pod)
+    convert(bundle, container_id, pod, root)
 }
 
-fn convert(bundle: &Bundle, container_id: &str, pod: &PodPaths) -> Result<Plan, Error> {
+fn convert(
+    bundle: &Bundle,
+    container_id: &str,
+    pod: &PodPaths,
+    root: RootFrom,
+) -> Result<Plan, Error> {
     let spec = &bundle.spec;
     refuse(spec)?;
-    let root = host_root(bundle)?;
+    let root = host_root(bundle, root)?;
     let linux = spec
         .linux()
         .as_ref()
@@ -377,7 +423,7 @@ fn refuse(spec: &spec::Spec) -> Result<(), Error> {
     }
 }
 
-fn host_root(bundle: &Bundle) -> Result<HostRoot, Error> {
+fn host_root(bundle: &Bundle, from: RootFrom) -> Result<HostRoot, Error> {
     let root = bundle
         .spec
         .root()
@@ -385,13 +431,15 @@ fn host_root(bundle: &Bundle) -> Result<HostRoot, Error> {
         .ok_or_else(|| invalid("root", "is missing"))?;
     // join leaves an absolute path as it is.
     let path = bundle.directory.join(root.path());
-    let found = fs::metadata(&path).map_err(|source| Error::Read {
-        path: path.clone(),
-        source,
-    })?;
-    if !found.is_dir() {
-        let reason = format!("{} is not a directory", path.display());
-        return Err(invalid("root.path", reason));
+    if from == RootFrom::Bundle {
+        let found = fs::metadata(&path).map_err(|source| Error::Read {
+            path: path.clone(),
+            source,
+        })?;
+        if !found.is_dir() {
+            let reason = format!("{} is not a directory", path.display());
+            return Err(invalid("root.path", reason));
+        }
     }
     Ok(HostRoot {
         path,

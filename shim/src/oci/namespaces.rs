@@ -1,7 +1,8 @@
 //! `linux.namespaces` with mappings and time offsets.
 //!
-//! A namespace that is not listed is the guest's own: never the host's, which no container in a microVM can be given. For
-//! network and pid the difference would be a surprise, so their absence is refused.
+//! A namespace that is not listed is the guest's own: never the host's, which no container in a microVM can be given. A container alone in
+//! its pod has a guest to itself. In a pod of several, the guest's processes and network are everybody's: there the absence of pid and
+//! network is refused.
 
 use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
@@ -60,7 +61,7 @@ pub(super) fn convert(
         (false, _) => Kind::AGENT.into(),
     };
     let has = |kind: Type| listed.contains(&kind);
-    required(&listed)?;
+    required(&listed, pod.alone)?;
     if spec
         .hostname()
         .as_ref()
@@ -116,20 +117,27 @@ pub(super) fn convert(
     })
 }
 
-fn required(listed: &[Type]) -> Result<(), Error> {
+fn required(listed: &[Type], alone: bool) -> Result<(), Error> {
     let reasons = [
         (
             Type::Mount,
+            true,
             "a container without one would be the guest itself",
         ),
-        (Type::Pid, "the host's processes cannot be shown to a guest"),
+        (
+            Type::Pid,
+            !alone,
+            "the host's processes cannot be shown to a guest",
+        ),
         (
             Type::Network,
+            !alone,
             "the host's network cannot be given to a guest",
         ),
     ];
-    match reasons.iter().find(|(kind, _)| !listed.contains(kind)) {
-        Some((kind, reason)) => Err(unsupported(
+    let missing = |(kind, needed, _): &&(Type, bool, &str)| *needed && !listed.contains(kind);
+    match reasons.iter().find(missing) {
+        Some((kind, _, reason)) => Err(unsupported(
             format!("linux.namespaces without {}", name(*kind)),
             format!("{reason}; add {{\"type\": \"{}\"}}", name(*kind)),
         )),
@@ -137,18 +145,21 @@ fn required(listed: &[Type]) -> Result<(), Error> {
     }
 }
 
-/// The name that config.json has for it.
+/// All kinds, with the names that config.json has for them.
+pub(super) const KINDS: [(Type, &str); 8] = [
+    (Type::Cgroup, "cgroup"),
+    (Type::Ipc, "ipc"),
+    (Type::Mount, "mount"),
+    (Type::Network, "network"),
+    (Type::Pid, "pid"),
+    (Type::Time, "time"),
+    (Type::User, "user"),
+    (Type::Uts, "uts"),
+];
+
 fn name(kind: Type) -> &'static str {
-    match kind {
-        Type::Mount => "mount",
-        Type::Cgroup => "cgroup",
-        Type::Uts => "uts",
-        Type::Ipc => "ipc",
-        Type::User => "user",
-        Type::Pid => "pid",
-        Type::Network => "network",
-        Type::Time => "time",
-    }
+    let found = KINDS.iter().find(|(known, _)| *known == kind);
+    found.expect("all kinds are listed").1
 }
 
 pub(super) fn mappings(list: &[spec::LinuxIdMapping]) -> Vec<agent::IdMapping> {

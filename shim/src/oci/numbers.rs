@@ -73,3 +73,10 @@ pub(super) fn capability_mask(set: &Option<Capabilities>) -> Result<u64, String>
     }
     Ok(mask)
 }
+
+/// The names of all capabilities that Linux has, in the order of their numbers.
+pub(super) fn capabilities() -> Vec<String> {
+    let mut all: Vec<caps::Capability> = caps::all().into_iter().collect();
+    all.sort_by_key(|capability| capability.bitmask());
+    all.iter().map(ToString::to_string).collect()
+}

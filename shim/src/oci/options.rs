@@ -123,8 +123,7 @@ const IGNORED: &[&str] = &[
     "_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group",
 ];
 
-/// All the words.
-#[cfg(test)]
+/// All the words that mean something.
 pub(super) fn known() -> impl Iterator<Item = &'static str> {
     TABLE.iter().map(|(word, _)| *word)
 }

@@ -24,6 +24,11 @@ const CONTAINER_TYPES: &[&str] = &[
     "io.kubernetes.cri-o.ContainerType",
 ];
 
+/// The annotations by which a container becomes another pod's, or a pod itself.
+pub(super) fn annotations() -> impl Iterator<Item = &'static str> {
+    SANDBOX_IDS.iter().chain(CONTAINER_TYPES).copied()
+}
+
 /// What a container is to a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -194,7 +199,7 @@ pub fn check_sandbox(bundle: &Bundle) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    fn annotations(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    fn annotated(pairs: &[(&str, &str)]) -> HashMap<String, String> {
         pairs
             .iter()
             .map(|(name, value)| ((*name).into(), (*value).into()))
@@ -204,20 +209,20 @@ mod tests {
     #[test]
     fn roles_follow_the_annotations_of_each_engine() {
         let cri = |kind, sandbox| {
-            annotations(&[
+            annotated(&[
                 ("io.kubernetes.cri.container-type", kind),
                 ("io.kubernetes.cri.sandbox-id", sandbox),
             ])
         };
-        assert_eq!(role(&annotations(&[]), "a"), Role::Alone);
+        assert_eq!(role(&annotated(&[]), "a"), Role::Alone);
         assert_eq!(role(&cri("sandbox", "a"), "a"), Role::Sandbox);
         assert_eq!(role(&cri("container", "p"), "a"), Role::Member("p".into()));
-        let crio = annotations(&[
+        let crio = annotated(&[
             ("io.kubernetes.cri-o.ContainerType", "container"),
             ("io.kubernetes.cri-o.SandboxID", "p"),
         ]);
         assert_eq!(role(&crio, "a"), Role::Member("p".into()));
-        let group = annotations(&[("io.containerd.runc.v2.group", "a")]);
+        let group = annotated(&[("io.containerd.runc.v2.group", "a")]);
         assert_eq!(role(&group, "a"), Role::Alone);
         assert_eq!(role(&group, "b"), Role::Member("a".into()));
     }

@@ -3,7 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime as spec;
+use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
+
+use super::{namespaces, pod::PodPaths};
 
 /// Files that the containers of a pod have in common, on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,23 +27,32 @@ impl PodFiles {
         self.0.join("shm")
     }
 
-    /// Adds to a member's configuration what it does not mount itself.
-    pub fn add_to(&self, spec: &mut spec::Spec) {
+    /// Adds to a member's configuration what it does not mount itself: the files of /etc, and the pod's shared memory where the member
+    /// is in the pod's ipc namespace, whose paths are `pod`.
+    pub fn add_to(&self, spec: &mut spec::Spec, pod: &PodPaths) {
         let root = spec.root().as_ref();
         let mode = match root.is_some_and(|root| root.readonly().unwrap_or(false)) {
             true => "ro",
             false => "rw",
         };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
-        // The default of every container, of its own: the pod's takes its place. A volume does not give way.
+        let linux = spec.linux().as_ref();
+        let ipc = linux.and_then(|linux| namespaces::path_of(linux, Type::Ipc));
+        let shares_memory = ipc.is_some_and(|path| pod.is_own(Type::Ipc, &path));
         let shm = Path::new("/dev/shm");
-        mounts
-            .retain(|mount| mount.destination() != shm || mount.typ().as_deref() != Some("tmpfs"));
+        if shares_memory {
+            // The default of every container, of its own: the pod's takes its place. A volume does not give way.
+            mounts.retain(|mount| {
+                mount.destination() != shm || mount.typ().as_deref() != Some("tmpfs")
+            });
+        }
         let names = ["hostname", "hosts", "resolv.conf"];
         let mut wanted: Vec<_> = names
             .map(|name| (Path::new("/etc").join(name), self.etc().join(name), mode))
             .into();
-        wanted.push((shm.into(), self.shm(), "rw"));
+        if shares_memory {
+            wanted.push((shm.into(), self.shm(), "rw"));
+        }
         for (destination, source, mode) in wanted {
             if mounts
                 .iter()
@@ -70,10 +81,20 @@ mod tests {
 
     use super::*;
 
-    fn sources(mounts: serde_json::Value) -> Vec<(String, String)> {
-        let config = json!({"ociVersion": "1.1.0", "root": {"path": "rootfs", "readonly": true}, "mounts": mounts});
+    /// Destinations and sources of a member with this ipc namespace.
+    fn sources_in(mounts: serde_json::Value, ipc: serde_json::Value) -> Vec<(String, String)> {
+        let config = json!({
+            "ociVersion": "1.1.0",
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": mounts,
+            "linux": {"namespaces": ipc},
+        });
         let mut spec: spec::Spec = serde_json::from_value(config).unwrap();
-        PodFiles::beneath(Path::new("/b")).add_to(&mut spec);
+        let pod = PodPaths {
+            pid: Some(42),
+            ..PodPaths::default()
+        };
+        PodFiles::beneath(Path::new("/b")).add_to(&mut spec, &pod);
         let mounts = spec.mounts().as_ref().unwrap();
         let pair = |mount: &spec::Mount| {
             let source = mount.source().as_ref().unwrap();
@@ -81,6 +102,10 @@ mod tests {
             (text(mount.destination()), text(source))
         };
         mounts.iter().map(pair).collect()
+    }
+
+    fn sources(mounts: serde_json::Value) -> Vec<(String, String)> {
+        sources_in(mounts, json!([{"type": "ipc", "path": "/proc/42/ns/ipc"}]))
     }
 
     fn pair(destination: &str, source: &str) -> (String, String) {
@@ -99,6 +124,23 @@ mod tests {
                 pair("/dev/shm", "/b/shm"),
             ]
         );
+    }
+
+    #[test]
+    fn a_member_that_does_not_share_ipc_keeps_its_memory_to_itself() {
+        let tmpfs = json!([{"destination": "/dev/shm", "type": "tmpfs", "source": "own"}]);
+        for ipc in [
+            json!([]),
+            json!([{"type": "ipc"}]),
+            json!([{"type": "ipc", "path": ""}]),
+            json!([{"type": "ipc", "path": "/proc/43/ns/ipc"}]),
+        ] {
+            let found = sources_in(tmpfs.clone(), ipc.clone());
+            assert_eq!(found.len(), 4, "{ipc}");
+            assert_eq!(found[0], pair("/dev/shm", "own"), "{ipc}");
+            let without = sources_in(json!([]), ipc.clone());
+            assert!(without.iter().all(|(name, _)| name != "/dev/shm"), "{ipc}");
+        }
     }
 
     #[test]

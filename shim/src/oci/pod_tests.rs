@@ -38,7 +38,7 @@ fn paths() -> PodPaths {
 #[test]
 fn a_members_paths_are_the_pods() {
     let (_dir, bundle) = bundle(|_| ());
-    let plan = plan_in_pod(&bundle, "c", &paths()).unwrap();
+    let plan = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle).unwrap();
     let namespaces = &plan.container.namespaces;
     assert_eq!(namespaces.ipc, Kind::SANDBOX.into());
     assert_eq!(namespaces.network, Kind::SANDBOX.into());
@@ -48,13 +48,27 @@ fn a_members_paths_are_the_pods() {
 }
 
 #[test]
+fn a_root_that_comes_as_mounts_needs_no_directory_in_the_bundle() {
+    let (dir, bundle) = bundle(|_| ());
+    fs::remove_dir(dir.path().join("rootfs")).unwrap();
+    plan_in_pod(&bundle, "c", &paths(), RootFrom::Mounts).unwrap();
+    let error = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle).unwrap_err();
+    assert!(error.to_string().contains("rootfs"), "{error}");
+    // Whatever is there is not looked at.
+    fs::write(dir.path().join("rootfs"), "").unwrap();
+    plan_in_pod(&bundle, "c", &paths(), RootFrom::Mounts).unwrap();
+}
+
+#[test]
 fn paths_of_others_are_refused() {
     let (_dir, bundle) = bundle(|_| ());
     let other = PodPaths {
         pid: Some(43),
         ..paths()
     };
-    let error = plan_in_pod(&bundle, "c", &other).unwrap_err().to_string();
+    let error = plan_in_pod(&bundle, "c", &other, RootFrom::Bundle)
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("linux.namespaces: ipc with a path"),
         "{error}"
@@ -62,11 +76,33 @@ fn paths_of_others_are_refused() {
 }
 
 #[test]
+fn a_member_without_a_namespace_that_others_would_share_is_refused() {
+    for kind in ["pid", "network", "mount"] {
+        let (_dir, bundle) = bundle(|config| {
+            let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
+            listed.retain(|namespace| namespace["type"] != kind);
+        });
+        let error = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(&format!("without {kind}")), "{error}");
+    }
+    let (_dir, bundle) = bundle(|config| {
+        let listed = config["linux"]["namespaces"].as_array_mut().unwrap();
+        listed.retain(|namespace| namespace["type"] != "ipc");
+    });
+    let plan = plan_in_pod(&bundle, "c", &paths(), RootFrom::Bundle).unwrap();
+    assert_eq!(plan.container.namespaces.ipc, Kind::AGENT.into());
+}
+
+#[test]
 fn an_engines_default_profile_is_ignored_and_a_chosen_one_is_not() {
     let (_dir, chosen) = bundle(|config| {
         config["process"]["apparmorProfile"] = json!("mine");
     });
-    let error = plan_in_pod(&chosen, "c", &paths()).unwrap_err().to_string();
+    let error = plan_in_pod(&chosen, "c", &paths(), RootFrom::Bundle)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("process.apparmorProfile"), "{error}");
     // Without an engine nobody sets a default.
     let (_dir, lone) = bundle(|config| {

@@ -214,11 +214,6 @@ fn every_unsupported_feature_is_refused_by_its_name() {
         ),
         (
             "/linux/namespaces",
-            json!([{"type": "mount"}, {"type": "pid"}]),
-            "without network",
-        ),
-        (
-            "/linux/namespaces",
             json!([{"type": "pid"}, {"type": "network"}]),
             "without mount",
         ),
@@ -445,6 +440,41 @@ fn user_namespaces_bring_their_mappings() {
     let mount = &plan.container.mounts[7];
     assert!(mount.idmap_recursive);
     assert_eq!(mount.gid_mappings[0].host_id, 200000);
+}
+
+#[test]
+fn a_lone_container_without_namespaces_has_the_guests_own() {
+    let mut config = with("/linux/namespaces", json!([{"type": "mount"}]));
+    config["hostname"] = json!("");
+    let plan = planned(&config).unwrap();
+    let namespaces = &plan.container.namespaces;
+    let found = [
+        namespaces.mount,
+        namespaces.pid,
+        namespaces.ipc,
+        namespaces.uts,
+        namespaces.cgroup,
+        namespaces.network,
+        namespaces.user,
+        namespaces.time,
+    ];
+    assert_eq!(found[0], Kind::NEW.into());
+    assert_eq!(found[1..], [Kind::AGENT.into(); 7]);
+    // Paths of the host stay what they are.
+    for kind in ["pid", "network", "ipc", "uts"] {
+        let path = json!([{"type": "mount"}, {"type": kind, "path": "/proc/1/ns/x"}]);
+        let mut config = with("/linux/namespaces", path);
+        config["hostname"] = json!("");
+        let planned = planned(&config);
+        match kind {
+            // One that the engine names is the pod's (its interfaces are the guest's).
+            "network" => assert!(planned.is_ok()),
+            _ => {
+                let error = planned.unwrap_err().to_string();
+                assert!(error.contains(&format!("{kind} with a path")), "{error}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,21 +1,21 @@
 //! What works on a pod beside whoever changes what it holds.
 
 use std::{
+    fs::File,
+    io::{self, Read},
     os::unix::net::UnixStream,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent as wire;
+use bulkhead_vmm_config::port;
 
 use super::Error;
 use crate::{
     agent::{self, Agent},
     fs::Fs,
-    io,
+    io as streams,
     kubelet_volume::Volumes,
     vm::{self, Vm},
 };
@@ -30,7 +30,6 @@ pub struct Access {
     pub(super) fs: Arc<Fs>,
     pub(super) agent: Agent,
     pub(super) volumes: Volumes,
-    pub(super) next_port: Arc<AtomicU32>,
 }
 
 impl Access {
@@ -40,11 +39,21 @@ impl Access {
     }
 
     /// A stream that the guest may dial: its port, and our end.
+    ///
+    /// Whoever dials the port first gets the stream, and only the agent is told the port: it is not to be guessed.
     pub async fn stream(&self) -> Result<(u32, UnixStream), Error> {
-        let (ours, theirs) = io::stream().map_err(Error::Stream)?;
-        let port = self.next_port.fetch_add(1, Ordering::Relaxed);
-        self.vm.offer_port(port, theirs).await?;
-        Ok((port, ours))
+        let mut tries = 3;
+        loop {
+            tries -= 1;
+            let (ours, theirs) = streams::stream().map_err(Error::Stream)?;
+            let port = random_port().map_err(Error::Stream)?;
+            match self.vm.offer_port(port, theirs).await {
+                Ok(()) => return Ok((port, ours)),
+                // The port may be on offer already, as rarely as it is guessed.
+                Err(vm::Error::Refused { .. }) if tries > 0 => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Takes back a stream that the guest has not dialled.
@@ -105,5 +114,42 @@ impl Access {
         }
         let trouble = tokio::time::timeout(LAST_WORDS, self.trouble()).await;
         trouble.unwrap_or_else(|_| error.into())
+    }
+}
+
+/// A port for a stream, of all that there are.
+fn random_port() -> io::Result<u32> {
+    let mut random = File::open("/dev/urandom")?;
+    loop {
+        let mut bytes = [0; 4];
+        random.read_exact(&mut bytes)?;
+        let port = u32::from_ne_bytes(bytes);
+        // u32::MAX is VMADDR_PORT_ANY.
+        if (port::FIRST_STREAM..u32::MAX).contains(&port) {
+            return Ok(port);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_streams_port_says_nothing_of_the_next_ones() {
+        let ports: BTreeSet<u32> = (0..1000).map(|_| random_port().unwrap()).collect();
+        assert!(ports.len() > 990, "{} different ones", ports.len());
+        assert!(ports.iter().all(|port| *port >= port::FIRST_STREAM));
+        // Spread over all 32 bits: neighbours would be found by a walk.
+        let mut quarters = [0; 4];
+        for port in &ports {
+            quarters[(port >> 30) as usize] += 1;
+        }
+        assert!(quarters.iter().all(|count| *count > 150), "{quarters:?}");
+        let closest = ports.iter().zip(ports.iter().skip(1)).map(|(a, b)| b - a);
+        let near = closest.filter(|distance| *distance < 100).count();
+        assert!(near < 10, "{near} close pairs");
     }
 }

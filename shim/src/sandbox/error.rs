@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, network, rootfs, vm};
+use crate::{agent, cgroup, config, fs, kubelet_volume, ledger, mount_points, network, rootfs, vm};
 
 /// Why there is no pod, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,9 @@ pub enum Error {
     /// The share.
     #[error(transparent)]
     Share(#[from] rootfs::Error),
+    /// A read-only root that lacks what its mounts need.
+    #[error(transparent)]
+    MountPoint(#[from] mount_points::Error),
     /// The fs process.
     #[error(transparent)]
     Fs(#[from] fs::Error),

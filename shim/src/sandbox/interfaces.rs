@@ -31,7 +31,11 @@ impl Sandbox {
             None => stub::Network::New,
             Some(namespace) => stub::Network::Given(namespace.as_fd()),
         };
-        let stub = Stub::start(self.cgroup.as_fd(), network).map_err(Error::Stub)?;
+        let title = format!(
+            "bulkhead: pod {} (its processes are in its virtual machine)",
+            self.id
+        );
+        let stub = Stub::start(self.cgroup.as_fd(), network, &title).map_err(Error::Stub)?;
         if let Some(id) = ProcessId::of(stub.pid()) {
             let role = "bulkhead-pod".into();
             self.ledger.take(Resource::Process { id, role })?;

@@ -21,12 +21,12 @@ mod taken;
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU32},
+    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
-use bulkhead_vmm_config::{Phase, Stamp, port};
+use bulkhead_vmm_config::{Phase, Stamp};
 
 pub use self::{access::Access, error::Error, parts::Parts};
 use self::{access::LAST_WORDS, background::Background, oom::OomScores, taken::Taken};
@@ -38,6 +38,7 @@ use crate::{
     kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
+    mount_points,
     network::Network,
     oci::{HostBind, Plan},
     rootfs::{self, Share},
@@ -86,7 +87,6 @@ pub struct Sandbox {
     agent: Agent,
     volumes: kubelet_volume::Owner,
     agent_log: Tail,
-    next_port: Arc<AtomicU32>,
     shm_bytes: u64,
     /// Queues of an interface, and what the operator says about them.
     pairs: u32,
@@ -131,7 +131,6 @@ impl Sandbox {
                 volumes: kubelet_volume::Owner::new(taken.agent.clone(), taken.uid),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
-                next_port: Arc::new(AtomicU32::new(port::FIRST_STREAM)),
                 shm_bytes: 0,
                 pairs: config.network.pairs(request.vcpus),
                 limits: config.network.clone(),
@@ -250,7 +249,6 @@ impl Sandbox {
             fs: self.fs.clone(),
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
-            next_port: self.next_port.clone(),
         }
     }
 
@@ -285,6 +283,9 @@ impl Sandbox {
     /// What got in has been taken out again.
     pub async fn place_container(&mut self, container: &str, plan: &Plan) -> Result<(), Error> {
         self.serving().await?;
+        if plan.root.read_only {
+            mount_points::make(&plan.root.path, &plan.mount_points(), plan.owner())?;
+        }
         let in_guest = |bind: &&HostBind| bind.is_kubelet_volume();
         let shared = plan.binds.iter().filter(|bind| !in_guest(bind));
         let added = match self

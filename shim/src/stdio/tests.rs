@@ -159,12 +159,16 @@ async fn a_client_that_does_not_read_is_not_waited_for() {
     err.write_all(b"text").unwrap();
     let since = std::time::Instant::now();
     streams.heard([0, 4], LIMIT).await;
-    assert!(since.elapsed() < Duration::from_millis(900));
+    assert!(since.elapsed() < super::progress::PATIENCE);
     for written in [4, u64::MAX] {
         out.write_all(b"text").unwrap();
         let since = std::time::Instant::now();
         streams.heard([written, 4], LIMIT).await;
-        assert!((1..10).contains(&since.elapsed().as_secs()), "{since:?}");
+        let took = since.elapsed();
+        assert!(
+            (super::progress::PATIENCE / 2..LIMIT).contains(&took),
+            "{took:?}"
+        );
     }
 }
 

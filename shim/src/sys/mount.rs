@@ -26,6 +26,20 @@ const MOUNT_ATTR_NOSUID: u64 = 2;
 const MOUNT_ATTR_NODEV: u64 = 4;
 const MOUNT_ATTR_NOEXEC: u64 = 8;
 const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
+const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
+
+/// Words of mountinfo and the `MOUNT_ATTR_*` that they stand for (show_mnt_opts() of the kernel's fs/proc_namespace.c).
+const ATTRIBUTES: [(&str, u64); 8] = [
+    ("ro", MOUNT_ATTR_RDONLY),
+    ("nosuid", MOUNT_ATTR_NOSUID),
+    ("nodev", MOUNT_ATTR_NODEV),
+    ("noexec", MOUNT_ATTR_NOEXEC),
+    ("noatime", 0x10),
+    ("nodiratime", 0x80),
+    ("nosymfollow", MOUNT_ATTR_NOSYMFOLLOW),
+    // Numerically zero; neither this nor noatime is strictatime.
+    ("relatime", 0),
+];
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
@@ -245,6 +259,19 @@ pub struct MountLine {
     pub kind: String,
 }
 
+impl MountLine {
+    /// Its options as `MOUNT_ATTR_*`.
+    pub fn attributes(&self) -> u64 {
+        let has = |word: &str| self.options.split(',').any(|option| option == word);
+        let strict = match has("noatime") || has("relatime") {
+            true => 0,
+            false => MOUNT_ATTR_STRICTATIME,
+        };
+        let found = ATTRIBUTES.iter().filter(|(word, _)| has(word));
+        found.fold(strict, |all, (_, attribute)| all | attribute)
+    }
+}
+
 /// All mounts of this process' mount namespace, in the kernel's order.
 pub fn mounts() -> io::Result<Vec<MountLine>> {
     let text = fs::read("/proc/self/mountinfo")?;
@@ -377,6 +404,18 @@ mod tests {
     fn mountinfo_escapes_are_undone() {
         assert_eq!(unescape(b"/a\\040b\\134c"), PathBuf::from("/a b\\c"));
         assert_eq!(unescape(b"/plain\\9"), PathBuf::from("/plain\\9"));
+    }
+
+    #[test]
+    fn options_are_attributes() {
+        let attributes = |options| {
+            let line = format!("20 1 0:20 / /mnt {options} - tmpfs tmpfs rw");
+            mount_line(line.as_bytes()).unwrap().attributes()
+        };
+        assert_eq!(attributes("rw,relatime"), 0);
+        assert_eq!(attributes("rw"), 0x20);
+        assert_eq!(attributes("ro,nosuid,nodev,noexec,noatime"), 0x1f);
+        assert_eq!(attributes("rw,nosymfollow,nodiratime,relatime"), 0x20_0080);
     }
 
     #[test]

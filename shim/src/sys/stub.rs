@@ -3,8 +3,13 @@
 //! Engines are given its pid for every task of the pod, enter `/proc/PID/ns/*` and look whether it lives. It is a copy of this
 //! process without an exec, so it costs a few pages. It ends when [`Stub::release`] closes its pipe, or when this process dies,
 //! which closes the pipe too.
+//!
+//! Whoever enters its namespaces, or looks through `/proc/PID/root`, because he takes it for the container's process, finds nothing of
+//! the host: it has a pid namespace of its own, and a root with nothing but that one's /proc. Its command line says what it stands
+//! for, and it has no capability.
 
 use std::{
+    ffi::CStr,
     fs::File,
     io::{self, Read},
     mem::size_of,
@@ -37,8 +42,8 @@ pub struct Stub {
 }
 
 impl Stub {
-    /// Forks it into `cgroup`.
-    pub fn start(cgroup: BorrowedFd<'_>, network: Network<'_>) -> io::Result<Stub> {
+    /// Forks it into `cgroup`. `title` becomes its command line.
+    pub fn start(cgroup: BorrowedFd<'_>, network: Network<'_>, title: &str) -> io::Result<Stub> {
         let (ends, life) = pipe()?;
         let (mut failure, report) = pipe()?;
         let (flags, join) = match &network {
@@ -49,9 +54,15 @@ impl Stub {
             life: ends.as_raw_fd(),
             report: report.as_raw_fd(),
             network: join,
+            title: title.as_bytes(),
+            words: Words::of_this_process()?,
         };
         let mut pidfd: RawFd = -1;
-        let namespaces = flags | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        let namespaces = flags
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWNS
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWUTS;
         let arguments = CloneArgs {
             flags: namespaces as u64 | CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64,
             pidfd: &raw mut pidfd as u64,
@@ -107,14 +118,56 @@ impl Stub {
     }
 }
 
+/// Where the kernel reads a process' command line: arguments and, right after them, the environment (proc_pid_stat(5), fields 48
+/// to 51). What does not fit among the arguments may go on in the environment, if their last byte is not 0 any more (setproctitle(3)).
+#[derive(Clone, Copy)]
+struct Words {
+    start: usize,
+    arguments: usize,
+    all: usize,
+}
+
+impl Words {
+    fn of_this_process() -> io::Result<Words> {
+        let unusual = || io::Error::other("/proc/self/stat does not say where the arguments are");
+        let stat = std::fs::read_to_string("/proc/self/stat")?;
+        // The command in field 2 may hold blanks and parentheses: count from its last parenthesis, which ends field 2.
+        let after = stat.rfind(')').map(|index| &stat[index + 1..]);
+        let mut fields = after
+            .ok_or_else(unusual)?
+            .split_ascii_whitespace()
+            .skip(48 - 3);
+        let mut field = || fields.next()?.parse::<usize>().ok();
+        let [Some(start), Some(end), Some(more), Some(last)] = [field(), field(), field(), field()]
+        else {
+            return Err(unusual());
+        };
+        if start == 0 || start >= end {
+            return Err(unusual());
+        }
+        let last = if more == end && last > more {
+            last
+        } else {
+            end
+        };
+        Ok(Words {
+            start,
+            arguments: end - start,
+            all: last - start,
+        })
+    }
+}
+
 /// What the child needs; no allocation after the fork.
-struct Child {
+struct Child<'a> {
     life: RawFd,
     report: RawFd,
     network: Option<RawFd>,
+    title: &'a [u8],
+    words: Words,
 }
 
-impl Child {
+impl Child<'_> {
     fn run(&self) -> ! {
         let failed = match self.settle() {
             Ok(never) => match never {},
@@ -131,18 +184,18 @@ impl Child {
     fn settle(&self) -> Result<std::convert::Infallible, i32> {
         if let Some(network) = self.network {
             // SAFETY: setns on an integer.
-            if unsafe { libc::setns(network, libc::CLONE_NEWNET) } < 0 {
-                return Err(errno());
-            }
+            done(unsafe { libc::setns(network, libc::CLONE_NEWNET) })?;
         }
         let life = keep(self.life)?;
         place(life, 3)?;
+        empty_root()?;
+        self.rename();
+        drop_capabilities()?;
         // SAFETY: system calls on integers and on values of this stack; the signal set is initialised before use.
         unsafe {
             libc::setsid();
-            // No directory of the host may be busy because of it.
-            libc::chdir(c"/".as_ptr());
-            libc::prctl(libc::PR_SET_NAME, c"bulkhead-pod".as_ptr());
+            // Who enters the pid namespace and leaves children behind makes them this process': nobody waits for them.
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
             let mut all: libc::sigset_t = std::mem::zeroed();
             libc::sigfillset(&mut all);
             libc::sigprocmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
@@ -155,9 +208,178 @@ impl Child {
             libc::_exit(0)
         }
     }
+
+    /// Writes the title where the arguments of this process were.
+    fn rename(&self) {
+        let Words {
+            start,
+            arguments,
+            all,
+        } = self.words;
+        // A zero byte ends it.
+        let length = self.title.len().min(all - 1);
+        // SAFETY: the kernel has put this process' arguments and environment there, `all` bytes of its writable stack. This is the
+        // child's copy, whose only thread reads neither any more.
+        unsafe {
+            let words = std::ptr::with_exposed_provenance_mut::<u8>(start);
+            std::ptr::write_bytes(words, 0, all);
+            std::ptr::copy_nonoverlapping(self.title.as_ptr(), words, length);
+            if length < arguments {
+                // Else zero bytes would follow it; they do where this needs a capability that this process lacks.
+                libc::prctl(
+                    libc::PR_SET_MM,
+                    libc::PR_SET_MM_ARG_END,
+                    start + length + 1,
+                    0,
+                    0,
+                );
+            }
+            libc::prctl(libc::PR_SET_NAME, c"bulkhead-pod".as_ptr());
+        }
+    }
+}
+
+fn done(result: i32) -> Result<(), i32> {
+    match result {
+        0.. => Ok(()),
+        _ => Err(errno()),
+    }
+}
+
+/// Leaves the host's mounts, of which this mount namespace has a copy, for a root that has the /proc of this pid namespace and nothing
+/// else. So no directory of the host is busy because of this process. Async-signal-safe calls only.
+fn empty_root() -> Result<(), i32> {
+    const FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    let none = std::ptr::null::<libc::c_char>();
+    let mount = |source: *const libc::c_char, target: &CStr, kind, flags, data: *const _| {
+        // SAFETY: strings that end with a zero byte, or null pointers where the kernel takes them.
+        done(unsafe { libc::mount(source, target.as_ptr(), kind, flags, data) })
+    };
+    let null = std::ptr::null::<libc::c_void>();
+    mount(none, c"/", none, libc::MS_REC | libc::MS_PRIVATE, null)?;
+    let name = c"bulkhead-pod".as_ptr();
+    let limits = c"mode=0755,size=4k,nr_inodes=4".as_ptr().cast();
+    // Over a directory that every host has; nobody else sees it.
+    mount(name, c"/proc", c"tmpfs".as_ptr(), FLAGS, limits)?;
+    // SAFETY: system calls on constant strings that end with a zero byte.
+    unsafe {
+        done(libc::chdir(c"/proc".as_ptr()))?;
+        done(libc::mkdir(c"proc".as_ptr(), 0o555))?;
+    }
+    let proc = c"proc".as_ptr();
+    mount(proc, c"proc", proc, FLAGS, null)?;
+    // SAFETY: the same. The old root comes to lie on the new one and is taken off it (pivot_root(2), "pivot_root(".", ".")").
+    unsafe {
+        let dot = c".".as_ptr();
+        done(libc::syscall(libc::SYS_pivot_root, dot, dot) as i32)?;
+        done(libc::umount2(dot, libc::MNT_DETACH))?;
+        done(libc::chdir(c"/".as_ptr()))?;
+    }
+    let read_only = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | FLAGS;
+    mount(none, c"/", none, read_only, null)
+}
+
+/// Gives up every capability for good. Async-signal-safe calls only.
+fn drop_capabilities() -> Result<(), i32> {
+    /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h), for this process.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    // SAFETY: prctl on integers; capset reads a header of two and data of six numbers.
+    unsafe {
+        libc::prctl(
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_CLEAR_ALL,
+            0,
+            0,
+            0,
+        );
+        // Up to the last one that the kernel has.
+        let mut capability = 0;
+        while libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) == 0 {
+            capability += 1;
+        }
+        done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        let nothing = [0u32; 6];
+        done(libc::syscall(libc::SYS_capset, HEADER.as_ptr(), nothing.as_ptr()) as i32)
+    }
 }
 
 /// Opens a network namespace by its path.
 pub fn open_network(path: &std::path::Path) -> io::Result<OwnedFd> {
     Ok(File::open(path)?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    fn cgroup() -> Option<File> {
+        let places = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let found = places.iter().find(|p| p.join("cgroup.procs").exists());
+        // Only root may put a process there.
+        let found = found.filter(|_| nix::unistd::geteuid().is_root());
+        if found.is_none() {
+            println!("NOT RUN: this needs root and cgroup v2");
+        }
+        File::open(found?).ok()
+    }
+
+    fn start(title: &str) -> Option<Stub> {
+        let cgroup = cgroup()?;
+        Some(Stub::start(cgroup.as_fd(), Network::New, title).unwrap())
+    }
+
+    fn of(stub: &Stub, name: &str) -> String {
+        let bytes = fs::read(format!("/proc/{}/{name}", stub.pid())).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn it_says_what_it_stands_for() {
+        // One that fits where this test's arguments are, and one that does not.
+        for title in ["x", &format!("bulkhead: pod {} (...)", "y".repeat(300))] {
+            let Some(stub) = start(title) else { return };
+            assert_eq!(of(&stub, "cmdline").trim_end_matches('\0'), title);
+            assert_eq!(of(&stub, "comm"), "bulkhead-pod\n");
+            let own = fs::read_to_string("/proc/self/cmdline").unwrap();
+            assert!(!own.contains(title) || title == "x", "{own}");
+            stub.release();
+        }
+    }
+
+    #[test]
+    fn who_enters_it_finds_nothing_of_the_host() {
+        let Some(stub) = start("x") else { return };
+        let process = format!("/proc/{}", stub.pid());
+        for kind in ["pid", "mnt", "net", "ipc", "uts"] {
+            let [own, its] = ["/proc/self", &process]
+                .map(|process| fs::read_link(format!("{process}/ns/{kind}")).unwrap());
+            assert_ne!(own, its, "{kind}");
+        }
+        let names = |path: String| -> Vec<String> {
+            let entries = fs::read_dir(path).unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name());
+            names.map(|name| name.into_string().unwrap()).collect()
+        };
+        assert_eq!(names(format!("{process}/root")), ["proc"]);
+        let numbers = names(format!("{process}/root/proc"));
+        let processes = numbers.iter().filter(|name| name.parse::<u32>().is_ok());
+        assert_eq!(processes.collect::<Vec<_>>(), ["1"]);
+        fs::write(format!("{process}/root/x"), "").unwrap_err();
+        assert_eq!(of(&stub, "mountinfo").lines().count(), 2);
+        stub.release();
+    }
+
+    #[test]
+    fn it_has_no_capability() {
+        let Some(stub) = start("x") else { return };
+        let status = of(&stub, "status");
+        for name in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            assert!(line.ends_with("\t0000000000000000"), "{line}");
+        }
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        stub.release();
+    }
 }

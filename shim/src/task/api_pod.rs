@@ -8,6 +8,7 @@
 //! What is refused is refused by CreateSandbox; the machine boots in StartSandbox, when its network is there.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -44,7 +45,7 @@ pub(super) struct ApiPod {
     life: Process,
     pod: Mutex<Option<Arc<Pod>>>,
     /// What it had used when its end was wanted.
-    used: Mutex<Metrics>,
+    used: Mutex<Option<Metrics>>,
     /// One end at a time.
     ending: tokio::sync::Mutex<()>,
 }
@@ -98,12 +99,43 @@ impl ApiPod {
         }
     }
 
-    /// What it uses, or had used at its end, as the host counts it.
-    pub(super) fn metrics(&self) -> Metrics {
-        match (self.phase(), self.pod().as_ref()) {
-            (Phase::Running, Some(pod)) => of_pod(&pod.cgroup),
-            _ => self.used.lock().expect("no panic while it is held").clone(),
+    /// What a person may want to know of it, in words.
+    pub(super) fn info(&self, state: &str) -> HashMap<String, String> {
+        let mut info = vec![
+            ("pid", self.pid().to_string()),
+            ("state", state.into()),
+            ("shim_pid", std::process::id().to_string()),
+            ("version", env!("CARGO_PKG_VERSION").into()),
+            ("hostname", self.plan.hostname.clone()),
+        ];
+        if let Some(network) = &self.plan.paths.network {
+            info.push(("network_namespace", network.display().to_string()));
         }
+        if let Some(pod) = self.pod().as_ref() {
+            info.push(("cgroup", pod.cgroup.display().to_string()));
+            info.push(("vcpus", self.config.vcpus.to_string()));
+            info.push(("memory_bytes", pod.memory_bytes.to_string()));
+        }
+        let pairs = info.into_iter();
+        pairs.map(|(name, value)| (name.into(), value)).collect()
+    }
+
+    /// What it uses, or had used at its end, as the host counts it.
+    ///
+    /// # Errors
+    /// It never ran, or its machine has just gone, uncounted.
+    pub(super) fn metrics(&self) -> Result<Metrics, Error> {
+        let now = match (self.phase(), self.pod().as_ref()) {
+            (Phase::Running, Some(pod)) => of_pod(pod),
+            _ => None,
+        };
+        let mut used = self.used.lock().expect("no panic while it is held");
+        if now.is_some() {
+            *used = now;
+        }
+        used.clone().ok_or_else(|| {
+            Error::Unavailable(format!("the sandbox {:?} has ended, uncounted", self.id))
+        })
     }
 
     /// Refuses with the words of a state error.
@@ -125,7 +157,9 @@ impl ApiPod {
     }
 
     fn remember_use(&self, pod: &Pod) {
-        *self.used.lock().expect("no panic while it is held") = of_pod(&pod.cgroup);
+        if let Some(used) = of_pod(pod) {
+            *self.used.lock().expect("no panic while it is held") = Some(used);
+        }
     }
 }
 
@@ -146,14 +180,20 @@ impl Tasks {
     pub(super) fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), Error> {
         let id = &request.sandbox_id;
         ids::check("id", id)?;
-        let sandbox = self.api_pod();
-        if sandbox.as_ref().is_some_and(|sandbox| sandbox.id == *id) {
-            let text = format!("there is a sandbox {id:?} already");
+        // One shim is one pod, by whichever service it was made.
+        let there = match (self.api_pod(), self.pod()) {
+            (Some(sandbox), _) => Some(sandbox.id.clone()),
+            (None, Some(pod)) => Some(pod.id.clone()),
+            (None, None) => self.slots().keys().next().cloned(),
+        };
+        if let Some(there) = there {
+            let text = match there == *id {
+                true => format!("there is a sandbox {id:?} already"),
+                false => {
+                    format!("this shim runs the pod {there:?} already and does not make {id:?}")
+                }
+            };
             return Err(Error::Exists(text));
-        }
-        if sandbox.is_some() || self.pod().is_some() || !self.slots().is_empty() {
-            let text = format!("this shim runs another pod and does not make {id:?}");
-            return Err(Error::State(text));
         }
         // Nothing waits from the question to the answer: no other request comes between.
         let pod = ApiPod::read(request, self.place.config.as_deref())?;

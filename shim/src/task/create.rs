@@ -24,7 +24,7 @@ use crate::{
     hooks::{self, State},
     ids,
     layers::Layer,
-    oci::{self, Bundle, Plan, PodPlan, Role},
+    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
     stdio::{Ends, Names, Owner, Streams},
 };
 
@@ -85,7 +85,11 @@ impl Wanted {
     }
 
     fn plan(&self, pod: &PodPlan) -> Result<Plan, Error> {
-        let mut plan = oci::plan_in_pod(&self.bundle, &self.id, &pod.paths)?;
+        let root = match self.layers.is_empty() {
+            true => RootFrom::Bundle,
+            false => RootFrom::Mounts,
+        };
+        let mut plan = oci::plan_in_pod(&self.bundle, &self.id, &pod.paths, root)?;
         let process = plan.container.process.mut_or_insert_default();
         // The client has made its streams by this word, not by config.json's.
         process.terminal = self.names.terminal;
@@ -163,17 +167,30 @@ impl Tasks {
                 "the pod {sandbox:?} of container {:?} does not run here",
                 wanted.id
             ))),
-            (_, Some(pod)) => Err(Error::State(format!(
-                "this shim runs the pod {:?}, and container {:?} is not a member of it",
+            // One shim is one pod: who asks on its socket means this pod, whatever the engine's annotations are.
+            (Role::Alone, Some(pod)) => self.make_member(wanted, pod).await,
+            (Role::Sandbox, Some(pod)) => Err(Error::State(format!(
+                "this shim runs the pod {:?} and does not make the pod {:?}",
                 pod.id, wanted.id
             ))),
             (_, None) if self.api_pod().is_some() => Err(Error::State(format!(
-                "this shim's pod is made by the sandbox service, and container {:?} is not a member of it",
+                "this shim's sandbox does not run, and container {:?} would be a member of it",
+                wanted.id
+            ))),
+            // Nor does one that is about to run a pod make another one beside it.
+            (_, None) if self.makes_another(&wanted.id) => Err(Error::State(format!(
+                "this shim makes a pod and does not make that of container {:?} beside it",
                 wanted.id
             ))),
             (Role::Sandbox, None) => self.make_sandbox(wanted).await,
             (Role::Alone, None) => self.make_alone(wanted).await,
         }
+    }
+
+    fn makes_another(&self, id: &str) -> bool {
+        let slots = self.slots();
+        let mut others = slots.iter().filter(|(other, _)| *other != id);
+        others.any(|(_, slot)| matches!(slot, Slot::Making))
     }
 
     /// A pod's own container: the machine, and nothing in it.
@@ -244,7 +261,7 @@ impl Tasks {
     /// A container of a pod that runs.
     async fn make_member(&self, mut wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
         if let Some(files) = &pod.plan.files {
-            files.add_to(&mut wanted.bundle.spec);
+            files.add_to(&mut wanted.bundle.spec, &pod.plan.paths);
         }
         let mut plan = wanted.plan(&pod.plan)?;
         pod.admit(&plan.container.namespaces)?;
@@ -292,12 +309,14 @@ impl Tasks {
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
-            let started = match init.open_input() {
-                Ok(()) => task.pod.agent().start(&task.id).await.map_err(Error::from),
-                Err(error) => Err(error),
+            let started = match task.pod.agent().start(&task.id).await {
+                // Only now: what is sent earlier goes to whoever has dialled the stream, if the agent has not.
+                Ok(()) => init.open_input(),
+                Err(error) => Err(error.into()),
             };
             if let Err(error) = started {
-                // It never ran: its end is told by this error and not by an event.
+                // It never ran, or runs without the input that it was to have: its end is told by this error and not by an event.
+                let _ = task.pod.agent().signal(&task.id, libc::SIGKILL).await;
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
@@ -320,6 +339,11 @@ impl Tasks {
             self.events.publish(started);
         })
         .map_err(|phase| init.refuse("start", phase))?;
+        if task.guest.is_some() {
+            // So that there is something to tell from the first Stats on, even if the guest hangs by then.
+            let task = task.clone();
+            tokio::spawn(async move { task.usage.refresh(&task.pod, &task.id).await });
+        }
         Ok(task.pid())
     }
 }

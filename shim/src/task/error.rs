@@ -19,6 +19,9 @@ pub enum Error {
     /// The request contradicts itself.
     #[error("{0}")]
     Invalid(String),
+    /// Not known now, but perhaps later.
+    #[error("{0}")]
+    Unavailable(String),
     /// Not offered.
     #[error("{0} is not offered")]
     Unimplemented(&'static str),
@@ -73,6 +76,7 @@ impl Error {
             Error::Invalid(_) | Error::Id(_) | Error::Oci(_) | Error::Cri(_) => {
                 Code::INVALID_ARGUMENT
             }
+            Error::Unavailable(_) => Code::UNAVAILABLE,
             Error::Unimplemented(_) => Code::UNIMPLEMENTED,
             Error::Hung(_) => Code::DEADLINE_EXCEEDED,
             Error::Agent(agent::Error::Refused { code, .. }) => match code {

@@ -101,7 +101,6 @@ impl Tasks {
             None => return Err(Error::State(format!("the pod {:?} has ended", task.pod.id))),
         };
         exec.process.connect(streams);
-        exec.process.open_input()?;
         let mut spec = exec.spec.clone();
         if let Some((rows, columns)) = exec.process.size() {
             (spec.rows, spec.columns) = (rows.into(), columns.into());
@@ -116,12 +115,20 @@ impl Tasks {
         let agent = task.pod.agent();
         agent.create_exec(&request).await?;
         let exec_id = &exec.process.exec_id;
-        if let Err(error) = agent.start_process(&task.id, exec_id).await {
-            // It has ended, or is about to: only then can the agent forget it.
+        let started = match agent.start_process(&task.id, exec_id).await {
+            // Only now: what is sent earlier goes to whoever has dialled the stream, if the agent has not.
+            Ok(()) => exec.process.open_input(),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = started {
+            // It may run, without the input that it was to have. One that did not start has ended, or is about to.
+            let kill = libc::SIGKILL.unsigned_abs();
+            let _ = agent.signal_process(&task.id, exec_id, kill, false).await;
+            // Only then can the agent forget it.
             if agent.wait_process(&task.id, exec_id).await.is_ok() {
                 let _ = agent.delete_process(&task.id, exec_id).await;
             }
-            return Err(error.into());
+            return Err(error);
         }
         Ok(())
     }

@@ -1,13 +1,14 @@
 //! What a container uses, in containerd's terms for cgroup v2, from the files of its cgroup in the guest.
 //!
-//! The guest is asked, but never waited for: what it said last is the answer then. Its text is untrusted; a number that does not
-//! parse is 0.
+//! The guest is asked, but not waited for: what it said last is the answer then. Only when it has not said anything yet, the answer
+//! waits for it, and is an error in the end: numbers that nobody has counted would be believed. Its text is untrusted; a number that
+//! does not parse is 0.
 
 use std::{
     collections::HashMap,
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -17,16 +18,23 @@ use bulkhead_agent_protocol::agent::CgroupFile;
 use containerd_shim_protos::{
     cgroups_v2::metrics::{
         CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
+        RdmaStat,
     },
     protobuf::MessageField,
 };
+use tokio::sync::watch;
 
-use crate::agent::Agent;
+use super::{Error, Pod};
+use crate::agent;
 
 /// How long the guest may take to be heard in the same answer; containerd is promised one within 100 ms.
 const FRESH: Duration = Duration::from_millis(60);
+/// The same when it has never been heard: a little less than the 2 s after which CRI gives up.
+const FIRST: Duration = Duration::from_millis(1500);
 /// Block devices of one container at most.
 const MAX_DEVICES: usize = 256;
+/// Files without which an answer is none: of a cgroup that has gone, or has not come, nothing is there.
+const NEEDED: &[&str] = &["cpu.stat", "memory.current", "pids.current"];
 /// What is read of a pod's cgroup on the host.
 const POD_FILES: &[&str] = &[
     "cpu.stat",
@@ -37,17 +45,31 @@ const POD_FILES: &[&str] = &[
     "memory.stat",
     "memory.swap.current",
     "memory.swap.max",
+    "memory.swap.peak",
+    "memory.pressure",
+    "cpu.pressure",
     "io.stat",
+    "io.pressure",
     "pids.current",
     "pids.max",
 ];
 
 /// A container's last known use.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Usage {
-    last: Arc<Mutex<Metrics>>,
+    last: watch::Sender<Option<Metrics>>,
     out_of_memory: AtomicBool,
     asking: Arc<AtomicBool>,
+}
+
+impl Default for Usage {
+    fn default() -> Usage {
+        Usage {
+            last: watch::Sender::new(None),
+            out_of_memory: AtomicBool::default(),
+            asking: Arc::default(),
+        }
+    }
 }
 
 impl Usage {
@@ -57,45 +79,102 @@ impl Usage {
     }
 
     /// Asks the guest, waits a moment, and answers with what is known then.
-    pub async fn metrics(&self, agent: &Agent, container: &str) -> Metrics {
-        // One question at a time, however many ask us while the guest hangs.
+    ///
+    /// # Errors
+    /// The guest has not said anything yet.
+    pub async fn metrics(&self, pod: &Pod, container: &str) -> Result<Metrics, Error> {
+        let agent = pod.agent().clone();
+        let id = container.to_string();
+        let question = async move { agent.stats(&id).await };
+        self.ask_and_wait(question, pod.memory_bytes)
+            .await
+            .ok_or_else(|| {
+                Error::Unavailable(format!(
+                    "the guest has not told yet what container {container:?} uses"
+                ))
+            })
+    }
+
+    async fn ask_and_wait(
+        &self,
+        question: impl Future<Output = Result<Vec<CgroupFile>, agent::Error>> + Send + 'static,
+        memory_bytes: u64,
+    ) -> Option<Metrics> {
+        let mut told = self.last.subscribe();
+        // One question at a time, however many ask us while the guest hangs. Later it is still heard, for the next time.
         if !self.asking.swap(true, Ordering::Relaxed) {
             let (last, asking) = (self.last.clone(), self.asking.clone());
-            let (agent, container) = (agent.clone(), container.to_string());
-            let question = tokio::spawn(async move {
-                ask(&agent, &container, &last).await;
+            tokio::spawn(async move {
+                let answer = question.await;
                 asking.store(false, Ordering::Relaxed);
+                take(&last, answer, memory_bytes);
             });
-            // Later it is still heard, for the next time.
-            let _ = tokio::time::timeout(FRESH, question).await;
         }
-        self.known()
+        let patience = match self.known(memory_bytes) {
+            Some(_) => FRESH,
+            None => FIRST,
+        };
+        let _ = tokio::time::timeout(patience, told.changed()).await;
+        self.known(memory_bytes)
     }
 
-    /// Asks for the last time, when the container has ended and its cgroup is still there.
-    pub async fn refresh(&self, agent: &Agent, container: &str) {
-        ask(agent, container, &self.last).await;
+    /// Asks at a moment after which the guest may not be able to answer.
+    pub async fn refresh(&self, pod: &Pod, container: &str) {
+        let answer = pod.agent().stats(container).await;
+        take(&self.last, answer, pod.memory_bytes);
     }
 
-    fn known(&self) -> Metrics {
-        let mut metrics = self.last.lock().expect("no panic while it is held").clone();
-        if self.out_of_memory.load(Ordering::Relaxed) {
-            let events = metrics.memory_events.mut_or_insert_default();
-            events.oom_kill = events.oom_kill.max(1);
+    /// The same of a pod's own container, which only the host counts.
+    ///
+    /// # Errors
+    /// The pod has ended, and nobody has asked before.
+    pub fn metrics_of_pod(&self, pod: &Pod) -> Result<Metrics, Error> {
+        if let Some(metrics) = of_pod(pod) {
+            self.last.send_replace(Some(metrics));
         }
-        metrics
+        self.known(pod.memory_bytes)
+            .ok_or_else(|| Error::Unavailable(format!("the pod {:?} has ended, uncounted", pod.id)))
+    }
+
+    fn known(&self, memory_bytes: u64) -> Option<Metrics> {
+        let known = self.last.borrow().clone();
+        if !self.out_of_memory.load(Ordering::Relaxed) {
+            return known;
+        }
+        // Whoever ran out of memory has ended: what it uses now is nothing.
+        let mut metrics = known.unwrap_or_else(|| convert(&[], memory_bytes));
+        let events = metrics.memory_events.mut_or_insert_default();
+        events.oom_kill = events.oom_kill.max(1);
+        Some(metrics)
     }
 }
 
-async fn ask(agent: &Agent, container: &str, last: &Mutex<Metrics>) {
-    match agent.stats(container).await {
-        Ok(files) => *last.lock().expect("no panic while it is held") = convert(&files),
-        Err(error) => tracing::debug!(container, %error, "no fresh metrics"),
+/// Keeps an answer; of one that is none, only that it has come.
+fn take(
+    last: &watch::Sender<Option<Metrics>>,
+    answer: Result<Vec<CgroupFile>, agent::Error>,
+    memory_bytes: u64,
+) {
+    match answer {
+        Ok(files) if is_whole(&files) => {
+            drop(last.send_replace(Some(convert(&files, memory_bytes))))
+        }
+        Ok(_) => last.send_modify(|_| tracing::debug!("the guest has no such cgroup")),
+        Err(error) => last.send_modify(|_| tracing::debug!(%error, "no fresh metrics")),
     }
 }
 
-/// What a pod uses as the host sees it: its machine, with all that is in it.
-pub fn of_pod(cgroup: &Path) -> Metrics {
+fn is_whole(files: &[CgroupFile]) -> bool {
+    let has = |name: &&str| files.iter().any(|file| file.name == **name);
+    NEEDED.iter().all(has)
+}
+
+/// What a pod uses as the host sees it: its machine, with all that is in it. `None`: it has ended.
+pub fn of_pod(pod: &Pod) -> Option<Metrics> {
+    of_cgroup(&pod.cgroup, pod.memory_bytes)
+}
+
+fn of_cgroup(cgroup: &Path, memory_bytes: u64) -> Option<Metrics> {
     let files = POD_FILES.iter().filter_map(|name| {
         let value = std::fs::read_to_string(cgroup.join(name)).ok()?;
         Some(CgroupFile {
@@ -104,11 +183,14 @@ pub fn of_pod(cgroup: &Path) -> Metrics {
             ..CgroupFile::default()
         })
     });
-    convert(&files.collect::<Vec<_>>())
+    let files: Vec<CgroupFile> = files.collect();
+    // A pod whose cgroup lacks a controller is still counted by the others.
+    let is_there = files.iter().any(|file| file.name == "cpu.stat");
+    is_there.then(|| convert(&files, memory_bytes))
 }
 
-/// The files by their names.
-fn convert(files: &[CgroupFile]) -> Metrics {
+/// The files by their names. Who has no limit has that of the machine with its `memory_bytes`.
+fn convert(files: &[CgroupFile], memory_bytes: u64) -> Metrics {
     let text = |name: &str| {
         let mut found = files.iter().filter(|file| file.name == name);
         found.next().map_or("", |file| file.value.as_str())
@@ -123,18 +205,25 @@ fn convert(files: &[CgroupFile]) -> Metrics {
         cpu: MessageField::some(cpu(text("cpu.stat"), text("cpu.pressure"))),
         memory: MessageField::some(MemoryStat {
             usage: number("memory.current"),
-            usage_limit: number("memory.max"),
+            usage_limit: match text("memory.max") {
+                "" => memory_bytes,
+                text => limit(text).min(memory_bytes),
+            },
             max_usage: number("memory.peak"),
             swap_usage: number("memory.swap.current"),
             swap_limit: number("memory.swap.max"),
+            swap_max_usage: number("memory.swap.peak"),
             psi: pressure(text("memory.pressure")),
             ..memory(text("memory.stat"))
         }),
         memory_events: MessageField::some(memory_events(text("memory.events"))),
         io: MessageField::some(IOStat {
             usage: devices(text("io.stat")),
+            psi: pressure(text("io.pressure")),
             ..IOStat::default()
         }),
+        // Present, as runc has it, and empty: no such device comes into a guest.
+        rdma: MessageField::some(RdmaStat::default()),
         ..Metrics::default()
     }
 }
@@ -177,6 +266,9 @@ fn cpu(text: &str, psi: &str) -> CPUStat {
 
 fn memory(text: &str) -> MemoryStat {
     let get = table(text);
+    // The guest's numbers: any.
+    let sum =
+        |name: &str| get(&format!("{name}_anon")).saturating_add(get(&format!("{name}_file")));
     MemoryStat {
         anon: get("anon"),
         file: get("file"),
@@ -197,10 +289,8 @@ fn memory(text: &str) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        workingset_refault: get("workingset_refault_anon")
-            .saturating_add(get("workingset_refault_file")),
-        workingset_activate: get("workingset_activate_anon")
-            .saturating_add(get("workingset_activate_file")),
+        workingset_refault: sum("workingset_refault"),
+        workingset_activate: sum("workingset_activate"),
         workingset_nodereclaim: get("workingset_nodereclaim"),
         pgrefill: get("pgrefill"),
         pgscan: get("pgscan"),
@@ -299,9 +389,15 @@ mod tests {
         }
     }
 
+    const MACHINE: u64 = 256 << 20;
+
+    fn convert_here(files: &[CgroupFile]) -> Metrics {
+        convert(files, MACHINE)
+    }
+
     #[test]
     fn the_kernels_text_becomes_containerds_numbers() {
-        let metrics = convert(&[
+        let metrics = convert_here(&[
             file("cpu.stat", "usage_usec 7\nuser_usec 4\nsystem_usec 3\n"),
             file("memory.current", "4096\n"),
             file("memory.max", "max\n"),
@@ -324,7 +420,7 @@ mod tests {
         );
         assert_eq!(
             (metrics.memory.usage, metrics.memory.usage_limit),
-            (4096, u64::MAX)
+            (4096, MACHINE)
         );
         assert_eq!(
             (metrics.memory.inactive_file, metrics.memory_events.oom_kill),
@@ -340,27 +436,144 @@ mod tests {
 
     #[test]
     fn nonsense_from_the_guest_is_zero() {
-        let metrics = convert(&[
+        let metrics = convert_here(&[
             file("cpu.stat", "usage_usec -1\n\u{0}"),
             file("memory.current", "99999999999999999999999"),
             file("io.stat", &"1:1 \n".repeat(10_000)),
         ]);
         assert_eq!((metrics.cpu.usage_usec, metrics.memory.usage), (0, 0));
+        assert_eq!(metrics.io.usage.len(), MAX_DEVICES);
+    }
+
+    #[test]
+    fn a_limit_is_the_containers_or_the_machines() {
+        let limit = |text: &str| {
+            let files = [file("memory.max", text)];
+            convert_here(&files).memory.usage_limit
+        };
+        assert_eq!(limit("4096\n"), 4096);
+        for none in ["max\n", "", "18446744073709551615"] {
+            assert_eq!(limit(none), MACHINE, "{none:?}");
+        }
+        assert_eq!(convert_here(&[]).memory.usage_limit, MACHINE);
+    }
+
+    #[test]
+    fn sums_of_the_guests_numbers_do_not_wrap() {
         let most = format!(
             "workingset_refault_anon {0}\nworkingset_refault_file {0}\n",
             u64::MAX
         );
-        let metrics = convert(&[file("memory.stat", &most)]);
+        let metrics = convert_here(&[file("memory.stat", &most)]);
         assert_eq!(metrics.memory.workingset_refault, u64::MAX);
-        let metrics = convert(&[file("io.stat", &"1:1 \n".repeat(10_000))]);
-        assert_eq!(metrics.io.usage.len(), MAX_DEVICES);
+    }
+
+    fn whole(current: &str) -> Vec<CgroupFile> {
+        vec![
+            file("cpu.stat", "usage_usec 7\n"),
+            file("memory.current", current),
+            file("pids.current", "5\n"),
+        ]
+    }
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        runtime.block_on(work)
+    }
+
+    fn lost() -> agent::Error {
+        agent::Error::Lost {
+            call: "ContainerStats",
+            reason: "gone".into(),
+        }
+    }
+
+    #[test]
+    fn nothing_is_answered_before_the_guest_has_told() {
+        block_on(async {
+            let usage = Usage::default();
+            let since = std::time::Instant::now();
+            let silent = usage.ask_and_wait(std::future::pending(), MACHINE).await;
+            assert!(silent.is_none());
+            // In the time that CRI gives.
+            let waited = since.elapsed();
+            assert!(
+                waited >= FIRST && waited < Duration::from_secs(2),
+                "{waited:?}"
+            );
+        });
+        // A guest that refuses, that has gone, and one that has no such cgroup.
+        block_on(async {
+            for answer in [Err(lost()), Ok(Vec::new()), Ok(whole("1\n")[..2].to_vec())] {
+                let usage = Usage::default();
+                let told = usage.ask_and_wait(async { answer }, MACHINE).await;
+                assert!(told.is_none());
+            }
+        });
+    }
+
+    #[test]
+    fn a_slow_first_answer_is_waited_for_by_all_who_ask() {
+        block_on(async {
+            let usage = Usage::default();
+            let slow = async {
+                tokio::time::sleep(5 * FRESH).await;
+                Ok(whole("4096\n"))
+            };
+            let (first, second) = tokio::join!(
+                usage.ask_and_wait(slow, MACHINE),
+                usage.ask_and_wait(std::future::pending(), MACHINE),
+            );
+            for metrics in [first, second] {
+                let metrics = metrics.expect("told");
+                assert_eq!((metrics.memory.usage, metrics.pids.current), (4096, 5));
+                assert!(metrics.cpu.is_some() && metrics.memory_events.is_some());
+            }
+        });
+    }
+
+    #[test]
+    fn what_was_told_last_stays() {
+        block_on(async {
+            let usage = Usage::default();
+            let ask = async |answer| usage.ask_and_wait(async { answer }, MACHINE).await;
+            let memory = |metrics: Option<Metrics>| metrics.expect("told").memory.usage;
+            assert_eq!(memory(ask(Ok(whole("1\n"))).await), 1);
+            assert_eq!(memory(ask(Ok(whole("2\n"))).await), 2);
+            assert_eq!(memory(ask(Err(lost())).await), 2);
+            assert_eq!(memory(ask(Ok(Vec::new())).await), 2);
+            let since = std::time::Instant::now();
+            let hangs = usage.ask_and_wait(std::future::pending(), MACHINE).await;
+            assert_eq!(memory(hangs), 2);
+            assert!(since.elapsed() < FIRST);
+        });
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_is_not_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(of_cgroup(directory.path(), MACHINE).is_none());
+        std::fs::write(directory.path().join("cpu.stat"), "usage_usec 3\n").unwrap();
+        let metrics = of_cgroup(directory.path(), MACHINE).expect("there");
+        assert_eq!(metrics.cpu.usage_usec, 3);
     }
 
     #[test]
     fn running_out_of_memory_is_not_forgotten() {
         let usage = Usage::default();
-        assert_eq!(usage.known().memory_events.oom_kill, 0);
+        assert!(usage.known(MACHINE).is_none());
         usage.note_out_of_memory();
-        assert_eq!(usage.known().memory_events.oom_kill, 1);
+        // Who has never been counted has ended all the same.
+        let metrics = usage.known(MACHINE).expect("known");
+        assert_eq!(metrics.memory_events.oom_kill, 1);
+        assert!(metrics.cpu.is_some() && metrics.memory.is_some() && metrics.pids.is_some());
+        usage.last.send_replace(Some(convert_here(&whole("1\n"))));
+        assert_eq!(
+            usage.known(MACHINE).expect("known").memory_events.oom_kill,
+            1
+        );
     }
 }

@@ -402,7 +402,7 @@ impl Tasks {
         }
         task.init.heard(&answer).await;
         self.finish(&task, &task.init, exit, answer.oom_killed);
-        task.usage.refresh(task.pod.agent(), &task.id).await;
+        task.usage.refresh(&task.pod, &task.id).await;
     }
 
     /// The same for an exec process.

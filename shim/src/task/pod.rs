@@ -17,6 +17,7 @@ use super::{Error, metrics::memory_events};
 use crate::{
     agent::{self, Agent},
     config::Config,
+    ids,
     layers::{Layer, Roots},
     oci::{Plan, PodPlan},
     sandbox::{self, Access, Parts, Request, Sandbox},
@@ -59,6 +60,8 @@ pub struct Pod {
     pub access: Access,
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
+    /// Its machine's memory.
+    pub memory_bytes: u64,
     ending: AtomicBool,
     private_pids: AtomicBool,
     held: Mutex<Option<Held>>,
@@ -138,11 +141,12 @@ impl Pod {
     ) -> Result<(Pod, T), Error> {
         let began = now_ns();
         let parts = Parts::open(config)?;
+        let memory_mib = memory_mib(config, order.memory);
         let request = Request {
             namespace: order.namespace,
             id: order.id,
             vcpus: config.vcpus,
-            memory_mib: memory_mib(config, order.memory),
+            memory_mib,
             cgroups_path: order.cgroups_path,
             host_limits: order.host_limits,
             network: order.plan.paths.network.as_deref(),
@@ -167,7 +171,7 @@ impl Pod {
             stub,
         };
         let hostname = match order.plan.hostname.as_str() {
-            "" => order.id,
+            "" => ids::hostname(order.id),
             name => name,
         };
         let done = match meanwhile(&mut held).await {
@@ -177,7 +181,7 @@ impl Pod {
         match done {
             Ok(done) => {
                 tell_boot(order.id, began, &held.sandbox.stamps());
-                Ok((Pod::new(order, held), done))
+                Ok((Pod::new(order, held, memory_mib << 20), done))
             }
             Err(error) => {
                 held.give_back().await;
@@ -191,7 +195,7 @@ impl Pod {
         self.access.agent()
     }
 
-    fn new(order: Order<'_>, held: Held) -> Pod {
+    fn new(order: Order<'_>, held: Held, memory_bytes: u64) -> Pod {
         let pid = held.stub.pid();
         let mut plan = order.plan.clone();
         plan.paths.pid = Some(pid);
@@ -201,6 +205,7 @@ impl Pod {
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
+            memory_bytes,
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
             held: Mutex::new(Some(held)),

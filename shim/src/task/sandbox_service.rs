@@ -117,6 +117,9 @@ impl SandboxService for Front {
             created_at: timestamp(sandbox.created),
             ..Default::default()
         };
+        if request.verbose {
+            status.info = sandbox.info(state);
+        }
         if let Phase::Stopped(exit) = phase {
             status.exited_at = timestamp(exit.at);
         }
@@ -154,11 +157,12 @@ impl SandboxService for Front {
         if matches!(sandbox.phase(), Phase::Created | Phase::Starting) {
             return Err(sandbox.refuse("measure").into());
         }
+        let used = sandbox.metrics()?;
         let mut answer = api::SandboxMetricsResponse::default();
         let metric = answer.metrics.mut_or_insert_default();
         metric.id = sandbox.id.clone();
         metric.timestamp = timestamp(std::time::SystemTime::now());
-        metric.data = Some(any("io.containerd.cgroups.v2", &sandbox.metrics())).into();
+        metric.data = Some(any("io.containerd.cgroups.v2", &used)).into();
         Ok(answer)
     }
 }

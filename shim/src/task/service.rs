@@ -12,7 +12,7 @@ use containerd_shim_protos::{
 };
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Error, Phase, Process, Task, Tasks, metrics, sandbox_service};
+use super::{Error, Phase, Process, Task, Tasks, sandbox_service};
 use crate::{
     events::{any, timestamp},
     sys,
@@ -284,9 +284,9 @@ impl TaskService for Front {
     ) -> ttrpc::Result<api::StatsResponse> {
         let task = self.0.task(&request.id)?;
         let metrics = match task.guest {
-            Some(_) => task.usage.metrics(task.pod.agent(), &task.id).await,
+            Some(_) => task.usage.metrics(&task.pod, &task.id).await?,
             // By the host alone.
-            None => metrics::of_pod(&task.pod.cgroup),
+            None => task.usage.metrics_of_pod(&task.pod)?,
         };
         Ok(api::StatsResponse {
             stats: Some(any("io.containerd.cgroups.v2", &metrics)).into(),

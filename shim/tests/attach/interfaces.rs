@@ -7,7 +7,7 @@ use bulkhead_shim::{
     network::{Error, Network},
 };
 
-use super::world::{Guest, World, frame, is, redirects, with_world};
+use super::world::{Guest, PATIENCE, World, frame, is, redirects, with_world};
 
 fn names(world: &World) -> Vec<String> {
     let mut ledger = world.ledger("names");
@@ -73,7 +73,7 @@ fn a_macvlan_carries_groups_that_the_namespace_has_not_joined() {
         outside.receive(is(0x88b5));
         drop(guest);
         assert!(ledger.teardown().is_empty());
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + PATIENCE;
         while world.run("vlan", "ip link") != before {
             assert!(Instant::now() < end, "{}", world.run("vlan", "ip link"));
         }

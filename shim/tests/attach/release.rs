@@ -1,6 +1,9 @@
 //! Giving back, whoever dies first.
 
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use bulkhead_shim::{
     ledger::{Resource, collect},
@@ -8,14 +11,11 @@ use bulkhead_shim::{
 };
 
 use nix::{
-    sys::{
-        signal::{Signal, kill},
-        wait::waitpid,
-    },
+    sys::signal::{Signal, kill},
     unistd::{ForkResult, fork},
 };
 
-use super::world::{Guest, World, is, with_world};
+use super::world::{Guest, PATIENCE, World, is, reap, with_world};
 
 const UDP_PORT: u16 = 9;
 
@@ -32,9 +32,7 @@ fn namespace_speaks(world: &World) {
     let heard = world.inside("peer", || {
         std::net::UdpSocket::bind(("10.9.0.1", UDP_PORT)).unwrap()
     });
-    heard
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    heard.set_read_timeout(Some(PATIENCE)).unwrap();
     world.inside("pod", || {
         let socket = std::net::UdpSocket::bind("10.9.0.2:0").unwrap();
         socket.send_to(b"word", ("10.9.0.1", UDP_PORT)).unwrap();
@@ -239,9 +237,17 @@ fn a_shim_killed_on_its_way_leaves_nothing() {
                     }
                 }
                 ForkResult::Parent { child } => {
+                    // Every second one after its first step, however late a busy machine lets it begin.
+                    if round % 2 == 1 {
+                        let ledger = world.state().join("default/a/ledger");
+                        let end = Instant::now() + PATIENCE;
+                        while !ledger.exists() {
+                            assert!(Instant::now() < end, "it does not begin its ledger");
+                        }
+                    }
                     thread::sleep(Duration::from_micros(round * 40));
                     kill(child, Signal::SIGKILL).unwrap();
-                    waitpid(child, None).unwrap();
+                    reap(child);
                 }
             }
             for collected in collect(&world.state(), false).unwrap() {

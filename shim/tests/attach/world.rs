@@ -19,14 +19,19 @@ use nix::{
     mount::{MsFlags, mount},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns, unshare},
-    sys::wait::{WaitStatus, waitpid},
-    unistd::{ForkResult, fork},
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid, fork},
 };
 
 /// `struct virtio_net_hdr_v1`
 const HEADER: usize = 12;
 /// How long a frame may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a whole test may take there.
+const WHOLE: Duration = Duration::from_secs(300);
 /// How long nothing must come.
 const QUIET: Duration = Duration::from_millis(300);
 
@@ -44,8 +49,24 @@ pub fn with_world(test: impl FnOnce(&World)) {
             unsafe { libc::_exit(i32::from(result.is_err())) }
         }
         ForkResult::Parent { child } => {
-            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+            assert_eq!(reap(child), WaitStatus::Exited(child, 0));
         }
+    }
+}
+
+/// Waits for the end of a child; one that goes on is killed, and the test has failed.
+pub fn reap(child: Pid) -> WaitStatus {
+    let end = Instant::now() + WHOLE;
+    loop {
+        match waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap() {
+            WaitStatus::StillAlive => {}
+            status => return status,
+        }
+        if Instant::now() >= end {
+            kill(child, Signal::SIGKILL).unwrap();
+            panic!("waited {WHOLE:?} in vain for the end of process {child}");
+        }
+        thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -106,7 +127,8 @@ impl World {
     /// Runs a command in a namespace; what it prints.
     pub fn run(&self, namespace: &str, command: &str) -> String {
         let path = self.path(namespace);
-        let done = Command::new("nsenter")
+        let done = Command::new("timeout")
+            .args([&WHOLE.as_secs().to_string(), "nsenter"])
             .arg(format!("--net={}", path.display()))
             .args(command.split_whitespace())
             .output()
@@ -114,7 +136,8 @@ impl World {
         let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
         assert!(
             done.status.success(),
-            "{command}: {}{}",
+            "{command}: {}: {}{}",
+            done.status,
             text(&done.stderr),
             text(&done.stdout)
         );

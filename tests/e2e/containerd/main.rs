@@ -17,10 +17,8 @@ mod sandbox;
 mod volumes;
 
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use bulkhead_tests::{Engine, IMAGE, fresh_id, tail};
+use bulkhead_tests::{Engine, IMAGE, fresh_id, run, tail};
 
 /// Waits for the end of every shim, which comes a moment after it was let go.
 #[track_caller]
@@ -116,25 +114,15 @@ impl Running {
 
 /// Waits for something that must come.
 #[track_caller]
-fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !happened() {
-        assert!(
-            Instant::now() < deadline,
-            "waited in vain: {what}\n--- containerd\n{}",
-            tail(&Engine::get().log())
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
+fn eventually(what: &str, happened: impl FnMut() -> bool) {
+    bulkhead_tests::eventually(what, happened, || {
+        format!("--- containerd\n{}", tail(&Engine::get().log()))
+    });
 }
 
 /// Pids of the processes whose command line has all these words, children of this test's containerd or not.
 fn processes(words: &[&str]) -> Vec<i32> {
-    let listed = Command::new("ps")
-        .args(["-eo", "pid=,args="])
-        .output()
-        .expect("procps");
-    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let text = run(Command::new("ps").args(["-eo", "pid=,args="])).ok();
     let matching = text
         .lines()
         .filter(|line| words.iter().all(|word| line.contains(word)));

@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use bulkhead_tests::{Bundle, Netns};
+use bulkhead_tests::{Bundle, Netns, must};
 use containerd_shim_protos::api::{CreateTaskRequest, ShutdownRequest};
 use serde_json::json;
 use tempfile::TempDir;
@@ -29,8 +29,7 @@ fn fill(peer: &Netns, pid: u32) -> Vec<String> {
 }
 
 fn sh(script: &str) {
-    let status = Command::new("sh").args(["-ec", script]).status();
-    assert!(status.expect("there is a shell").success(), "{script}");
+    must(Command::new("sh").args(["-ec", script]));
 }
 
 /// Runs a bundle under a shim of its own, filling its namespace between Create and Start; what it wrote.

@@ -1,9 +1,11 @@
 //! Pods, by the annotations and the namespace paths that CRI gives to their containers.
 
+mod vsock;
+
 use std::fs;
 use std::process::Command;
 
-use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, fresh_id, soak};
+use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, fresh_id, must, soak};
 use tempfile::TempDir;
 
 use crate::{Running, eventually, processes, pss_kib, shim_of, shims_end};
@@ -177,14 +179,7 @@ fn shared_memory_is_the_pods_and_has_its_size() {
         let shm = dir.path().join("shm");
         fs::create_dir(&shm).expect("a directory");
         let mount = |words: &[&str]| {
-            assert!(
-                Command::new(words[0])
-                    .args(&words[1..])
-                    .arg(&shm)
-                    .status()
-                    .expect("mount")
-                    .success()
-            )
+            must(Command::new(words[0]).args(&words[1..]).arg(&shm));
         };
         mount(&["mount", "-t", "tmpfs", "-o", "size=8m", "shm"]);
         let volume = format!(

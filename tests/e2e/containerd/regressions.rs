@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC, soak};
+use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC, SOON, soak};
 use containerd_shim_protos::api;
 
 use crate::pods::Pod;
@@ -70,7 +70,8 @@ fn a_storm_of_statistics_does_not_hold_up_a_kill() {
         });
         let took = since.elapsed();
         over.store(true, Ordering::Relaxed);
-        assert!(took < Duration::from_secs(4), "{took:?}");
+        println!("it stopped after {took:?}");
+        assert!(took < SOON, "{took:?}");
     });
     assert_eq!(running.delete_task(), 137);
     running.remove();

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::{BULKHEAD, Engine, RUNC};
+use bulkhead_tests::{BULKHEAD, Engine, PATIENCE, RUNC};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
@@ -32,7 +32,7 @@ pub(super) async fn shim(running: &Running) -> TaskClient {
 }
 
 pub(super) fn context() -> ttrpc::context::Context {
-    with_duration(Duration::from_secs(60))
+    with_duration(PATIENCE)
 }
 
 #[track_caller]
@@ -42,6 +42,9 @@ pub(super) fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Code {
         other => panic!("an RPC status expected, not {other:?}"),
     }
 }
+
+/// What an answer may take that does not wait for the guest: the fifth of a second that a busy machine makes of 100 ms, and more.
+pub(super) const UNMOVED: Duration = Duration::from_millis(500);
 
 fn exec(id: &str, exec_id: &str, script: &str) -> api::ExecProcessRequest {
     let process = serde_json::json!({
@@ -199,7 +202,9 @@ fn an_exec_process_goes_through_its_life() {
         }
         block_on(async {
             let shim = shim(&running).await;
-            shim.exec(context(), &exec(id, "e", "sleep 0.5; exit 3"))
+            // It runs until it is let go below.
+            let script = "until [ -e /go ]; do sleep 0.05; done; exit 3";
+            shim.exec(context(), &exec(id, "e", script))
                 .await
                 .expect("written down");
             assert_eq!(
@@ -245,6 +250,7 @@ fn an_exec_process_goes_through_its_life() {
                     .all(|process| process.pid == started.pid)
             );
             // Any number of waiters.
+            running.exec("touch /go").ok();
             let request = wait(id, "e");
             let (first, second) = tokio::join!(
                 shim.wait(context(), &request),
@@ -343,33 +349,31 @@ fn answers_do_not_wait_for_a_guest_that_hangs() {
             id: id.into(),
             ..Default::default()
         };
-        let (mut slowest, mut what) = (Duration::ZERO, "");
+        // Of each call the quickest of five: whoever waited for the guest would do so each time, and a busy machine may hold up any.
+        let mut quickest = [Duration::MAX; 4];
         for _ in 0..5 {
-            let mut timed = |name, since: Instant| {
-                if since.elapsed() > slowest {
-                    (slowest, what) = (since.elapsed(), name);
-                }
+            let mut timed = |call: usize, since: Instant| {
+                quickest[call] = quickest[call].min(since.elapsed());
             };
             let since = Instant::now();
             shim.state(context(), &state(id, ""))
                 .await
                 .expect("answered");
-            timed("State", since);
+            timed(0, since);
             let since = Instant::now();
             shim.pids(context(), &pids).await.expect("answered");
-            timed("Pids", since);
+            timed(1, since);
             let since = Instant::now();
             shim.connect(context(), &connect).await.expect("answered");
-            timed("Connect", since);
+            timed(2, since);
             let since = Instant::now();
             shim.stats(context(), &stats).await.expect("answered");
-            timed("Stats", since);
+            timed(3, since);
         }
-        println!("slowest: {what}, {slowest:?}");
-        assert!(
-            slowest < Duration::from_millis(100),
-            "{what} took {slowest:?}"
-        );
+        println!("State, Pids, Connect, Stats: {quickest:?}");
+        for took in quickest {
+            assert!(took < UNMOVED, "{quickest:?}");
+        }
         signal(Signal::SIGCONT);
     });
     running.remove();

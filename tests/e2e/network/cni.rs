@@ -59,7 +59,7 @@ fn two_pods_on_a_bridge_reach_each_other_and_are_reached_by_a_host_port() {
             panic!("{:?}", first.addresses())
         };
         let script = format!(
-            "ping -q -c2 -W5 {ipv4} >/dev/null && ping -q -c2 -W5 {ipv6} >/dev/null && {}",
+            "ping -q -c2 -W60 {ipv4} >/dev/null && ping -q -c2 -W60 {ipv6} >/dev/null && {}",
             ask(ipv6, 80)
         );
         let ran = Bundle::tools()
@@ -132,14 +132,14 @@ fn ptp_macvlan_and_ipvlan_from_their_plugins() {
                 panic!("{gateways:?}")
             };
             let script = format!(
-                "ping -q -c2 -W5 {four} >/dev/null && ping -q -c2 -W5 {six} >/dev/null && echo out; echo ready; read line; true"
+                "ping -q -c2 -W60 {four} >/dev/null && ping -q -c2 -W60 {six} >/dev/null && echo out; echo ready; read line; true"
             );
             let bundle = Bundle::tools().network(&pod).script(&script);
             let mut started = bundle.start(runtime, &[]);
             started.wait_for_output("ready");
             let from = if kind == "ptp" { &node } else { &peer };
             for to in &addresses {
-                let ran = from.run(&format!("ping -q -c2 -W5 {to}"));
+                let ran = from.run(&format!("ping -q -c2 -W60 {to}"));
                 assert_eq!(ran.status, 0, "{kind} {runtime:?} {to}: {ran}");
             }
             drop(started.stdin());
@@ -161,7 +161,7 @@ fn two_networks_in_one_pod() {
         let second = Attachment::add(&node, &pod, "net1", second, json!({}));
         let gateway = &first.gateways()[0];
         let script = format!(
-            "ls /sys/class/net | tr '\\n' ' '; ping -q -c2 -W5 {gateway} >/dev/null && ping -q -c2 -W5 -I net1 10.13.0.1 >/dev/null && echo both"
+            "ls /sys/class/net | tr '\\n' ' '; ping -q -c2 -W60 {gateway} >/dev/null && ping -q -c2 -W60 -I net1 10.13.0.1 >/dev/null && echo both"
         );
         let ran = Bundle::tools()
             .network(&pod)

@@ -30,7 +30,7 @@ fn with_hook(bundle: Bundle, kind: &str, script: &str) -> Bundle {
 
 /// Each interface with its address, and the peers that answer.
 fn look(peers: &[&str]) -> String {
-    let ping = |to: &&str| format!("ping -q -c2 -W5 {to} >/dev/null && echo {to} answers;");
+    let ping = |to: &&str| format!("ping -q -c2 -W60 {to} >/dev/null && echo {to} answers;");
     let pings: String = peers.iter().map(ping).collect();
     format!(
         "ip -4 -o addr show | sed 's/@[a-z0-9]*//' | grep -o '[a-z0-9]* *inet [0-9./]*' | tr -s ' ' | sort; {pings}"

@@ -22,13 +22,13 @@ fn macvlan_and_ipvlan_carry_traffic_both_ways() {
         for runtime in BOTH {
             let (pod, _node, peer) = upper(kind);
             let script = format!(
-                "ping -q -c2 -W5 {PEER} >/dev/null && ping -q -c2 -W5 {PEER6} >/dev/null && echo out; echo ready; read line; true"
+                "ping -q -c2 -W60 {PEER} >/dev/null && ping -q -c2 -W60 {PEER6} >/dev/null && echo out; echo ready; read line; true"
             );
             let bundle = Bundle::tools().network(&pod).script(&script);
             let mut started = bundle.start(runtime, &[]);
             started.wait_for_output("ready");
             for to in [POD, POD6] {
-                let ran = peer.run(&format!("ping -q -c2 -W5 {to}"));
+                let ran = peer.run(&format!("ping -q -c2 -W60 {to}"));
                 assert_eq!(ran.status, 0, "{kind} {runtime:?} {to}: {ran}");
             }
             drop(started.stdin());
@@ -56,7 +56,7 @@ fn a_port_of_a_bridge_on_the_host_carries_what_the_bridge_has() {
         .script("echo ready; read line; true");
     let mut first = first.start(Runtime::Bulkhead, &[]);
     first.wait_for_output("ready");
-    let script = "ping -q -c2 -W5 10.9.0.1 >/dev/null && echo reached";
+    let script = "ping -q -c2 -W60 10.9.0.1 >/dev/null && echo reached";
     for runtime in BOTH {
         let ran = Bundle::tools()
             .network(&two)

@@ -3,19 +3,21 @@
 
 mod cni;
 mod ends;
+mod features;
 mod hooks;
 mod kinds;
 mod localhost;
 mod same;
 mod traffic;
 
-use bulkhead_tests::{Bundle, Netns, Ran, Runtime, Started};
+use bulkhead_tests::{Bundle, Netns, Ran, Runtime, Started, eventually, must, run};
 
 /// Ours and the control.
 const BOTH: [Runtime; 2] = [Runtime::Runc, Runtime::Bulkhead];
 
 /// Python that ends its program when standard input does: pid 1 of a container has no other end that a test could ask for.
-const UNTIL_EOF: &str = "import os,sys,threading
+const UNTIL_EOF: &str = "import os,socket,sys,threading
+socket.setdefaulttimeout(200)
 threading.Thread(target=lambda:(sys.stdin.read(),os._exit(0)),daemon=True).start()
 ";
 

@@ -1,5 +1,7 @@
 //! What a container sees of its network is what runc's sees.
 
+use std::process::Command;
+
 use std::io::Write;
 use std::path::Path;
 
@@ -146,7 +148,7 @@ fn a_link_that_is_down_at_first_is_down_inside() {
 fn each_processor_has_a_pair_of_queues() {
     let pair = Pair::new();
     let script = format!(
-        "ls /sys/class/net/eth0/queues | tr '\\n' ' '; ping -q -c2 -W5 {PEER} >/dev/null && echo reached"
+        "ls /sys/class/net/eth0/queues | tr '\\n' ' '; ping -q -c2 -W60 {PEER} >/dev/null && echo reached"
     );
     let bundle = Bundle::tools().network(&pair.pod).script(&script);
     let ran = bundle.run_with(Runtime::Bulkhead, &["--vcpus", "2"]);
@@ -162,13 +164,8 @@ fn the_command_shows_what_has_passed_through() {
         .run(&format!("ping -q -c50 -i0.01 -s1000 {POD}"))
         .ok();
     let show = |words: &[&str]| {
-        let output = std::process::Command::new("bulkhead")
-            .arg("network")
-            .args(words)
-            .output();
-        let output = output.expect("it is installed");
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).expect("text")
+        let mut command = Command::new("bulkhead");
+        run(command.arg("network").args(words)).ok()
     };
     let pods: serde_json::Value = serde_json::from_str(&show(&["--json"])).expect("JSON");
     let interface = &pods[0]["interfaces"][0];
@@ -189,10 +186,8 @@ fn the_command_shows_what_has_passed_through() {
         table.contains(&format!("default/{id}")) && table.contains("eth0"),
         "{table}"
     );
-    let unknown = std::process::Command::new("bulkhead")
-        .args(["network", "none"])
-        .output();
-    assert_eq!(unknown.expect("it is installed").status.code(), Some(125));
+    let unknown = run(Command::new("bulkhead").args(["network", "none"]));
+    assert_eq!(unknown.status, 125, "{unknown}");
     drop(inside.started.stdin());
     inside.finish().ok();
 }

@@ -23,7 +23,7 @@ fn pings_from_both_ends_and_through_the_gateway() {
         forward.ok();
         let targets = format!("{PEER} {PEER6} 10.200.0.2 fd20::2");
         let script = format!(
-            "for to in {targets}; do ping -q -c2 -W5 $to >/dev/null && echo $to; done; {READY} read line; true"
+            "for to in {targets}; do ping -q -c2 -W60 $to >/dev/null && echo $to; done; {READY} read line; true"
         );
         let mut inside = pair.start(runtime, &script);
         inside.started.wait_for_output("ready");
@@ -33,7 +33,7 @@ fn pings_from_both_ends_and_through_the_gateway() {
             (&far, POD),
             (&far, POD6),
         ] {
-            let ran = from.run(&format!("ping -q -c2 -W5 {to}"));
+            let ran = from.run(&format!("ping -q -c2 -W60 {to}"));
             assert_eq!(ran.status, 0, "{runtime:?} {to}: {ran}");
         }
         drop(inside.started.stdin());
@@ -48,12 +48,14 @@ fn pings_from_both_ends_and_through_the_gateway() {
 
 /// A transfer's receiver prints the sha256 of what came.
 const RECEIVE: &str = "python3 -c 'import socket,hashlib,sys
+socket.setdefaulttimeout(200)
 s=socket.create_server((\"\",int(sys.argv[1])),family=socket.AF_INET6,dualstack_ipv6=True)
 print(\"ready\",flush=True)
 c,_=s.accept(); h=hashlib.sha256()
 while b:=c.recv(1<<18): h.update(b)
 print(h.hexdigest())'";
 const SEND: &str = "python3 -c 'import socket,hashlib,sys
+socket.setdefaulttimeout(200)
 n=int(sys.argv[3])<<20; s=socket.create_connection((sys.argv[1],int(sys.argv[2]))); h=hashlib.sha256()
 b=bytes((i*i>>7)&255 for i in range(1<<20))
 for i in range(n>>20): h.update(b); s.sendall(b)
@@ -92,16 +94,16 @@ fn packets_larger_than_the_wire_are_cut_and_those_that_may_not_be_are_refused() 
         for (mtu, fits) in [(1280, 1252), (1500, 1472), (9000, 8972)] {
             let pair = Pair::new().mtu(mtu);
             let script = format!(
-                "ping -q -c1 -W5 -M do -s {fits} {PEER} >/dev/null && echo fits
-                 ping -q -c1 -W5 -M do -s {} {PEER} >/dev/null 2>&1 || echo refused
-                 ping -q -c1 -W5 -M dont -s 20000 {PEER} >/dev/null && echo cut
-                 ping -q -c1 -W5 -s 20000 {PEER6} >/dev/null && echo cut6; {READY} read line; true",
+                "ping -q -c1 -W60 -M do -s {fits} {PEER} >/dev/null && echo fits
+                 ping -q -c1 -W60 -M do -s {} {PEER} >/dev/null 2>&1 || echo refused
+                 ping -q -c1 -W60 -M dont -s 20000 {PEER} >/dev/null && echo cut
+                 ping -q -c1 -W60 -s 20000 {PEER6} >/dev/null && echo cut6; {READY} read line; true",
                 fits + 1
             );
             let mut inside = pair.start(runtime, &script);
             inside.started.wait_for_output("ready");
             for to in [POD, POD6] {
-                let ran = pair.peer.run(&format!("ping -q -c1 -W5 -s 20000 {to}"));
+                let ran = pair.peer.run(&format!("ping -q -c1 -W60 -s 20000 {to}"));
                 assert_eq!(ran.status, 0, "{runtime:?} {to}: {ran}");
             }
             drop(inside.started.stdin());
@@ -154,7 +156,7 @@ while True:
             format!(
                 "python3 -c 'import socket
 f=socket.AF_INET6 if \":\" in \"{to}\" else socket.AF_INET
-s=socket.socket(f,socket.SOCK_DGRAM); s.settimeout(10); s.connect((\"{to}\",{port}))
+s=socket.socket(f,socket.SOCK_DGRAM); s.settimeout(60); s.connect((\"{to}\",{port}))
 s.send(b\"x\"*{})
 try: print(len(s.recv(70000)))
 except ConnectionRefusedError: print(\"refused\")'",
@@ -165,9 +167,9 @@ except ConnectionRefusedError: print(\"refused\")'",
         outside.wait_for_output("ready");
         let script = format!(
             "{}; {}; {}; {}
-             ping -q -c1 -t1 -W5 10.0.0.1 | grep -c 'exceeded\\|errors'
+             ping -q -c1 -t1 -W60 10.0.0.1 | grep -c 'exceeded\\|errors'
              ping -b -q -c1 -W2 192.168.50.255 2>&1 | grep -c 'bytes of data\\|broadcast' >/dev/null && echo broadcast
-             arping -c1 -w5 -I eth0 {PEER} >/dev/null 2>&1; ip neigh show {PEER} | grep -c lladdr",
+             arping -c1 -w60 -I eth0 {PEER} >/dev/null 2>&1; ip neigh show {PEER} | grep -c lladdr",
             ask(PEER, 6000),
             ask(PEER6, 6000),
             ask(PEER, 6001),
@@ -210,6 +212,7 @@ while True: threading.Thread(target=one,args=(s.accept()[0],),daemon=True).start
     let client = |to: &str| {
         format!(
             "python3 -c 'import socket
+socket.setdefaulttimeout(200)
 for i in range({short}):
   c=socket.create_connection((\"{to}\",7000)); c.sendall(b\"a\"); assert c.recv(1)==b\"a\"; c.close()
 all=[socket.create_connection((\"{to}\",7000)) for i in range(200)]
@@ -222,11 +225,16 @@ print(\"good\")'"
         let pair = Pair::new();
         let inside = pair.start(runtime, serve);
         inside.started.wait_for_output("ready");
-        assert_eq!(pair.peer.run(&client(POD)).ok(), "good", "{runtime:?}");
+        // What the server has to say explains a client that waits in vain.
+        let good = |ran: Ran, server: &Started| {
+            let errors = server.errors();
+            assert_eq!(ran.text(), "good", "{runtime:?}: {ran}\nserver: {errors}");
+        };
+        good(pair.peer.run(&client(POD)), &inside.started);
         inside.finish().ok();
         let outside = pair.peer.start(serve);
         outside.wait_for_output("ready");
-        assert_eq!(pair.run(runtime, &client(PEER)).ok(), "good", "{runtime:?}");
+        good(pair.run(runtime, &client(PEER)), &outside);
         outside.finish().ok();
     }
 }
@@ -236,11 +244,11 @@ fn packet_filters_inside_and_outside() {
     for runtime in BOTH {
         let pair = Pair::new();
         let script = format!(
-            "ping -q -c1 -W5 {PEER} >/dev/null && echo open
+            "ping -q -c1 -W60 {PEER} >/dev/null && echo open
              nft add table inet t && nft add chain inet t out '{{ type filter hook output priority 0; }}' &&
              nft add rule inet t out ip daddr {PEER} counter drop && echo nft
              ping -q -c1 -W1 {PEER} >/dev/null 2>&1 || echo dropped
-             nft delete table inet t; ping -q -c1 -W5 {PEER} >/dev/null && echo open
+             nft delete table inet t; ping -q -c1 -W60 {PEER} >/dev/null && echo open
              iptables -A OUTPUT -p icmp -d {PEER} -j DROP && ip6tables -A INPUT -p ipv6-icmp -j ACCEPT && echo iptables
              ping -q -c1 -W1 {PEER} >/dev/null 2>&1 || echo dropped
              iptables -t nat -A OUTPUT -p tcp --dport 81 -j REDIRECT --to-ports 82 && iptables -t nat -S OUTPUT | grep -c REDIRECT"

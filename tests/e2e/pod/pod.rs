@@ -15,7 +15,7 @@ use bulkhead_shim::config::Config;
 use bulkhead_shim::ledger::Resource;
 use bulkhead_shim::oci::{self, Plan};
 use bulkhead_shim::sandbox::{self, Parts, Request, Sandbox};
-use bulkhead_tests::{Bundle, Host, fresh_id};
+use bulkhead_tests::{Bundle, Host, PATIENCE, fresh_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
@@ -23,7 +23,7 @@ use tokio::runtime::{Builder, Runtime};
 /// Where `tests/run` installs the parts.
 const LIBEXEC: &str = "/usr/local/libexec/bulkhead";
 /// How long a container may take to answer: emulation is slow, and a hang must not last for ever.
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER: Duration = PATIENCE;
 
 /// Executes each line of its input, a JSON string of Python, and answers with the JSON of the variable `answer`.
 pub const DRIVER: &str = r"
@@ -185,6 +185,7 @@ impl Pod {
             (stdin, stdout)
         });
         stdout.set_read_timeout(Some(ANSWER)).expect("a time");
+        stdin.set_write_timeout(Some(ANSWER)).expect("a time");
         self.bundles.push(bundle);
         Driven {
             id: id.to_owned(),
@@ -254,7 +255,9 @@ impl Pod {
             bundles,
             ..
         } = self;
-        runtime.block_on(sandbox.power_off());
+        let off = async { tokio::time::timeout(ANSWER, sandbox.power_off()).await };
+        let off = runtime.block_on(off);
+        off.unwrap_or_else(|_| panic!("waited {ANSWER:?} in vain for the guest's end"));
         let left = sandbox.give_back();
         assert!(left.is_empty(), "{left:?}");
         drop((runtime, bundles));

@@ -9,8 +9,8 @@ from .channel import ALIVE, FAILED, PING, Channel, ChannelClosed
 from .image import guest_archive
 from .report import LabError, say
 
-BOOT_SECONDS = 120
-RESTORE_SECONDS = 20
+BOOT_SECONDS = 300
+RESTORE_SECONDS = 120
 
 
 def scratch_directory():

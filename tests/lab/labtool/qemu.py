@@ -24,7 +24,7 @@ KERNEL_ARGUMENTS = ("console=ttyS0 quiet panic=-1 mitigations=off random.trust_c
                     "cryptomgr.notests initcall_blacklist=jent_mod_init")
 CONSOLE_LINES = 30
 REASON_LINES = 3
-QMP_SECONDS = 60
+QMP_SECONDS = 180
 # Every disk slot has this size whatever it carries, so that a restored snapshot finds the geometry it knows.
 SLOT_BYTES = 64 << 30
 SLOTS = ("install", "src", "share", "out")

@@ -18,7 +18,7 @@ from .report import LabError, say
 
 EXIT_TIMEOUT = 124
 # How long the agent may take to kill the command and save /out after a timeout.
-GRACE_SECONDS = 20
+GRACE_SECONDS = 60
 # A pipe that poll() calls writable takes this much without blocking (PIPE_BUF), so a slow reader delays no timeout.
 WRITE_CHUNK = 4096
 

@@ -54,10 +54,21 @@ pub const MAX_DEVICES: usize = 14;
 #[serde(transparent)]
 pub struct Fd(pub u32);
 
+/// What the guest's agent appends to a socket's name when it binds there, to listen in the place of the host's server: the fs
+/// process makes nothing then, and answers with the socket that has the name without it. No more than 107 bytes are left for both
+/// (unix(7)).
+pub const LISTEN_SUFFIX: &str = "\u{1}listen";
+
 /// The I/O port to which the guest's agent announces what it is about to do, one byte a write ([`announce`]).
 ///
 /// Nothing else answers port I/O in the machine, so that each write is one exit.
 pub const ANNOUNCE_PORT: u16 = 0x8900;
+
+/// The I/O port that tells the host's wall clock: a read of 4 bytes is the low half of the µs since the epoch.
+///
+/// The guest's kernel has the time from KVM (kvm-clock) early in its boot, and then counts ticks of a timer that does not run yet: its
+/// clock is behind by most of the boot. The agent knows the higher half from the time of its first request.
+pub const CLOCK_PORT: u16 = 0x8904;
 
 /// The bytes that the agent writes to [`ANNOUNCE_PORT`].
 pub mod announce {

@@ -19,7 +19,7 @@ pub enum CmdlineError {
 }
 
 /// What every guest is told. guest-kernel-config/README.md has the reasons at length.
-const ALWAYS: [&str; 9] = [
+const ALWAYS: [&str; 12] = [
     // Fewer lines to a console that somebody pays for; the log still has them.
     "quiet",
     // The machine has no other way to reset than a triple fault: do not try the others first.
@@ -30,8 +30,12 @@ const ALWAYS: [&str; 9] = [
     "tsc=reliable",
     // Rewriting every lock prefix takes longer than the prefixes ever will.
     "noreplace-smp",
-    // No dummy0 in the pod's network.
+    // Drivers that make devices of their own would put them into the pod's network: dummy0, ifb0, bond0, and tunl0, gre0,
+    // sit0 and the like in each network namespace.
     "dummy.numdummies=0",
+    "ifb.numifbs=0",
+    "bonding.max_bonds=0",
+    "fb_tunnels=none",
     // No bounce buffers for devices with narrow addresses: there are none.
     "swiotlb=noforce",
     // Per-processor memory in units of what is used: with 2 MiB units the first container costs a 4 MiB table.

@@ -1,5 +1,6 @@
 //! Guest-visible hardware.
 pub mod announce;
+pub mod clock;
 pub mod ioapic;
 pub mod serial;
 pub mod virtio;

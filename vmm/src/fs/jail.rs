@@ -6,7 +6,7 @@
 //! 1. mounts become slaves: what the shim mounts beneath the share later still appears, nothing goes back;
 //! 2. the root becomes a read-only tmpfs of two directories: `/share`, a recursive bind of the share without devices and set-id
 //!    programs, and `/proc`, which shows nothing but this process;
-//! 3. [`drop_privileges`]: capabilities for files remain, and only those; no_new_privs.
+//! 3. [`drop_privileges`]: capabilities for files remain, and only those; no_new_privs; no core dumps.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,10 +27,12 @@ pub const SHARE: &str = "/share";
 /// Descriptors beside those of inodes and handles: sockets, queues, memory, and those open for the length of a request.
 const OTHER_FILES: u64 = 256;
 
-/// capabilities(7), each for what the guest's root may do with its own files. No MKNOD: pipes, sockets and whiteouts need none.
+/// capabilities(7), each for what the guest's root may do with its own files. No MKNOD: pipes,
+/// sockets and whiteouts need none. No DAC_READ_SEARCH: DAC_OVERRIDE has all of it but
+/// open_by_handle_at(2), which opens any file of the host that is on a file system of the share,
+/// whatever the root directory is.
 const KEPT: u64 = 1 << 0 // CHOWN
     | 1 << 1 // DAC_OVERRIDE: the guest's kernel has checked permissions, and knows groups that the host does not
-    | 1 << 2 // DAC_READ_SEARCH
     | 1 << 3 // FOWNER
     | 1 << 4 // FSETID
     | 1 << 6 // SETGID
@@ -101,7 +103,8 @@ pub fn enter(share: &str) -> Result<OwnedFd, JailError> {
     if getpid().as_raw() != 1 {
         return Err(JailError::NotIsolated);
     }
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
+    // core(5): a limit of 0 does not stop a dump that goes to a program; 1 stops both kinds.
+    setrlimit(Resource::RLIMIT_CORE, 1, 1).map_err(step("forbid core dumps"))?;
     small_root(share)?;
     drop_privileges()?;
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -142,7 +145,9 @@ pub fn drop_privileges() -> Result<(), JailError> {
     // Workers change uid from request to request and keep their capabilities; nothing regains any by being root.
     identity::detach_capabilities_from_ids().map_err(step("set securebits"))?;
     identity::limit_capabilities(KEPT).map_err(step("drop capabilities"))?;
-    nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))
+    nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
+    // Workers repeat this when they change ids.
+    nix::sys::prctl::set_dumpable(false).map_err(step("forbid dumps and attaching"))
 }
 
 mod sys {

@@ -7,11 +7,12 @@
 //!
 //! [`guard`] refuses what is malformed before [`tree`] sees it; both know bytes and descriptors, not queues or guest memory.
 //!
-//! What a pod sees: POSIX semantics of the host's file system, with the caller's uid and gid. flock(2) and fcntl(2) locks
-//! exclude among all processes of the pod, because its one kernel keeps them; they do not cross the boundary of the VM.
-//! `O_DIRECT` bypasses the guest's page cache, not the host's. `trusted.*` attributes and device nodes cannot be made.
-//! A volume must be mounted into the share once for its locks and mappings to be shared between containers: each mount is a
-//! file system of its own to the guest, as its device number says.
+//! What a pod sees: POSIX semantics of the host's file system, with the caller's uid and gid.
+//! flock(2) and fcntl(2) locks exclude among all processes of the pod, because its one kernel keeps
+//! them; they do not cross the boundary of the VM. `O_DIRECT` bypasses the guest's page cache, not
+//! the host's. Device nodes cannot be made. `trusted.*` attributes have another name on the host. A
+//! volume must be mounted into the share once for its locks and mappings to be shared between
+//! containers: each mount is a file system of its own to the guest, as its device number says.
 pub mod guard;
 pub mod jail;
 pub mod transport;

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use bulkhead_vmm_config::ANNOUNCE_PORT;
+use bulkhead_vmm_config::{ANNOUNCE_PORT, CLOCK_PORT};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use thiserror::Error;
@@ -15,6 +15,7 @@ use crate::arch::x86_64::layout;
 use crate::boot::CmdlineError;
 use crate::bus::BadRange;
 use crate::devices::announce::AnnouncePort;
+use crate::devices::clock::{self, ClockPort};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::serial::SerialConsole;
 use crate::devices::virtio::device::VirtioDevice;
@@ -120,6 +121,9 @@ pub fn build(
     buses
         .ports
         .insert(u64::from(ANNOUNCE_PORT), 1, shared(announce))?;
+    buses
+        .ports
+        .insert(u64::from(CLOCK_PORT), clock::SIZE, shared(ClockPort))?;
 
     let count = pins.iter().max().map_or(1, |last| *last as u8 + 1);
     let router = KvmRouter::new(vm.clone(), routing_failed(log.clone()));

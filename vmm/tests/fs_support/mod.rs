@@ -211,3 +211,35 @@ pub fn shell_as(uid: u32, gid: u32, dir: &Path, script: &str) -> String {
     );
     String::from_utf8(output.stdout).unwrap()
 }
+
+/// What a program of tests/e2e/posix prints when it is run with `words` and a directory.
+pub fn program(name: &str, words: &[&str], dir: &Path) -> String {
+    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/e2e/posix");
+    // A mount namespace of its own: some mount.
+    let output = std::process::Command::new("unshare")
+        .args(["-m", "python3"])
+        .arg(programs.join(name))
+        .args(words)
+        .arg(dir)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .expect("unshare (util-linux) is needed");
+    let (text, errors) = (
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{name}: {errors}\n{text}");
+    text
+}
+
+/// Checks that two outputs are the same, line by line.
+pub fn assert_same(bare: &str, ours: &str) {
+    let differ: Vec<String> = bare
+        .lines()
+        .zip(ours.lines())
+        .filter(|(bare, ours)| bare != ours)
+        .map(|(bare, ours)| format!("bare: {bare}\nours: {ours}"))
+        .collect();
+    assert!(differ.is_empty(), "{}", differ.join("\n"));
+    assert_eq!(bare.lines().count(), ours.lines().count());
+}

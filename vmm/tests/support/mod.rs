@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_vmm::control::{ControlError, ControlSocket};
 use bulkhead_vmm_config::{
@@ -15,14 +15,14 @@ use bulkhead_vmm_config::{
 use nix::sched::{CloneFlags, clone};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 pub mod driver;
 pub mod guest;
 
 /// No guest takes longer to boot, not even an emulated one.
-pub const LONG: Duration = Duration::from_secs(60);
+pub const LONG: Duration = Duration::from_secs(200);
 
 /// Where the parts are in a host that has Bulkhead installed, the lab for instance.
 const INSTALLED: &str = "/usr/local/libexec/bulkhead";
@@ -213,9 +213,21 @@ impl Process {
         self.control = None;
     }
 
-    /// Waits for the end. Returns the exit code.
+    /// Waits for the end. Returns the exit code. Fails the test after [`LONG`].
     pub fn wait(&mut self) -> i32 {
-        let status = waitpid(self.pid, None).unwrap();
+        let end = Instant::now() + LONG;
+        let status = loop {
+            match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)).unwrap() {
+                WaitStatus::StillAlive => {}
+                status => break status,
+            }
+            assert!(
+                Instant::now() < end,
+                "waited {LONG:?} in vain for the end of process {}",
+                self.pid
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        };
         self.reaped = true;
         match status {
             WaitStatus::Exited(_, code) => code,

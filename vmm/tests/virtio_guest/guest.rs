@@ -95,7 +95,8 @@ fn refuse(port: u32) -> Result<String, String> {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         other => return Err(format!("{other:?}")),
     }
-    if start.elapsed() > Duration::from_millis(500) {
+    // Linux itself gives up after 2 s (VSOCK_DEFAULT_CONNECT_TIMEOUT), with another error.
+    if start.elapsed() > Duration::from_secs(2) {
         return Err(format!("took {:?}", start.elapsed()));
     }
     Ok(String::new())
@@ -164,7 +165,7 @@ fn gone() -> Result<String, String> {
         other => return Err(format!("read {other:?}")),
     }
     while socket.write_all(b"anybody?").is_ok() {
-        if start.elapsed() > Duration::from_secs(5) {
+        if start.elapsed() > Duration::from_secs(60) {
             return Err("writes go on".into());
         }
     }
@@ -178,7 +179,7 @@ fn deaf() -> Result<String, String> {
     let mut written = 0;
     while socket.write_all(&[7; 4096]).is_ok() {
         written += 4096;
-        if start.elapsed() > Duration::from_secs(5) {
+        if start.elapsed() > Duration::from_secs(60) {
             return Err(format!("{written} bytes and no end"));
         }
     }

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 
 use super::pattern;
 use super::plan;
-use super::support::Setup;
+use super::support::{self, Setup};
 
 /// Offers all ports and starts their other sides.
 pub fn start(setup: &mut Setup) -> Vec<JoinHandle<()>> {
     let mut threads = Vec::new();
     let mut side = |port: u32, run: fn(u32, UnixStream)| {
         let socket = setup.offer(port);
+        // A guest that goes silent is told as that, not waited for.
+        socket.set_read_timeout(Some(support::LONG)).unwrap();
+        socket.set_write_timeout(Some(support::LONG)).unwrap();
         threads.push(std::thread::spawn(move || run(port, socket)));
     };
     side(plan::ECHO, |port, socket| echo(port, socket, plan::BULK));

@@ -102,7 +102,7 @@ pub enum CgroupError {
 }
 
 /// The files that tell what a container uses.
-const STATS: [&str; 13] = [
+const STATS: [&str; 15] = [
     "cpu.stat",
     "memory.current",
     "memory.events",
@@ -111,9 +111,11 @@ const STATS: [&str; 13] = [
     "memory.stat",
     "memory.swap.current",
     "memory.swap.max",
+    "memory.swap.peak",
     "memory.pressure",
     "cpu.pressure",
     "io.stat",
+    "io.pressure",
     "pids.current",
     "pids.max",
 ];

@@ -62,6 +62,33 @@ pub fn attributes(set: u64, clear: u64, now: u64) -> MountAttr {
     change
 }
 
+/// What a bind mount keeps of its source's mount, which is `source` (`attr`): all of it, unless the spec sets a flag (`set`, MS_*). Then
+/// the spec's are the mount's only ones, as with runc, which remounts by the spec. Two stay in any case: a remount keeps the access time
+/// mode that it does not name, and what is read-only on the host cannot be written here.
+pub fn inherited(source: u64, set: u64) -> u64 {
+    let named = PLAIN.iter().any(|(flag, _)| set & flag != 0)
+        || set & (MS_STRICTATIME | MS_NOATIME | MS_RELATIME) != 0;
+    match named {
+        true => source & (attr::RDONLY | attr::ATIME),
+        false => source & attr::OF_MOUNTS,
+    }
+}
+
+/// `change` on a mount that begins with `inherited`.
+pub fn after(inherited: u64, change: MountAttr) -> MountAttr {
+    // The host's word on writing is the last; any other flag may be cleared.
+    let kept = inherited & attr::OF_MOUNTS & (!change.clear | attr::RDONLY) & !attr::ATIME;
+    let mode = match change.clear & attr::ATIME {
+        0 => inherited & attr::ATIME,
+        _ => 0,
+    };
+    MountAttr {
+        set: change.set | kept | mode,
+        clear: change.clear & !kept | attr::ATIME,
+        ..change
+    }
+}
+
 /// The file system options that `set` and `clear` stand for, in the names of fsconfig(2).
 pub fn superblock_options(set: u64, clear: u64) -> Vec<&'static CStr> {
     let mut options = Vec::new();
@@ -114,6 +141,37 @@ mod tests {
         assert_eq!((change.set, change.clear), (0, 0));
         let change = attributes(0, MS_NOATIME, attr::NOATIME);
         assert_eq!((change.set, change.clear), (attr::RELATIME, attr::ATIME));
+    }
+
+    #[test]
+    fn a_bind_mount_is_as_its_source_until_the_spec_sets_a_flag() {
+        let source = attr::NOSUID | attr::NODEV | attr::NOATIME;
+        let result = |source, set, clear| {
+            let inherited = inherited(source, set);
+            let change = attributes(set, clear, inherited & attr::ATIME);
+            let change = after(inherited, change);
+            assert_eq!(change.set & change.clear, change.set & attr::ATIME);
+            assert_eq!(change.clear & attr::ATIME, attr::ATIME);
+            change.set
+        };
+        assert_eq!(result(source, 0, 0), source);
+        assert_eq!(
+            result(source, 0, MS_RDONLY | MS_NODEV),
+            attr::NOSUID | attr::NOATIME
+        );
+        assert_eq!(result(source, MS_RDONLY, 0), attr::RDONLY | attr::NOATIME);
+        assert_eq!(result(source, MS_NOEXEC | MS_RELATIME, 0), attr::NOEXEC);
+        assert_eq!(result(source, 0, MS_NOATIME), attr::NOSUID | attr::NODEV);
+        // Cleared or not: the host does not let it be written.
+        assert_eq!(result(attr::RDONLY, 0, MS_RDONLY), attr::RDONLY);
+        assert_eq!(
+            result(attr::RDONLY, MS_NOSUID, 0),
+            attr::RDONLY | attr::NOSUID
+        );
+        assert_eq!(
+            result(0, MS_RDONLY | MS_NOSUID, 0),
+            attr::RDONLY | attr::NOSUID
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub(crate) mod filesystem;
 mod flags;
 mod seal;
 mod sources;
+mod submounts;
 pub(crate) mod sys;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,7 +35,8 @@ use nix::unistd;
 
 pub use error::MountError;
 pub use sources::Sources;
-pub(crate) use sources::{is_bind, open_guest_path};
+pub(crate) use sources::{is_bind, is_of_the_share, open_guest_path};
+pub(crate) use submounts::enter as enter_submount;
 
 use super::devices;
 use super::paths::{Missing, RootDir};

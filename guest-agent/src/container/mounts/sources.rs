@@ -17,6 +17,7 @@ use nix::sys::statvfs::{self, FsFlags};
 use super::sys::{self, MountAttr, attr};
 use super::{MountError, flags};
 use crate::container::{devices, idmap};
+use crate::machine::SHARE;
 
 /// The sources of a container's mounts. Drop closes them; nothing stays mounted.
 #[derive(Debug)]
@@ -37,6 +38,11 @@ impl Sources {
         let root = open_guest_path(&spec.root)
             .and_then(|fd| sys::open_tree(fd.as_fd(), c"", true))
             .map_err(|errno| MountError::root(&spec.root, "open", errno))?;
+        if is_of_the_share(&spec.root) {
+            let change = flags::after(spec.root_attributes, MountAttr::default());
+            sys::mount_setattr(root.as_fd(), false, change)
+                .map_err(|errno| MountError::root(&spec.root, "change of mount flags", errno))?;
+        }
         let null = null_device().map_err(|errno| MountError::path("/dev/null", "open", errno))?;
         let nulls = spec
             .masked_paths
@@ -94,6 +100,11 @@ pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.fstype == "bind"
         || mount.flags & MS_BIND != 0
         || (mount.fstype.is_empty() && mount.flags & MS_REMOUNT == 0)
+}
+
+/// Whether a guest path leads to something of the host.
+pub(crate) fn is_of_the_share(path: &str) -> bool {
+    Path::new(path).starts_with(SHARE)
 }
 
 pub(super) fn uses_user_namespace(spec: &Container) -> bool {
@@ -157,8 +168,19 @@ fn open_bind(mount: &Mount) -> Result<OwnedFd, MountError> {
     let recursive = mount.flags & MS_REC != 0;
     let tree = sys::open_tree(source.as_fd(), c"", recursive)
         .map_err(|e| fail("copy of the source's mount", e))?;
-    let now = access_time_mode(&tree).map_err(|e| fail("fstatvfs", e))?;
-    let change = flags::attributes(mount.flags, mount.clear_flags, now);
+    let change = match is_of_the_share(&mount.source) {
+        // The guest's own mount of it has no flags: those of the host's count.
+        true => {
+            let inherited = flags::inherited(mount.source_attributes, mount.flags);
+            let now = inherited & attr::ATIME;
+            let change = flags::attributes(mount.flags, mount.clear_flags, now);
+            flags::after(inherited, change)
+        }
+        false => {
+            let now = access_time_mode(&tree).map_err(|e| fail("fstatvfs", e))?;
+            flags::attributes(mount.flags, mount.clear_flags, now)
+        }
+    };
     sys::mount_setattr(tree.as_fd(), false, change)
         .map_err(|e| fail("change of mount flags", e))?;
     recursive_attributes(mount, &tree).map_err(|e| fail("change of recursive mount flags", e))?;

@@ -32,6 +32,8 @@ pub mod attr {
     pub const IDMAP: u64 = 0x10_0000;
     /// Symbolic links are not followed.
     pub const NOSYMFOLLOW: u64 = 0x20_0000;
+    /// All of them that a mount shows in mountinfo.
+    pub const OF_MOUNTS: u64 = RDONLY | NOSUID | NODEV | NOEXEC | ATIME | NODIRATIME | NOSYMFOLLOW;
 }
 
 const OPEN_TREE_CLONE: u32 = 1;
@@ -131,6 +133,23 @@ pub fn mount_setattr(mount: BorrowedFd, recursive: bool, attr: MountAttr) -> Res
         )
     })?;
     Ok(())
+}
+
+/// Whether `fd` is the root of the mount that it is on.
+pub fn is_mount_root(fd: BorrowedFd) -> Result<bool, Errno> {
+    // SAFETY: all bytes zero are a valid statx.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a static empty string, and the kernel writes one statx, which outlives the call.
+    check(libc::c_long::from(unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_TYPE,
+            &raw mut found,
+        )
+    }))?;
+    Ok(found.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0)
 }
 
 /// A file system that is being configured (fsopen(2), fsconfig(2)).

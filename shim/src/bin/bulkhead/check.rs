@@ -16,6 +16,8 @@ use crate::{
 
 /// mount_setattr(2), cgroup.kill and CLONE_INTO_CGROUP need 5.7 to 5.14; 6.1 is what is tested.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
+/// KVM_GET_API_VERSION of every kernel since 2007.
+const KVM_API_VERSION: i32 = 12;
 /// The guest that proves a boot.
 const PROOF_MIB: u64 = 128;
 
@@ -174,16 +176,41 @@ fn parts(config: &Config) -> Found {
 }
 
 fn kvm(device: &Path) -> Found {
-    const REMEDY: &str = "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or choose a machine with nested virtualisation";
-    match std::fs::File::options().read(true).write(true).open(device) {
-        Ok(_) => Ok(format!("{} opens", device.display())),
-        Err(error) => Err((format!("{}: {error}", device.display()), REMEDY)),
+    let is_root = nix::unistd::geteuid().is_root();
+    match probe::version(device) {
+        Ok(KVM_API_VERSION) => Ok(format!("{} opens", device.display())),
+        Ok(_) => Err((
+            format!("{} is not KVM", device.display()),
+            "name the KVM device as kvm_device in the configuration",
+        )),
+        Err(error) => Err((
+            format!("{}: {error}", device.display()),
+            remedy(error.errno(), is_root),
+        )),
+    }
+}
+
+/// What helps against an errno of opening the device.
+fn remedy(errno: i32, is_root: bool) -> &'static str {
+    match errno {
+        libc::EACCES if !is_root => {
+            "join the group kvm (usermod -aG kvm USER, then log in again), or run as root"
+        }
+        // Root is past the file's mode: something above it says no.
+        libc::EACCES | libc::EPERM => {
+            "allow the device where it is denied: in the container that this runs in (--device /dev/kvm), or in AppArmor or SELinux"
+        }
+        _ => {
+            "load kvm_intel or kvm_amd, turn on virtualisation in the firmware, or choose a machine with nested virtualisation"
+        }
     }
 }
 
 fn speed(device: &Path) -> Found {
-    const REMEDY: &str = "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation";
-    let speed = probe::measure(device).map_err(|error| (error, REMEDY))?;
+    let speed = probe::measure(device).map_err(|error| {
+        const REMEDY: &str = "KVM could not run a guest of three instructions: see `dmesg`; another hypervisor may hold the processor";
+        (error, REMEDY)
+    })?;
     let text = format!(
         "kernel mode runs at {:.3} M loops/s in a guest, {:.3} M here",
         speed.guest / 1e6,
@@ -191,7 +218,10 @@ fn speed(device: &Path) -> Found {
     );
     match speed.is_native() {
         true => Ok(text),
-        false => Err((text, REMEDY)),
+        false => Err((
+            text,
+            "this host's KVM interprets a guest's kernel instead of executing it; use a machine with hardware virtualisation",
+        )),
     }
 }
 
@@ -247,4 +277,25 @@ async fn boot(config: &Config) -> Result<String, String> {
         ready.kernel_release,
         took.as_millis()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_why_kvm_does_not_open_has_its_own_remedy() {
+        for (errno, is_root, word) in [
+            (libc::EACCES, false, "group kvm"),
+            (libc::EACCES, true, "AppArmor"),
+            (libc::EPERM, false, "--device"),
+            (libc::EPERM, true, "--device"),
+            (libc::ENOENT, false, "kvm_intel"),
+            (libc::ENODEV, true, "kvm_intel"),
+            (libc::ENXIO, true, "kvm_intel"),
+        ] {
+            let remedy = remedy(errno, is_root);
+            assert!(remedy.contains(word), "{errno} {is_root}: {remedy}");
+        }
+    }
 }

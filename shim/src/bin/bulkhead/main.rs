@@ -1,6 +1,7 @@
 //! `bulkhead`: runs an OCI bundle in a microVM, says what a host can do, and tidies up after the dead.
 
 mod check;
+mod diff;
 mod failure;
 mod gc;
 mod install;
@@ -16,7 +17,7 @@ mod version;
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use bulkhead_shim::{config::Config, timeline::now_ns};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use failure::Failure;
 
@@ -45,9 +46,12 @@ struct Cli {
     /// Log what happens to standard error, with the lines of the VMM, the fs process and the agent
     #[arg(long, global = true)]
     debug: bool,
-    /// Print the versions and build ids of all parts
+    /// As `bulkhead version`; the first line is for engines
     #[arg(long)]
     version: bool,
+    /// With --version: print JSON
+    #[arg(long, requires = "version", hide = true)]
+    json: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -66,6 +70,8 @@ enum Command {
     Install(install::Arguments),
     /// Undo what `install` has done
     Uninstall(install::Arguments),
+    /// Print the versions and build ids of all parts
+    Version(version::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -73,14 +79,7 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help is no failure; clap knows which stream each belongs to.
-            let _ = error.print();
-            return match error.use_stderr() {
-                true => ExitCode::from(failure::OWN),
-                false => ExitCode::SUCCESS,
-            };
-        }
+        Err(error) => return explain(&error),
     };
     log_to_stderr(cli.debug);
     let code = match act(cli, began_ns) {
@@ -96,19 +95,45 @@ fn main() -> ExitCode {
     std::process::exit(code.into());
 }
 
-fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
-    let config = Config::load(cli.config.as_deref())?;
-    if cli.version {
-        return version::print(&config);
+/// What clap has to say, on the stream that it belongs to. Help is no failure.
+fn explain(error: &clap::Error) -> ExitCode {
+    if error.kind() == ErrorKind::InvalidSubcommand {
+        // Engines and users try the verbs of other tools. What clap finds similar ("install" to "list") helps nobody.
+        let command = Cli::command();
+        let names: Vec<&str> = command
+            .get_subcommands()
+            .map(|command| command.get_name())
+            .collect();
+        let wrong = error.get(clap::error::ContextKind::InvalidSubcommand);
+        let wrong = wrong.map(ToString::to_string).unwrap_or_default();
+        let known = names.join(", ");
+        Failure::new(format!("no command {wrong:?}; there are {known}")).print();
+        return ExitCode::from(failure::OWN);
     }
+    // There is nowhere to report a closed stream to.
+    let _ = error.print();
+    match error.use_stderr() {
+        true => ExitCode::from(failure::OWN),
+        false => ExitCode::SUCCESS,
+    }
+}
+
+fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
+    let path = cli.config.as_deref();
+    let load = || Config::load(path);
     match cli.command {
-        Some(Command::Run(arguments)) => run::run(&arguments, &config, began_ns),
-        Some(Command::Check(arguments)) => check::check(&arguments, &config),
-        Some(Command::Gc(arguments)) => gc::gc(&arguments, &config),
-        Some(Command::Network(arguments)) => network::network(&arguments, &config),
+        _ if cli.version => version::print(&version::Arguments { json: cli.json }, path),
+        Some(Command::Version(arguments)) => version::print(&arguments, path),
+        Some(Command::Run(arguments)) => run::run(&arguments, &load()?, began_ns),
+        Some(Command::Check(arguments)) => check::check(&arguments, &load()?),
+        Some(Command::Gc(arguments)) => gc::gc(&arguments, &load()?),
+        Some(Command::Network(arguments)) => network::network(&arguments, &load()?),
         Some(Command::Install(arguments)) => install::install(&arguments),
         Some(Command::Uninstall(arguments)) => install::uninstall(&arguments),
-        None => Err(Failure::new("what to do? See `bulkhead --help`")),
+        None => {
+            Cli::command().print_help()?;
+            Ok(0)
+        }
     }
 }
 

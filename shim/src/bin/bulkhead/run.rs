@@ -1,6 +1,6 @@
 //! `bulkhead run`: a bundle from its directory to its exit status.
 
-use std::{fs::File, os::fd::OwnedFd, path::PathBuf};
+use std::{fs::File, io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
@@ -43,6 +43,9 @@ pub struct Arguments {
     /// Write the same as JSON to a file
     #[arg(long, value_name = "FILE")]
     timeline_json: Option<PathBuf>,
+    /// Draw the same as an SVG picture to a file
+    #[arg(long, value_name = "FILE")]
+    timeline_svg: Option<PathBuf>,
     /// Write the guest's serial console to a file, for debugging: the boot becomes much slower
     #[arg(long, value_name = "FILE")]
     serial: Option<PathBuf>,
@@ -75,12 +78,15 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
         process_mut(&mut plan).terminal = true;
     }
     let parts = Parts::open(config)?;
-    let serial = match &arguments.serial {
-        Some(path) => Some(open_output(path)?),
-        None => None,
+    let serial = open_some(arguments.serial.as_ref())?;
+    // Before anything runs: a timeline that cannot be written must not cost a container its status.
+    let pictures = Pictures {
+        json: open_some(arguments.timeline_json.as_ref())?,
+        svg: open_some(arguments.timeline_svg.as_ref())?,
     };
     let run = Run {
         arguments,
+        pictures,
         config,
         network: oci::network(&bundle),
         bundle,
@@ -95,9 +101,18 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     runtime.block_on(run.finish(vcpus, memory_mib, serial.map(OwnedFd::from)))
 }
 
-fn open_output(path: &PathBuf) -> Result<File, Failure> {
-    File::create(path)
-        .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))
+fn open_some(path: Option<&PathBuf>) -> Result<Option<File>, Failure> {
+    let open = |path: &PathBuf| {
+        File::create(path)
+            .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))
+    };
+    path.map(open).transpose()
+}
+
+/// Where the timeline goes besides standard error.
+struct Pictures {
+    json: Option<File>,
+    svg: Option<File>,
 }
 
 fn process_mut(plan: &mut Plan) -> &mut wire::Process {
@@ -107,6 +122,7 @@ fn process_mut(plan: &mut Plan) -> &mut wire::Process {
 /// A run that has checked everything which can be checked before anything is taken.
 struct Run<'a> {
     arguments: &'a Arguments,
+    pictures: Pictures,
     config: &'a Config,
     bundle: Bundle,
     plan: Plan,
@@ -255,7 +271,7 @@ impl Run<'_> {
         }
         self.hooks("createRuntime", self.pid()).await?;
         let hostname = match self.plan.container.hostname.as_str() {
-            "" => id,
+            "" => ids::hostname(id),
             name => name,
         };
         sandbox.ready(hostname).await.map_err(told)?;
@@ -336,9 +352,12 @@ impl Run<'_> {
         if self.arguments.timeline {
             eprint!("{}", self.timeline.table());
         }
-        if let Some(path) = &self.arguments.timeline_json {
-            let file = open_output(path)?;
+        if let Some(file) = &self.pictures.json {
             serde_json::to_writer_pretty(file, &self.timeline.moments())?;
+        }
+        if let Some(mut file) = self.pictures.svg.as_ref() {
+            let title = format!("bulkhead run {}", self.arguments.id);
+            file.write_all(self.timeline.svg(&title).as_bytes())?;
         }
         Ok(())
     }

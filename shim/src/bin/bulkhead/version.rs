@@ -1,4 +1,4 @@
-//! `bulkhead --version`: all parts, each with the sha256 of its file as its build id.
+//! `bulkhead version`, `bulkhead --version`: all parts, each with the sha256 of its file as its build id.
 
 use std::{
     fs::File,
@@ -8,27 +8,63 @@ use std::{
 };
 
 use bulkhead_shim::config::Config;
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 
-/// One part of an installation.
-pub struct Part {
-    /// Its name.
-    pub name: &'static str,
-    /// Its version, when it tells.
-    pub version: Option<String>,
-    /// sha256 of its file, or why there is none.
-    pub build: Result<String, io::Error>,
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
-pub fn print(config: &Config) -> Result<u8, Failure> {
-    for part in parts(config)? {
+/// One part of an installation.
+#[derive(Serialize)]
+struct Part {
+    name: &'static str,
+    /// When it tells.
+    version: Option<String>,
+    #[serde(flatten)]
+    build: Build,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Build {
+    Sha256(String),
+    Error(String),
+}
+
+#[derive(Serialize)]
+struct Versions {
+    version: &'static str,
+    spec: &'static str,
+    parts: Vec<Part>,
+}
+
+/// The first line is as runc's, because engines read it; it comes even when the configuration is broken.
+pub fn print(arguments: &Arguments, config: Option<&Path>) -> Result<u8, Failure> {
+    let (version, spec) = (env!("CARGO_PKG_VERSION"), bulkhead_shim::oci::NEWEST_SPEC);
+    let parts = || parts(&Config::load(config)?);
+    if arguments.json {
+        let versions = Versions {
+            version,
+            spec,
+            parts: parts()?,
+        };
+        println!("{}", serde_json::to_string_pretty(&versions)?);
+        return Ok(0);
+    }
+    println!("bulkhead version {version}\nspec: {spec}");
+    for part in parts()? {
         let version = part.version.as_deref().unwrap_or("-");
-        match part.build {
-            Ok(digest) => println!("{:<14}{version:<28}sha256:{digest}", part.name),
-            Err(error) => println!("{:<14}{version:<28}not usable: {error}", part.name),
-        }
+        let build = match part.build {
+            Build::Sha256(digest) => format!("sha256:{digest}"),
+            Build::Error(error) => format!("not usable: {error}"),
+        };
+        println!("{:<14}{version:<28}{build}", part.name);
     }
     Ok(0)
 }
@@ -40,24 +76,31 @@ fn parts(config: &Config) -> Result<Vec<Part>, Failure> {
         Part {
             name: "bulkhead",
             version: Some(env!("CARGO_PKG_VERSION").into()),
-            build: digest(&own),
+            build: build(&own),
         },
         Part {
             name: "bulkhead-vmm",
             version: told_version(&installed.vmm),
-            build: digest(&installed.vmm),
+            build: build(&installed.vmm),
         },
         Part {
             name: "vmlinux",
             version: kernel_version(&installed.kernel),
-            build: digest(&installed.kernel),
+            build: build(&installed.kernel),
         },
         Part {
             name: "initramfs",
             version: None,
-            build: digest(&installed.initramfs),
+            build: build(&installed.initramfs),
         },
     ])
+}
+
+fn build(path: &Path) -> Build {
+    match digest(path) {
+        Ok(digest) => Build::Sha256(digest),
+        Err(error) => Build::Error(error.to_string()),
+    }
 }
 
 fn digest(path: &Path) -> io::Result<String> {

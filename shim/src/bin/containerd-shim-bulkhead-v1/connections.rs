@@ -4,8 +4,10 @@
 //! answer to Shutdown and ShutdownSandbox is followed by the client's own close, and only then by the shim's end.
 
 use std::{
+    collections::BTreeSet,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -18,15 +20,18 @@ use tokio::{
 };
 use ttrpc::r#async::transport::Listener;
 
+use crate::offers::Offers;
+
 /// How many are open.
 pub struct Connections(watch::Sender<usize>);
 
 impl Connections {
-    /// Those that `listener` will accept.
-    pub fn of(listener: UnixListener) -> (Connections, Listener) {
+    /// Those that `listener` will accept, to a server of these services.
+    pub fn of(listener: UnixListener, services: BTreeSet<String>) -> (Connections, Listener) {
         let open = watch::Sender::new(0);
         let accepting = Accepting {
             listener,
+            services: Arc::new(services),
             open: open.clone(),
         };
         (Connections(open), Listener::new(accepting))
@@ -41,16 +46,18 @@ impl Connections {
 
 struct Accepting {
     listener: UnixListener,
+    services: Arc<BTreeSet<String>>,
     open: watch::Sender<usize>,
 }
 
 impl Stream for Accepting {
-    type Item = io::Result<Watched<UnixStream, Open>>;
+    type Item = io::Result<Watched<Offers<UnixStream>, Open>>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let accepted = ready!(self.listener.poll_accept(context));
         Poll::Ready(Some(accepted.map(|(stream, _)| {
             self.open.send_modify(|open| *open += 1);
+            let stream = Offers::new(stream, self.services.clone());
             Watched::new(stream, Open(self.open.clone()))
         })))
     }

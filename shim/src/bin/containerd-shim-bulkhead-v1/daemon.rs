@@ -13,6 +13,8 @@ use ttrpc::r#async::Server;
 
 use crate::{connections::Connections, flags::Flags, log};
 
+/// In the environment: containerd's socket for events.
+pub const EVENTS_ADDRESS: &str = "TTRPC_ADDRESS";
 /// How long the last events may take to reach containerd.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// How long a client may take to close its connection once it has let the shim go.
@@ -44,17 +46,19 @@ async fn serve(flags: &Flags) -> Result<()> {
         .context("cannot set up the socket")?;
     let listener =
         tokio::net::UnixListener::from_std(listener).context("cannot watch the socket")?;
-    let publish_to = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let publish_to = std::env::var(EVENTS_ADDRESS).unwrap_or_default();
     let events = Events::start(&flags.namespace, &publish_to);
     let place = Place {
         namespace: flags.namespace.clone(),
         config: None,
     };
     let tasks = Tasks::new(place, events);
-    let (connections, listener) = Connections::of(listener);
+    let services = task::services(&tasks);
+    let names = services.keys().cloned().collect();
+    let (connections, listener) = Connections::of(listener, names);
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(task::services(&tasks));
+        .register_service(services);
     server.start().await.context("cannot serve the socket")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch signals")?;

@@ -3,9 +3,8 @@
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result};
-use bulkhead_shim::bootstrap;
+use bulkhead_shim::{bootstrap, oci};
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
-use serde_json::json;
 
 /// For people.
 pub fn version() -> Result<()> {
@@ -23,26 +22,8 @@ pub fn info() -> Result<()> {
         .context("cannot read the standard input")?;
     let options = Any::parse_from_bytes(&bytes).ok();
     let options = options.filter(|any| !any.type_url.is_empty());
-    let features = serde_json::to_vec(&features()).context("cannot encode the features")?;
+    let features = serde_json::to_vec(&oci::features()).context("cannot encode the features")?;
     io::stdout()
         .write_all(&bootstrap::info(options, features))
         .context("cannot write the description")
-}
-
-/// The OCI features document (runtime-spec features.md): what `oci` converts and does not refuse.
-fn features() -> serde_json::Value {
-    json!({
-        "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.3.0",
-        "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
-            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": true},
-            "seccomp": {"enabled": true},
-            "apparmor": {"enabled": false},
-            "selinux": {"enabled": false},
-            "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": true}}
-        }
-    })
 }

@@ -12,6 +12,7 @@ mod delete;
 mod flags;
 mod info;
 mod log;
+mod offers;
 mod start;
 
 use std::process::ExitCode;

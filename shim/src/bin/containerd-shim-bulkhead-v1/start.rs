@@ -20,8 +20,9 @@ use bulkhead_shim::{
     sys::daemon,
     task::CONFIG_NAME,
 };
+use nix::sys::stat::{Mode, umask};
 
-use crate::flags::Flags;
+use crate::{daemon::EVENTS_ADDRESS, flags::Flags};
 
 /// Largest greeting, in bytes.
 const MAX_GREETING: u64 = 4 << 20;
@@ -85,7 +86,7 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
         .mode(0o700)
         .create(directory)
         .with_context(|| format!("cannot make the directory {}", directory.display()))?;
-    let bound = match bind_for_root(path) {
+    let bound = match bind_private(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if UnixStream::connect(path).is_ok() {
                 return Ok(None);
@@ -93,7 +94,7 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
             // A dead shim's.
             fs::remove_file(path)
                 .with_context(|| format!("cannot remove the socket {}", path.display()))?;
-            bind_for_root(path)
+            bind_private(path)
         }
         other => other,
     };
@@ -101,10 +102,9 @@ fn bind(directory: &Path, path: &Path) -> Result<Option<UnixListener>> {
     Ok(Some(listener))
 }
 
-/// Nobody but its owner may connect, from the moment on at which it is there.
-fn bind_for_root(path: &Path) -> io::Result<UnixListener> {
-    use nix::sys::stat::{Mode, umask};
-    // This program has one thread, so that no other file is made meanwhile.
+/// A socket that nobody else could connect to at any moment: a mode that is set later comes too late.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    // The mask is the process': this one has a single thread.
     let before = umask(Mode::from_bits_truncate(0o177));
     let bound = UnixListener::bind(path);
     umask(before);
@@ -116,12 +116,12 @@ fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result
     let mut arguments = vec!["-namespace", &flags.namespace, "-id", &flags.id];
     arguments.extend(["-address", &flags.address]);
     let mut debug = flags.debug;
-    let mut environment = Vec::new();
     if let Greeting::Bootstrap(params) = greeting {
         // INFO is 0, and more talkative is less.
         debug |= params.log_level.value() < 0;
-        environment.push(("TTRPC_ADDRESS", params.containerd_ttrpc_address.as_str()));
     }
+    let events = greeting.events_address(std::env::var(EVENTS_ADDRESS).ok());
+    let environment = [(EVENTS_ADDRESS, events.as_str())];
     if debug {
         arguments.push("-debug");
     }
@@ -154,7 +154,7 @@ mod tests {
     fn the_socket_is_roots_from_its_first_moment() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let _listener = bind_for_root(&path).unwrap();
+        let _listener = bind_private(&path).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }

@@ -37,6 +37,59 @@ const INSTRUCTION: usize = 8;
 const API_LEVEL: u32 = 6;
 const EPERM: u32 = libc::EPERM as u32;
 
+/// The actions that a filter can have, made with an errno for those that return one.
+pub(super) const ACTIONS: [(Action, fn(u16) -> ScmpAction); 8] = [
+    (Action::ScmpActKill, |_| ScmpAction::KillThread),
+    (Action::ScmpActKillProcess, |_| ScmpAction::KillProcess),
+    (Action::ScmpActKillThread, |_| ScmpAction::KillThread),
+    (Action::ScmpActTrap, |_| ScmpAction::Trap),
+    (Action::ScmpActErrno, |errno| {
+        ScmpAction::Errno(errno.into())
+    }),
+    (Action::ScmpActTrace, ScmpAction::Trace),
+    (Action::ScmpActLog, |_| ScmpAction::Log),
+    (Action::ScmpActAllow, |_| ScmpAction::Allow),
+];
+
+/// The architectures whose programs the guest's processor can run.
+pub(super) const ARCHITECTURES: [(Arch, ScmpArch); 3] = [
+    (Arch::ScmpArchX86_64, ScmpArch::X8664),
+    (Arch::ScmpArchX86, ScmpArch::X86),
+    (Arch::ScmpArchX32, ScmpArch::X32),
+];
+
+/// The operators, with libseccomp's words for one and the argument's two values.
+pub(super) const OPERATORS: [(Operator, fn(u64, u64) -> (ScmpCompareOp, u64)); 7] = [
+    (Operator::ScmpCmpNe, |value, _| {
+        (ScmpCompareOp::NotEqual, value)
+    }),
+    (Operator::ScmpCmpLt, |value, _| (ScmpCompareOp::Less, value)),
+    (Operator::ScmpCmpLe, |value, _| {
+        (ScmpCompareOp::LessOrEqual, value)
+    }),
+    (Operator::ScmpCmpEq, |value, _| {
+        (ScmpCompareOp::Equal, value)
+    }),
+    (Operator::ScmpCmpGe, |value, _| {
+        (ScmpCompareOp::GreaterEqual, value)
+    }),
+    (Operator::ScmpCmpGt, |value, _| {
+        (ScmpCompareOp::Greater, value)
+    }),
+    // OCI: value is the mask, valueTwo what the masked argument must equal.
+    (Operator::ScmpCmpMaskedEq, |value, two| {
+        (ScmpCompareOp::MaskedEqual(value), two)
+    }),
+];
+
+/// The flags (`SECCOMP_FILTER_FLAG_*`, linux/seccomp.h). `None`: known, but it is for notifications.
+pub(super) const FLAGS: [(Flag, Option<u64>); 4] = [
+    (Flag::SeccompFilterFlagTsync, Some(1)),
+    (Flag::SeccompFilterFlagLog, Some(1 << 1)),
+    (Flag::SeccompFilterFlagSpecAllow, Some(1 << 2)),
+    (Flag::SeccompFilterFlagWaitKillableRecv, None),
+];
+
 pub(super) fn compile(profile: &spec::LinuxSeccomp) -> Result<agent::Seccomp, Error> {
     if profile.listener_path().is_some() {
         return Err(unsupported(
@@ -58,21 +111,15 @@ pub(super) fn compile(profile: &spec::LinuxSeccomp) -> Result<agent::Seccomp, Er
     })
 }
 
-/// `SECCOMP_FILTER_FLAG_*` (linux/seccomp.h).
 fn flags(profile: &spec::LinuxSeccomp) -> Result<u64, Error> {
     profile.flags().iter().flatten().try_fold(0, |bits, flag| {
-        Ok(bits
-            | match flag {
-                Flag::SeccompFilterFlagTsync => 1,
-                Flag::SeccompFilterFlagLog => 1 << 1,
-                Flag::SeccompFilterFlagSpecAllow => 1 << 2,
-                Flag::SeccompFilterFlagWaitKillableRecv => {
-                    return Err(unsupported(
-                        "linux.seccomp.flags: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
-                        "it is for notifications",
-                    ));
-                }
-            })
+        match FLAGS.iter().find(|(known, _)| known == flag) {
+            Some((_, Some(bit))) => Ok(bits | bit),
+            _ => Err(unsupported(
+                format!("linux.seccomp.flags: {flag}"),
+                "it is for notifications",
+            )),
+        }
     })
 }
 
@@ -138,13 +185,11 @@ fn export(filter: &ScmpFilterContext) -> Result<Vec<u8>, Error> {
 fn architectures(profile: &spec::LinuxSeccomp) -> Vec<ScmpArch> {
     let mut found = vec![ScmpArch::X8664];
     for architecture in profile.architectures().iter().flatten() {
-        let known = match architecture {
-            Arch::ScmpArchX86 => ScmpArch::X86,
-            Arch::ScmpArchX32 => ScmpArch::X32,
-            _ => continue,
-        };
-        if !found.contains(&known) {
-            found.push(known);
+        let known = ARCHITECTURES.iter().find(|(oci, _)| oci == architecture);
+        if let Some((_, known)) = known
+            && !found.contains(known)
+        {
+            found.push(*known);
         }
     }
     found
@@ -166,21 +211,13 @@ fn action(field: &str, action: Action, errno: Option<u32>) -> Result<ScmpAction,
         )
     };
     let small = u16::try_from(errno).map_err(|_| too_large())?;
-    Ok(match action {
-        Action::ScmpActKill | Action::ScmpActKillThread => ScmpAction::KillThread,
-        Action::ScmpActKillProcess => ScmpAction::KillProcess,
-        Action::ScmpActTrap => ScmpAction::Trap,
-        Action::ScmpActErrno => ScmpAction::Errno(i32::from(small)),
-        Action::ScmpActTrace => ScmpAction::Trace(small),
-        Action::ScmpActLog => ScmpAction::Log,
-        Action::ScmpActAllow => ScmpAction::Allow,
-        Action::ScmpActNotify => {
-            return Err(unsupported(
-                format!("{field}: SCMP_ACT_NOTIFY"),
-                "a notification's descriptor cannot leave the guest",
-            ));
-        }
-    })
+    match ACTIONS.iter().find(|(known, _)| *known == action) {
+        Some((_, make)) => Ok(make(small)),
+        None => Err(unsupported(
+            format!("{field}: {action}"),
+            "a notification's descriptor cannot leave the guest",
+        )),
+    }
 }
 
 /// The rule's conditions as a list of alternatives, each a conjunction.
@@ -207,18 +244,8 @@ fn conditions(
 }
 
 fn compare(arg: &spec::LinuxSeccompArg) -> ScmpArgCompare {
-    let (operator, value) = match arg.op() {
-        Operator::ScmpCmpNe => (ScmpCompareOp::NotEqual, arg.value()),
-        Operator::ScmpCmpLt => (ScmpCompareOp::Less, arg.value()),
-        Operator::ScmpCmpLe => (ScmpCompareOp::LessOrEqual, arg.value()),
-        Operator::ScmpCmpEq => (ScmpCompareOp::Equal, arg.value()),
-        Operator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, arg.value()),
-        Operator::ScmpCmpGt => (ScmpCompareOp::Greater, arg.value()),
-        // OCI: value is the mask, valueTwo what the masked argument must equal.
-        Operator::ScmpCmpMaskedEq => (
-            ScmpCompareOp::MaskedEqual(arg.value()),
-            arg.value_two().unwrap_or(0),
-        ),
-    };
+    let found = OPERATORS.iter().find(|(known, _)| *known == arg.op());
+    let (_, make) = found.expect("all operators are listed");
+    let (operator, value) = make(arg.value(), arg.value_two().unwrap_or(0));
     ScmpArgCompare::new(arg.index() as u32, operator, value)
 }

@@ -96,7 +96,7 @@ fn what_inotify_drops_is_not_lost() {
         }
     }
     let last = "n=0; until [ $(cat /a/key)$(cat /b/key)$(cat /c/key) = 202020 ]; do
-        n=$((n+1)); [ $n -lt 100 ] || { cat /?/key; exit 1; }; sleep 0.1; done";
+        n=$((n+1)); [ $n -lt 1200 ] || { cat /?/key; exit 1; }; sleep 0.1; done";
     assert_eq!(pod.exec(&id, last), (0, String::new()));
     pod.remove();
     shims_end();

@@ -7,6 +7,7 @@ use bulkhead_tests::cri::Cri;
 use bulkhead_tests::cri::messages::{
     PodSandboxRequest, PodSandboxStatsResponse, PodSandboxStatusResponse,
 };
+use bulkhead_tests::run;
 
 use super::{Pod, connect, handlers, private_pids};
 use crate::eventually;
@@ -36,10 +37,8 @@ impl Pod<'_> {
 
 /// A script on the host, or in the namespace that CNI has filled last.
 fn host(script: &str) -> (bool, String) {
-    let ran = Command::new("sh").args(["-c", script]).output();
-    let ran = ran.expect("there is a shell");
-    let text = String::from_utf8_lossy(&ran.stdout).trim_end().to_owned();
-    (ran.status.success(), text)
+    let ran = run(Command::new("sh").args(["-c", script]));
+    (ran.status == 0, ran.text())
 }
 
 fn only_namespace() -> String {

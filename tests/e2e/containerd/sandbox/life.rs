@@ -5,15 +5,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::cri::messages::{NamespaceMode, NamespaceOption, PodSandboxConfig};
-use bulkhead_tests::{Bundle, Host};
-use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, ShutdownRequest};
+use bulkhead_tests::{Bundle, Host, run};
+use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, PidsRequest, ShutdownRequest};
+use containerd_shim_protos::sandbox_api as api;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 use tempfile::TempDir;
 use ttrpc::Code;
 
 use super::{SHIM, Shim, member};
-use crate::rpc::{block_on, code, context, state};
+use crate::rpc::{UNMOVED, block_on, code, context, state};
 use crate::{eventually, processes, shims_end};
 
 #[test]
@@ -43,8 +45,9 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         let mut other = create.clone();
         other.sandbox_id = "other".into();
         let other = services.sandbox.create_sandbox(context(), &other).await;
-        assert_eq!(code(other), Code::FAILED_PRECONDITION);
+        assert_eq!(code(other), Code::ALREADY_EXISTS);
         let status = services.status(id).await.expect("known");
+        assert!(status.info.is_empty());
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
         assert_eq!(code(services.ping(id).await), Code::FAILED_PRECONDITION);
         assert_eq!(code(services.metrics(id).await), Code::FAILED_PRECONDITION);
@@ -54,6 +57,16 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         let status = services.status(id).await.expect("known");
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_READY", pid));
         assert!(pid != 0 && Path::new(&format!("/proc/{pid}/ns/net")).exists());
+        let verbose = api::SandboxStatusRequest {
+            sandbox_id: id.into(),
+            verbose: true,
+            ..Default::default()
+        };
+        let verbose = services.sandbox.sandbox_status(context(), &verbose).await;
+        let info = verbose.expect("known").info;
+        assert_eq!(info["pid"], pid.to_string());
+        assert_eq!(info["state"], "SANDBOX_READY");
+        assert!(Path::new(&info["cgroup"]).is_dir(), "{info:?}");
         services.ping(id).await.expect("it is there");
         let platform = services.platform(id).await.expect("known").platform;
         assert_eq!(
@@ -105,16 +118,66 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
             fs::read_to_string(file("second")).expect("it wrote"),
             "shared\n"
         );
-        // What is no member is refused, and the pod goes on when a member's shim is let go.
-        let stranger = Bundle::busybox().script("true");
-        stranger.write();
-        let request = CreateTaskRequest {
-            id: "stranger".into(),
-            bundle: stranger.path().to_str().expect("plain").into(),
+        // Without the pod's ipc namespace a tmpfs on /dev/shm is the member's own.
+        let private = |script: &str| {
+            member(&shim, pid, script).edit(|config| {
+                let listed = config["linux"]["namespaces"].as_array_mut();
+                listed
+                    .expect("a list")
+                    .retain(|namespace| namespace["type"] != "ipc");
+            })
+        };
+        let third =
+            private("cat /dev/shm/x 2>&1; echo mine > /dev/shm/x; echo ready; exec sleep 1000");
+        let third = services.container(&shim, pid, &third, &file("third")).await;
+        eventually("it has written", || {
+            fs::read_to_string(file("third")).is_ok_and(|text| text.ends_with("ready\n"))
+        });
+        let fourth = private("ls /dev/shm; echo other > /dev/shm/x; cat /dev/shm/x");
+        let fourth = services
+            .container(&shim, pid, &fourth, &file("fourth"))
+            .await;
+        assert_eq!(services.end(&fourth).await, 0);
+        let read = |name: &str| fs::read_to_string(file(name)).expect("it wrote");
+        assert_eq!(read("fourth"), "other\n");
+        assert!(read("third").contains("No such file"), "{}", read("third"));
+        let killed = KillRequest {
+            id: third.clone(),
+            signal: Signal::SIGKILL as u32,
             ..Default::default()
         };
-        let refused = services.task.create(context(), &request).await;
-        assert_eq!(code(refused), Code::FAILED_PRECONDITION);
+        services
+            .task
+            .kill(context(), &killed)
+            .await
+            .expect("killed");
+        assert_eq!(services.end(&third).await, 137);
+        let fifth = member(&shim, pid, "cat /dev/shm/x");
+        let fifth = services.container(&shim, pid, &fifth, &file("fifth")).await;
+        assert_eq!(services.end(&fifth).await, 0);
+        assert_eq!(read("fifth"), "shared\n");
+        // One shim is one pod: a container without the engine's annotations is a member, too. Another pod is none.
+        let plain = Bundle::busybox().script("cat /etc/hostname");
+        let plain = services.container(&shim, pid, &plain, &file("plain")).await;
+        assert_eq!(services.end(&plain).await, 0);
+        let text = fs::read_to_string(file("plain")).expect("it wrote");
+        assert_eq!(text, "podname\n");
+        for (kind, sandbox) in [("container", "elsewhere"), ("sandbox", id)] {
+            let stranger = Bundle::busybox().script("true").edit(|config| {
+                config["annotations"] = json!({
+                    "io.kubernetes.cri.container-type": kind,
+                    "io.kubernetes.cri.sandbox-id": sandbox,
+                });
+            });
+            stranger.write();
+            let request = CreateTaskRequest {
+                id: "stranger".into(),
+                bundle: stranger.path().to_str().expect("plain").into(),
+                ..Default::default()
+            };
+            let refused = services.task.create(context(), &request).await;
+            assert_eq!(code(refused), Code::FAILED_PRECONDITION, "{kind}");
+        }
         let shutdown = ShutdownRequest {
             id: "gone".into(),
             ..Default::default()
@@ -164,29 +227,35 @@ fn what_is_asked_about_a_pod_does_not_wait_for_its_guest() {
                 kill(*pid, signal).expect("it runs");
             }
         };
-        let slowest = async |state: &str| {
-            let mut slowest = Duration::ZERO;
+        // Of each call the quickest of five, as in rpc.rs.
+        let unmoved = async |state: &str| {
+            let mut quickest = [Duration::MAX; 3];
             for _ in 0..5 {
+                let mut timed = |call: usize, since: Instant| {
+                    quickest[call] = quickest[call].min(since.elapsed());
+                };
                 let since = Instant::now();
                 let status = services.status(id).await.expect("answered");
+                timed(0, since);
                 assert_eq!(status.state, state);
-                slowest = slowest.max(since.elapsed());
                 let since = Instant::now();
                 assert_eq!(services.ping(id).await.is_ok(), state == "SANDBOX_READY");
-                slowest = slowest.max(since.elapsed());
+                timed(1, since);
                 let since = Instant::now();
                 services.metrics(id).await.expect("answered");
-                slowest = slowest.max(since.elapsed());
+                timed(2, since);
             }
-            println!("slowest with {state}: {slowest:?}");
-            assert!(slowest < Duration::from_millis(100), "{slowest:?}");
+            println!("status, ping, metrics with {state}: {quickest:?}");
+            for took in quickest {
+                assert!(took < UNMOVED, "{quickest:?}");
+            }
         };
         signal(Signal::SIGSTOP);
-        slowest("SANDBOX_READY").await;
+        unmoved("SANDBOX_READY").await;
         signal(Signal::SIGKILL);
         let waited = services.wait(id).await.expect("it has ended");
         assert_eq!(waited.exit_status, 137);
-        slowest("SANDBOX_NOTREADY").await;
+        unmoved("SANDBOX_NOTREADY").await;
         services.stop(id).await.expect("nothing is left to stop");
         services.shut_down(id).await.expect("it ends");
     });
@@ -289,8 +358,9 @@ fn a_machine_that_hangs_in_its_boot_is_an_error_in_time() {
         });
         kill(Pid::from_raw(vmm[0]), Signal::SIGSTOP).expect("it runs");
     });
+    // The 3 s of the configuration, and what a busy machine makes of the rest; never the usual 60 s for a boot.
     let took = since.elapsed();
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(50), "{took:?}");
 }
 
 /// StartSandbox with this configuration, and `meanwhile` beside it, is an error, and nothing is left.
@@ -333,8 +403,8 @@ fn a_killed_shim_leaves_its_pod_to_delete() {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
     }
     shims_end();
-    let deleted = shim.command("delete").output().expect("it is installed");
-    assert!(deleted.status.success(), "{deleted:?}");
+    let deleted = run(&mut shim.command("delete"));
+    assert_eq!(deleted.status, 0, "{deleted}");
     eventually("the machine ends", || {
         processes(&["bulkhead-vmm"]).is_empty()
     });

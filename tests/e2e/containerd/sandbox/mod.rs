@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use bulkhead_tests::cri::messages::PodSandboxConfig;
-use bulkhead_tests::{Bundle, fresh_id};
+use bulkhead_tests::{Bundle, fresh_id, run};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
@@ -50,10 +50,10 @@ impl Shim {
             id: fresh_id(),
             socket: String::new(),
         };
-        let started = shim.command("start").output().expect("it is installed");
-        let address = String::from_utf8(started.stdout).expect("an address");
+        let started = run(&mut shim.command("start"));
+        let address = started.text();
         let path = address.strip_prefix("unix://");
-        let path = path.unwrap_or_else(|| panic!("no address: {address:?}"));
+        let path = path.unwrap_or_else(|| panic!("no address: {started}"));
         shim.socket = path.into();
         shim
     }

@@ -13,6 +13,7 @@
 //!
 //! port 0x03f8  serial console, when configured
 //! port 0x8900  announcements of the agent (ANNOUNCE_PORT)
+//! port 0x8904  the host's wall clock, for the agent (CLOCK_PORT)
 //! ```
 
 const KIB: u64 = 1 << 10;

@@ -117,6 +117,19 @@ impl Op<'_> {
         )
     }
 
+    /// It makes an object, which belongs to the caller.
+    pub fn makes(&self) -> bool {
+        match self {
+            Op::Symlink { .. }
+            | Op::Mknod { .. }
+            | Op::Mkdir { .. }
+            | Op::Create { .. }
+            | Op::Tmpfile(_) => true,
+            Op::Rename { flags, .. } => flags & libc::RENAME_WHITEOUT != 0,
+            _ => false,
+        }
+    }
+
     /// The fixed part of a reply: checked before anything is done, so that nothing is done whose outcome cannot be told.
     pub(super) fn reply_size(&self) -> usize {
         match self {

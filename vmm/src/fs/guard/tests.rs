@@ -378,9 +378,33 @@ fn rename_flags_that_contradict_are_refused() {
 #[test]
 fn a_caller_without_an_id_would_be_the_one_before_and_is_refused() {
     for at in [24, 28] {
-        let mut lookup = message(Opcode::Lookup as u32, &[b"name\0"]);
-        lookup[at..at + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
-        refused(&lookup, Rule::Identity);
+        let without = |opcode: Opcode, arguments: &[&[u8]]| {
+            let mut message = message(opcode as u32, arguments);
+            message[at..at + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
+            message
+        };
+        let (create, node) = (CreateIn::default(), MknodIn::default());
+        let name: &[u8] = b"name\0";
+        for message in [
+            without(Opcode::Symlink, &[name, b"target\0"]),
+            without(Opcode::Mknod, &[node.as_slice(), name]),
+            without(Opcode::Mkdir, &[MkdirIn::default().as_slice(), name]),
+            without(Opcode::Create, &[create.as_slice(), name]),
+        ] {
+            refused(&message, Rule::Identity);
+        }
+        let mut rename = Rename2In {
+            flags: libc::RENAME_WHITEOUT,
+            ..Default::default()
+        };
+        let whiteout = without(Opcode::Rename2, &[rename.as_slice(), name, b"new\0"]);
+        refused(&whiteout, Rule::Identity);
+        // What makes nothing belongs to nobody: Linux sends no id with it (ALLOW_IDMAP).
+        rename.flags = 0;
+        let plain = without(Opcode::Rename2, &[rename.as_slice(), name, b"new\0"]);
+        for message in [plain, without(Opcode::Lookup, &[name])] {
+            assert_eq!(verdict(&message), Ok(()));
+        }
     }
 }
 

@@ -28,6 +28,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::tree::Engine;
+use crate::memory::keep_out_of_dumps;
 use ring::{Call, Ring};
 
 mod parts;
@@ -245,6 +246,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         for (region, file) in regions.iter().zip(files) {
             let start = GuestAddress(region.guest_phys_addr);
             let mapping = region.mmap_region(file)?;
+            keep_out_of_dumps(mapping.as_ptr(), mapping.size()).map_err(Error::ReqHandlerError)?;
             mapped.push(GuestRegionMmap::new(mapping, start).ok_or(Error::InvalidParam)?);
             mappings.push(Mapping {
                 user: region.user_addr,

@@ -18,6 +18,7 @@ impl Engine {
 
     fn reply_attributes(&self, call: &mut Call<'_>, inode: &Inode) -> Result<()> {
         let status = sys::status(inode.as_fd())?;
+        inode.seen.told(&status);
         let (attr_valid, attr_valid_nsec) = self.attribute_validity(inode);
         let attr = attributes(inode, &status);
         reply(
@@ -35,19 +36,28 @@ impl Engine {
     pub(super) fn setattr(&self, call: &mut Call<'_>, body: &SetattrIn) -> Result<()> {
         let inode = self.inodes.get(call.node)?;
         let valid = SetattrValid::from_bits_truncate(body.valid);
+        inode.seen.changed_by_guest();
+        if !valid.intersects(changes()) {
+            self.drop_set_id(call, &inode)?;
+        }
         // The owner first: changing it clears set-id bits, and a mode that comes with it is meant to stay.
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let id = |flag, id| if valid.contains(flag) { id } else { u32::MAX };
             let uid = id(SetattrValid::UID, body.uid);
+            call.worker.keep_set_id()?;
             sys::change_owner(inode.as_fd(), uid, id(SetattrValid::GID, body.gid))?;
         }
         if valid.contains(SetattrValid::SIZE) {
-            call.worker
-                .keep_set_id(!valid.contains(SetattrValid::KILL_SUIDGID))?;
+            if valid.contains(SetattrValid::KILL_SUIDGID) {
+                let group = sys::status(inode.as_fd())?.raw.stx_gid;
+                call.worker.clear_set_id(group)?;
+            } else {
+                call.worker.keep_set_id()?;
+            }
             self.set_size(call, &inode, body)?;
         }
         if valid.contains(SetattrValid::MODE) {
-            call.worker.keep_set_id(true)?;
+            call.worker.keep_set_id()?;
             sys::change_mode(&call.worker.name(inode.as_fd()), body.mode & 0o7777)?;
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
@@ -68,6 +78,28 @@ impl Engine {
             sys::change_times(&call.worker.name(inode.as_fd()), &times)?;
         }
         self.reply_attributes(call, &inode)
+    }
+
+    /// A SETATTR that changes nothing: Linux sends it where set-id bits have to go and the request
+    /// that follows has no flag for it, FALLOCATE and COPY_FILE_RANGE by somebody without
+    /// CAP_FSETID; and for a chown(2) of no id. It also sends it where only a file capability has
+    /// to go, which it removes itself: who has that has no set-id bits.
+    fn drop_set_id(&self, call: &mut Call<'_>, inode: &Inode) -> Result<()> {
+        if matches!(inode.kind, libc::S_IFDIR | libc::S_IFLNK) {
+            return Ok(());
+        }
+        let mode = u32::from(sys::status(inode.as_fd())?.raw.stx_mode) & 0o7777;
+        let mut kept = mode & !libc::S_ISUID;
+        // Without the group's execute bit the other one gives no rights, and only the guest knows
+        // who may keep it.
+        if mode & libc::S_IXGRP != 0 {
+            kept &= !libc::S_ISGID;
+        }
+        if kept == mode {
+            return Ok(());
+        }
+        call.worker.keep_set_id()?;
+        sys::change_mode(&call.worker.name(inode.as_fd()), kept)
     }
 
     fn set_size(&self, call: &mut Call<'_>, inode: &Inode, body: &SetattrIn) -> Result<()> {
@@ -106,6 +138,18 @@ impl Engine {
             Err(Errno::EACCES)
         }
     }
+}
+
+/// The bits of a SETATTR that change something.
+fn changes() -> SetattrValid {
+    SetattrValid::MODE
+        | SetattrValid::UID
+        | SetattrValid::GID
+        | SetattrValid::SIZE
+        | SetattrValid::ATIME
+        | SetattrValid::MTIME
+        | SetattrValid::ATIME_NOW
+        | SetattrValid::MTIME_NOW
 }
 
 /// `[given, now]` of one time.

@@ -16,23 +16,31 @@ pub struct Handle {
     pub inode: Arc<Inode>,
     /// The position of a directory; files have none, each request brings its offset.
     pub stream: Option<Mutex<Stream>>,
+    /// The file's group when it was opened: see
+    /// [`Worker::clear_set_id`](super::identity::Worker::clear_set_id).
+    pub group: u32,
     fd: OwnedFd,
 }
 
 impl Handle {
     /// An open file.
-    pub fn file(inode: Arc<Inode>, fd: OwnedFd) -> Handle {
+    pub fn file(inode: Arc<Inode>, fd: OwnedFd, group: u32) -> Handle {
         Handle {
             inode,
             stream: None,
+            group,
             fd,
         }
     }
 
     /// An open directory.
     pub fn directory(inode: Arc<Inode>, fd: OwnedFd) -> Handle {
-        let stream = Some(Mutex::default());
-        Handle { inode, stream, fd }
+        Handle {
+            inode,
+            stream: Some(Mutex::default()),
+            group: 0,
+            fd,
+        }
     }
 }
 

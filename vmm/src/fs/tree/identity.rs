@@ -1,8 +1,12 @@
 //! Who a request runs as.
 //!
-//! The guest's kernel checks permissions (`default_permissions`) and knows what the host cannot: supplementary groups and
-//! user namespaces. So a worker keeps its capabilities and takes on the caller's uid and gid only, with no supplementary
-//! groups (CVE-2022-0358), for what they decide: whose the new object is, and whose set-id bits and quota count.
+//! The guest's kernel checks permissions (`default_permissions`): modes, access control lists,
+//! groups, user namespaces. It alone knows the caller's supplementary groups and capabilities, so
+//! the host decides nothing by them: a worker keeps its own capabilities. It takes on the caller's
+//! uid and gid, without supplementary groups (CVE-2022-0358), where it makes something, because
+//! they decide whose the new object is and whose quota it takes. Only requests that make something
+//! carry a uid and a gid (`ALLOW_IDMAP`). Opens, reads, writes and changes of attributes run as
+//! whoever came before.
 //!
 //! Uid, gid, umask, working directory and capabilities belong to a thread in Linux. A worker changes them by raw system calls,
 //! because the C library's wrappers would change every thread, and remembers them, because most requests come from the same
@@ -86,22 +90,20 @@ impl Worker {
         FdName::new(fd)
     }
 
-    /// Takes on the caller of a request that makes something. Only root may make set-id objects for groups not its own; the
-    /// guest's kernel has checked the rest.
+    /// Takes on the caller of a request that makes something. The mode's set-group-id bit stays:
+    /// the guest's kernel knows the caller's groups and has taken the bit away where the caller may
+    /// not have it (Linux 6.0, `mode_strip_sgid`).
     pub fn become_caller(&mut self, uid: u32, gid: u32, umask: u32) -> Result<()> {
         // u32::MAX would leave the id of whoever was served before.
-        if uid == u32::MAX || gid == u32::MAX {
+        if uid == u32::MAX {
             return Err(Errno::EOVERFLOW);
         }
-        if self.gid != gid {
-            // SAFETY: no memory is passed; the raw call changes this thread only.
-            Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) })?;
-            self.gid = gid;
-        }
+        self.change_group(gid)?;
         if self.uid != uid {
-            // SAFETY: as above.
+            // SAFETY: no memory is passed; the raw call changes this thread only.
             Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) })?;
             self.uid = uid;
+            stay_undumpable()?;
         }
         let umask = umask & 0o777;
         if self.umask != umask {
@@ -109,11 +111,43 @@ impl Worker {
             unsafe { libc::umask(umask) };
             self.umask = umask;
         }
-        self.keep_set_id(uid == 0)
+        self.keep_set_id()
     }
 
-    /// Whether what follows keeps set-id bits, as root's writes do, or loses them (`KILL_SUIDGID`).
-    pub fn keep_set_id(&mut self, keep: bool) -> Result<()> {
+    fn change_group(&mut self, gid: u32) -> Result<()> {
+        if gid == u32::MAX {
+            return Err(Errno::EOVERFLOW);
+        }
+        if self.gid != gid {
+            // SAFETY: no memory is passed; the raw call changes this thread only.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) })?;
+            self.gid = gid;
+            stay_undumpable()?;
+        }
+        Ok(())
+    }
+
+    /// What follows keeps set-id bits, as the writes of root do.
+    pub fn keep_set_id(&mut self) -> Result<()> {
+        self.set_fsetid(true)
+    }
+
+    /// What follows clears set-id bits (`KILL_SUIDGID`) of a file of `group`. As a member of the
+    /// group the worker leaves a set-group-id bit without the group's execute bit alone: it gives
+    /// no rights.
+    pub fn clear_set_id(&mut self, group: u32) -> Result<()> {
+        self.change_group(group)?;
+        self.set_fsetid(false)
+    }
+
+    /// What follows clears the set-group-id bit of an object of `group`, as for a caller outside of
+    /// it.
+    pub fn leave_group(&mut self, group: u32) -> Result<()> {
+        self.change_group(u32::from(group == 0))?;
+        self.set_fsetid(false)
+    }
+
+    fn set_fsetid(&mut self, keep: bool) -> Result<()> {
         if self.set_id == keep {
             return Ok(());
         }
@@ -128,6 +162,14 @@ impl Worker {
         self.set_id = keep;
         Ok(())
     }
+}
+
+/// A change of ids gives the process back the dumpable attribute of `fs.suid_dumpable`, which
+/// systemd-coredump sets to 2: root's core dumps are written (credentials are in prctl(2),
+/// `PR_SET_DUMPABLE`).
+fn stay_undumpable() -> Result<()> {
+    // SAFETY: no memory is passed.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
 fn read_capabilities() -> Result<[CapData; 2]> {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use nix::errno::Errno;
 
 use super::sys::{Result, Status};
+use super::version::Seen;
 use crate::fs::wire::ROOT_ID;
 
 /// What makes an object one object. Two volumes may both have an inode 17, even of one device (bind mounts of parts, btrfs
@@ -43,6 +44,8 @@ pub struct Inode {
     pub submount: bool,
     /// Added (exclusive or) to the inode number that the guest sees: a mounted file shares its parent's device there.
     pub number_tag: u64,
+    /// The version of the file that the guest has.
+    pub seen: Seen,
     /// It is known by another mount too, and so is another inode with a cache of its own to the guest.
     aliased: AtomicBool,
     fd: OwnedFd,
@@ -206,7 +209,15 @@ impl Inodes {
         }
     }
 
-    /// The inode for an object that was found, new or known; the guest remembers it once more.
+    /// The inode of what statx(2) described, if the guest knows it.
+    pub fn known(&self, status: &Status) -> Option<Arc<Inode>> {
+        let table = self.lock();
+        let id = table.id_of(&Key::new(status))?;
+        table.by_id.get(&id).map(|entry| entry.inode.clone())
+    }
+
+    /// The inode for an object that was found, new or known; the guest remembers it once more, and
+    /// is told its attributes.
     ///
     /// # Errors
     /// `ENFILE`: the guest holds as many as it may.
@@ -218,6 +229,7 @@ impl Inodes {
             entry.lookups = entry.lookups.saturating_add(1);
             let inode = entry.inode.clone();
             drop(guard);
+            inode.seen.told(&found.status);
             // The descriptor just opened is closed outside the lock.
             drop(found);
             return Ok(inode);
@@ -277,6 +289,7 @@ fn insert(table: &mut Table, id: u64, found: Found) -> Arc<Inode> {
         kind: found.status.kind(),
         submount: found.submount,
         number_tag: found.number_tag,
+        seen: Seen::new(&found.status),
         fd: found.fd,
     });
     let entry = Entry {

@@ -37,7 +37,9 @@ mod lookup;
 mod mounts;
 mod names;
 mod session;
+mod sockets;
 pub mod sys;
+mod version;
 mod xattr;
 
 /// The data of a READ or a WRITE, wherever it lies. Only the transport knows.

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::inodes::Inode;
 use super::sys::{self, Result};
-use super::{Call, Engine, reply};
+use super::{Call, Engine, reply, sockets};
 use crate::fs::wire::{MkdirIn, MknodIn};
 
 impl Engine {
@@ -20,6 +20,9 @@ impl Engine {
 
     pub(super) fn mknod(&self, call: &mut Call<'_>, body: &MknodIn, name: &CStr) -> Result<()> {
         let parent = self.parent_with_room(call)?;
+        if let Some(socket) = sockets::listened_at(body, call.uid, name) {
+            return self.listen(call, &parent, &socket);
+        }
         call.worker.become_caller(call.uid, call.gid, body.umask)?;
         // The guard lets through no device but 0:0.
         sys::make_node(parent.as_fd(), name, body.mode, 0)?;
@@ -36,6 +39,7 @@ impl Engine {
     pub(super) fn link(&self, call: &mut Call<'_>, object: u64, name: &CStr) -> Result<()> {
         let parent = self.parent_with_room(call)?;
         let object = self.inodes.get(object)?;
+        object.seen.changed_by_guest();
         sys::make_link(&call.worker.name(object.as_fd()), parent.as_fd(), name)?;
         self.reply_made(call, &parent, name)
     }
@@ -75,7 +79,24 @@ impl Engine {
             // The whiteout is a new object.
             call.worker.become_caller(call.uid, call.gid, 0)?;
         }
-        sys::rename(parent.as_fd(), name, to.as_fd(), new_name, flags)
+        sys::rename(parent.as_fd(), name, to.as_fd(), new_name, flags)?;
+        self.renamed(&to, new_name);
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            self.renamed(&parent, name);
+        }
+        Ok(())
+    }
+
+    /// A rename changes the object's change time, which is no reason to drop what the guest has
+    /// cached of it.
+    fn renamed(&self, parent: &Inode, name: &CStr) {
+        let found = sys::open_beneath(parent.as_fd(), name, libc::O_PATH | libc::O_NOFOLLOW, 0)
+            .and_then(|fd| sys::status(fd.as_fd()));
+        if let Ok(status) = found
+            && let Some(inode) = self.inodes.known(&status)
+        {
+            inode.seen.changed_by_guest();
+        }
     }
 
     pub(super) fn readlink(&self, call: &mut Call<'_>) -> Result<()> {

@@ -32,7 +32,8 @@ const WANTED: u64 = init::ASYNC_READ
     | init::SUBMOUNTS
     | init::HANDLE_KILLPRIV_V2
     | init::SETXATTR_EXT
-    | init::INIT_EXT;
+    | init::INIT_EXT
+    | init::ALLOW_IDMAP;
 
 /// Requests in the background (read-ahead, write-back) that the guest may have under way at once.
 const MAX_BACKGROUND: u16 = 64;

@@ -1,5 +1,7 @@
 //! When a boot reached what: the moments that the VMM reports and those that happen here, on one clock.
 
+mod svg;
+
 use bulkhead_vmm_config::{Phase, Stamp};
 use serde::Serialize;
 
@@ -67,6 +69,11 @@ impl Timeline {
         let mut moments = self.moments.clone();
         moments.sort_by_key(|moment| moment.at_ns);
         moments
+    }
+
+    /// A picture for people, of which `title` is the headline.
+    pub fn svg(&self, title: &str) -> String {
+        svg::draw(&self.moments(), title)
     }
 
     /// A table for people: ms since the first moment, ms since the one before, exits.
