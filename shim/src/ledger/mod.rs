@@ -44,6 +44,8 @@ use crate::sys::process::ProcessId;
 pub const FILE_NAME: &str = "ledger";
 /// A shorter ledger that is about to take the place of the ledger.
 const SHORTER: &str = "ledger.new";
+/// How often a directory may vanish under our hands before that is an error.
+const RACES: usize = 1000;
 /// How many lines about what is no longer held are worth a shorter ledger.
 const MOST_DEAD: usize = 512;
 
@@ -372,12 +374,20 @@ struct NamespaceLock(#[allow(dead_code)] /* held for its lock */ File);
 
 fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error> {
     let path = state.join(namespace);
+    let mut races = 0;
     loop {
-        fs::DirBuilder::new()
+        let made = fs::DirBuilder::new()
             .recursive(true)
             .mode(0o711)
-            .create(&path)
-            .map_err(io_error("make the directory", &path))?;
+            .create(&path);
+        match made {
+            // The last pod to go has tidied away the one above it, in the middle of this.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && races < RACES => {
+                races += 1;
+                continue;
+            }
+            other => other.map_err(io_error("make the directory", &path))?,
+        }
         let Ok(directory) = File::open(&path) else {
             // Another process has just tidied it away.
             continue;
