@@ -6,7 +6,7 @@ use containerd_shim_protos::events::task as events_wire;
 
 use super::{
     Error, Exit, Phase, Task, Tasks,
-    pod::{PATIENCE, Pod, promptly},
+    pod::{Pod, promptly},
 };
 use crate::{
     events::{Event, timestamp},
@@ -81,16 +81,8 @@ impl Tasks {
         let killed = self.kill(&task.id, "", libc::SIGKILL as u32, true).await;
         match killed {
             Ok(()) | Err(Error::NotFound(_)) => {
-                let ended = tokio::time::timeout(PATIENCE, task.init.ended()).await;
-                Ok(match ended {
-                    Ok(exit) => exit,
-                    // A guest that says that it kills, and does not: it is ended from outside, and the watch tells the rest.
-                    Err(_) => {
-                        tracing::error!(container = %task.id, "killed, and yet it does not end: the machine is killed");
-                        task.pod.access.kill();
-                        task.init.ended().await
-                    }
-                })
+                // It comes to an end, whatever the guest does.
+                Ok(task.init.ended().await)
             }
             Err(error) => Err(error),
         }

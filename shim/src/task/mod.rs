@@ -43,7 +43,7 @@ use crate::{
 };
 use api_pod::ApiPod;
 use metrics::Usage;
-use pod::{Pod, Trouble, promptly};
+use pod::{KILLED_PATIENCE, Pod, Trouble, promptly};
 
 /// How long exec processes may take to end after their container's init has: the agent has killed them by then.
 const STRAGGLERS: Duration = Duration::from_secs(5);
@@ -232,6 +232,10 @@ impl Tasks {
         let agent = task.pod.agent();
         let all = all && exec_id.is_empty();
         match promptly(agent.signal_process(id, exec_id, signal, all)).await {
+            Ok(()) if signal == libc::SIGKILL as u32 && exec_id.is_empty() => {
+                tokio::spawn(end_of_the_killed(task.clone()));
+                Ok(())
+            }
             // A guest that does not even kill is ended from outside; the watch tells the rest.
             Err(Error::Hung(secs)) if signal == libc::SIGKILL as u32 => {
                 tracing::error!(
@@ -424,5 +428,21 @@ impl HookState {
             oci_version: plan.oci_version.clone(),
             annotations: plan.annotations.clone(),
         }
+    }
+}
+
+/// Waits for the end of a container that was killed. A guest that says that it kills, and does not (it lies, or the process waits for
+/// an fs process that does not serve), is ended from outside, and the watch tells the rest.
+async fn end_of_the_killed(task: Arc<Task>) {
+    if tokio::time::timeout(KILLED_PATIENCE, task.init.ended())
+        .await
+        .is_err()
+    {
+        tracing::error!(
+            container = %task.id,
+            secs = KILLED_PATIENCE.as_secs(),
+            "killed, and yet it does not end: the machine is killed"
+        );
+        task.pod.access.kill();
     }
 }

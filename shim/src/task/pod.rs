@@ -28,6 +28,8 @@ use crate::{
 
 /// How long the guest may take over something that costs it microseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a container may take to end that the guest says it has killed: it may have much memory to give back.
+pub const KILLED_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a pod is made from.
 pub struct Order<'a> {
