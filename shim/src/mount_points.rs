@@ -31,7 +31,7 @@ use crate::oci::{MountPoint, PointKind};
 const MAX_LINKS: usize = 40;
 /// Modes of what is made, those of runc.
 const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
-const FILE_MODE: Mode = Mode::from_bits_truncate(0o755);
+const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
 
 /// A name that the container needs could not be made.
 #[derive(Debug, thiserror::Error)]

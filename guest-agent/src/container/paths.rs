@@ -19,7 +19,7 @@ const MAX_LINKS: usize = 40;
 const MAX_RETRIES: usize = 128;
 /// Modes of the directories and files that are made to mount on, those of runc.
 const MOUNT_POINT_DIR: Mode = Mode::from_bits_truncate(0o755);
-const MOUNT_POINT_FILE: Mode = Mode::from_bits_truncate(0o755);
+const MOUNT_POINT_FILE: Mode = Mode::from_bits_truncate(0o644);
 
 /// What to make when the last component of a path does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
