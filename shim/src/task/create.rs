@@ -226,7 +226,6 @@ impl Tasks {
         pod_plan.shm_bytes = 0;
         pod_plan.paths.shm = None;
         pod_plan.paths.alone = true;
-        pod_plan.paths.has_guest = true;
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
         let cgroups_path = plan.cgroups_path.clone();
