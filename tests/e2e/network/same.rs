@@ -8,9 +8,10 @@ use std::path::Path;
 use super::*;
 
 /// What `ip` and sysfs say, without what is the guest's own: indices, and the other end of a wire. Whether an
-/// address is still being tried depends on the moment.
+/// address is still being tried depends on the moment. A host that has loaded the bonding driver has a file
+/// `bonding_masters` among the interfaces: only directories are interfaces.
 const LOOK: &str = r"
-    for name in $(ls /sys/class/net); do
+    for name in $(cd /sys/class/net && ls -d */ | tr -d /); do
         echo $name $(cat /sys/class/net/$name/address) $(cat /sys/class/net/$name/mtu) $(cat /sys/class/net/$name/tx_queue_len)
     done
     ip -o addr show | sed -e 's/^[0-9]*: //' -e 's/@[a-z0-9]*//' -e 's/valid_lft.*//' -e 's/tentative\|nodad//' -e 's/  */ /g'
@@ -88,7 +89,7 @@ fn a_namespace_without_interfaces_has_lo_only() {
     let pod = Netns::new();
     let seen = same(
         &pod,
-        "ls /sys/class/net; ip -o addr show lo | grep -c inet; ping -c1 -W2 127.0.0.1 >/dev/null && echo up",
+        "cd /sys/class/net; ls -d */ | tr -d /; ip -o addr show lo | grep -c inet; ping -c1 -W2 127.0.0.1 >/dev/null && echo up",
     );
     assert_eq!(seen, "lo\n2\nup");
 }
