@@ -129,6 +129,7 @@ pub fn plan(config: &PodSandboxConfig, id: &str, network: &str, files: PodFiles)
             network: (!network.is_empty()).then(|| network.into()),
             shm: Some(files.shm()),
             alone: false,
+            has_guest: false,
         },
         shm_bytes: SHM_BYTES,
         sysctls: sysctls(config),

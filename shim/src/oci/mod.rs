@@ -232,6 +232,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
     let pod = PodPaths {
         network: network(bundle),
         alone: true,
+        has_guest: true,
         ..PodPaths::default()
     };
     convert(bundle, container_id, &pod, RootFrom::Bundle)

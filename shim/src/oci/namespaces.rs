@@ -61,7 +61,7 @@ pub(super) fn convert(
         (false, _) => Kind::AGENT.into(),
     };
     let has = |kind: Type| listed.contains(&kind);
-    required(&listed, pod.alone)?;
+    required(&listed, pod.has_guest)?;
     if spec
         .hostname()
         .as_ref()
@@ -117,7 +117,7 @@ pub(super) fn convert(
     })
 }
 
-fn required(listed: &[Type], alone: bool) -> Result<(), Error> {
+fn required(listed: &[Type], has_guest: bool) -> Result<(), Error> {
     let reasons = [
         (
             Type::Mount,
@@ -126,12 +126,12 @@ fn required(listed: &[Type], alone: bool) -> Result<(), Error> {
         ),
         (
             Type::Pid,
-            !alone,
+            !has_guest,
             "the host's processes cannot be shown to a guest",
         ),
         (
             Type::Network,
-            !alone,
+            !has_guest,
             "the host's network cannot be given to a guest",
         ),
     ];

@@ -64,6 +64,8 @@ pub struct PodPaths {
     pub shm: Option<PathBuf>,
     /// There is one container: a network namespace that it does not name is the pod's, whose interfaces may come later.
     pub alone: bool,
+    /// The container has the guest to itself: a pid or network namespace that it does not list is the guest's own.
+    pub has_guest: bool,
 }
 
 impl PodPaths {
@@ -147,6 +149,7 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
             network,
             shm,
             alone: false,
+            has_guest: false,
         },
         shm_bytes,
         sysctls: super::sysctls(linux)?,

@@ -31,6 +31,7 @@ fn paths() -> PodPaths {
         pid: Some(42),
         network: Some("/run/netns/pod".into()),
         alone: false,
+        has_guest: false,
         shm: Some("/dev".into()),
     }
 }
@@ -143,6 +144,7 @@ fn only_a_lone_container_whose_namespace_may_be_filled_later_has_room_for_interf
         let mut pod = pod_plan(&bundle).unwrap();
         let in_a_pod = pod.later_interfaces();
         pod.paths.alone = true;
+        pod.paths.has_guest = true;
         [in_a_pod, pod.later_interfaces()]
     };
     assert_eq!(rooms(true, json!({})), [0, 0]);

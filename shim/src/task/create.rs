@@ -161,14 +161,19 @@ impl Tasks {
         let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
         match (oci::role(&annotations, &wanted.id), self.pod()) {
             (Role::Member(sandbox), Some(pod)) if pod.id == sandbox => {
-                self.make_member(wanted, pod).await
+                let plan = pod.plan.clone();
+                self.make_member(wanted, pod, &plan).await
             }
             (Role::Member(sandbox), _) => Err(Error::State(format!(
                 "the pod {sandbox:?} of container {:?} does not run here",
                 wanted.id
             ))),
             // One shim is one pod: who asks on its socket means this pod, whatever the engine's annotations are.
-            (Role::Alone, Some(pod)) => self.make_member(wanted, pod).await,
+            (Role::Alone, Some(pod)) => {
+                let mut plan = pod.plan.clone();
+                plan.paths.has_guest = !self.has_another(&wanted.id);
+                self.make_member(wanted, pod, &plan).await
+            }
             (Role::Sandbox, Some(pod)) => Err(Error::State(format!(
                 "this shim runs the pod {:?} and does not make the pod {:?}",
                 pod.id, wanted.id
@@ -191,6 +196,16 @@ impl Tasks {
         let slots = self.slots();
         let mut others = slots.iter().filter(|(other, _)| *other != id);
         others.any(|(_, slot)| matches!(slot, Slot::Making))
+    }
+
+    /// Whether another container than this one is in the guest, or about to be.
+    fn has_another(&self, id: &str) -> bool {
+        let slots = self.slots();
+        let mut others = slots.iter().filter(|(other, _)| *other != id);
+        others.any(|(_, slot)| match slot {
+            Slot::Making => true,
+            Slot::Made(task) => task.guest.is_some(),
+        })
     }
 
     /// A pod's own container: the machine, and nothing in it.
@@ -226,6 +241,7 @@ impl Tasks {
         pod_plan.shm_bytes = 0;
         pod_plan.paths.shm = None;
         pod_plan.paths.alone = true;
+        pod_plan.paths.has_guest = true;
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
         let cgroups_path = plan.cgroups_path.clone();
@@ -258,12 +274,17 @@ impl Tasks {
         }
     }
 
-    /// A container of a pod that runs.
-    async fn make_member(&self, mut wanted: Wanted, pod: Arc<Pod>) -> Result<Task, Error> {
-        if let Some(files) = &pod.plan.files {
-            files.add_to(&mut wanted.bundle.spec, &pod.plan.paths);
+    /// A container of a pod that runs; `pod_plan` is the pod's, as this container sees it.
+    async fn make_member(
+        &self,
+        mut wanted: Wanted,
+        pod: Arc<Pod>,
+        pod_plan: &PodPlan,
+    ) -> Result<Task, Error> {
+        if let Some(files) = &pod_plan.files {
+            files.add_to(&mut wanted.bundle.spec, &pod_plan.paths);
         }
-        let mut plan = wanted.plan(&pod.plan)?;
+        let mut plan = wanted.plan(pod_plan)?;
         pod.admit(&plan.container.namespaces)?;
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let made = async {

@@ -263,7 +263,9 @@ impl Pod {
         use wire::namespaces::Kind;
         if namespaces.pid == Kind::NEW.into() {
             self.private_pids.store(true, Ordering::Relaxed);
-        } else if self.private_pids.load(Ordering::Relaxed) {
+        } else if namespaces.pid == Kind::SANDBOX.into()
+            && self.private_pids.load(Ordering::Relaxed)
+        {
             return Err(Error::Invalid(
                 "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's".into(),
             ));

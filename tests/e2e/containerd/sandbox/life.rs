@@ -162,6 +162,31 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         assert_eq!(services.end(&plain).await, 0);
         let text = fs::read_to_string(file("plain")).expect("it wrote");
         assert_eq!(text, "podname\n");
+        // Nobody else is in the guest: what it does not list is the guest's. Beside another container it is refused.
+        let bare = || {
+            Bundle::busybox().script("sleep 1000").edit(|config| {
+                config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+                config["hostname"] = json!("");
+            })
+        };
+        let (first, second) = (bare(), bare());
+        let sleeper = services.container(&shim, pid, &first, &file("bare")).await;
+        second.write();
+        let request = CreateTaskRequest {
+            id: "second-bare".into(),
+            bundle: second.path().to_str().expect("plain").into(),
+            ..Default::default()
+        };
+        let refused = services.task.create(context(), &request).await;
+        assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+        let kill_sleeper = KillRequest {
+            id: sleeper.clone(),
+            signal: Signal::SIGKILL as u32,
+            ..Default::default()
+        };
+        let killed = services.task.kill(context(), &kill_sleeper).await;
+        killed.expect("killed");
+        assert_eq!(services.end(&sleeper).await, 137);
         for (kind, sandbox) in [("container", "elsewhere"), ("sandbox", id)] {
             let stranger = Bundle::busybox().script("true").edit(|config| {
                 config["annotations"] = json!({
