@@ -188,7 +188,13 @@ fn check_tells_a_user_who_may_not_open_kvm_how_to_be_let() {
     fs::write(place.path("config.toml"), config).unwrap();
     // The build's directory need not be open to others.
     let program = place.path("bulkhead");
-    fs::copy(env!("CARGO_BIN_EXE_bulkhead"), &program).unwrap();
+    // By another process: a test that forks in another thread would keep our descriptor for writing, and the exec find
+    // the file busy.
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_bulkhead"))
+        .arg(&program)
+        .status();
+    assert!(copied.unwrap().success());
     open(&program);
     let output = Command::new("timeout")
         .arg("120")

@@ -216,8 +216,15 @@ async fn a_logger_gets_everything_and_is_waited_for() {
     let script = dir.path().join("logger");
     let log = dir.path().join("log");
     let text = "#!/bin/sh\nexec 5>&-\ncat <&3 >$1\ncat <&4 >>$1\necho $CONTAINER_NAMESPACE/$CONTAINER_ID >>$1\n";
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // By another process: a test that forks in another thread would keep our descriptor for writing, and the exec find
+    // the file busy.
+    let write = "printf %s \"$1\" >\"$0\" && chmod 0755 \"$0\"";
+    let written = std::process::Command::new("sh")
+        .args(["-c", write])
+        .arg(&script)
+        .arg(text)
+        .status();
+    assert!(written.unwrap().success());
     let names = Names {
         stdout: format!("binary://{}?{}", script.display(), log.display()),
         ..Names::default()

@@ -63,7 +63,13 @@ fn run(executable: &Executable, cgroup: &OwnCgroup, script: &str) -> String {
 fn shell() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("shell");
-    std::fs::copy("/bin/sh", &path).unwrap();
+    // By another process: a test that forks in another thread would keep our descriptor for writing, and the exec find
+    // the file busy.
+    let copied = std::process::Command::new("cp")
+        .arg("/bin/sh")
+        .arg(&path)
+        .status();
+    assert!(copied.unwrap().success());
     (dir, path)
 }
 
