@@ -70,6 +70,14 @@ pub enum Error {
     Ledger(#[from] ledger::Error),
 }
 
+/// How many processes the kernel has killed for memory in the cgroup at `path`.
+pub fn oom_kills(path: &Path) -> io::Result<u64> {
+    let text = fs::read_to_string(path.join("memory.events"))?;
+    let mut words = text.lines().filter_map(|line| line.split_once(' '));
+    let found = words.find(|(name, _)| *name == "oom_kill");
+    Ok(found.and_then(|(_, count)| count.parse().ok()).unwrap_or(0))
+}
+
 /// Refuses a host whose cgroups are not version 2 alone.
 pub fn require_v2() -> Result<(), Error> {
     match nix::sys::statfs::statfs(ROOT) {

@@ -14,7 +14,7 @@ use std::{
 use bulkhead_shim::{
     ledger::{Ledger, Resource, collect},
     oci::{HostBind, HostPropagation, HostRoot},
-    rootfs::Share,
+    share::Share,
     sys::{mount::mounts_beneath, process::ProcessId},
 };
 use nix::{

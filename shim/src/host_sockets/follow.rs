@@ -27,10 +27,10 @@ use super::{
     relay,
 };
 use crate::{
-    agent::{self, Agent},
     error::line,
+    machine::agent::{self, Agent},
     oci::{GUEST_SHARE, HostBind, Plan},
-    sandbox::Access,
+    pod::Access,
     sys,
 };
 

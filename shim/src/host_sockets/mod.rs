@@ -30,7 +30,7 @@ use self::{
     dial::{Kind, probe},
     place::Place,
 };
-use crate::{agent, oci::HostBind};
+use crate::{machine::agent, oci::HostBind};
 
 /// Why a socket is not served.
 #[derive(Debug, thiserror::Error)]

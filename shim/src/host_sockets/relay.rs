@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     error::line,
-    sandbox::{Access, Error},
+    pod::{Access, Error},
 };
 
 /// Most connections of a pod at once; more wait in the guest.

@@ -26,7 +26,7 @@ use nix::sys::{
 use tokio::io::AsyncWriteExt;
 
 use super::{dial::dial, relay::pass_datagrams, *};
-use crate::{agent::Agent, oci::HostPropagation};
+use crate::{machine::agent::Agent, oci::HostPropagation};
 
 /// Nobody's.
 const UID: u32 = 1_900_000_007;

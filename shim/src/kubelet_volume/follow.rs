@@ -24,8 +24,8 @@ use super::{
     mirror::{Volume, open},
 };
 use crate::{
-    agent::{self, Agent},
     error::line,
+    machine::agent::{self, Agent},
     oci::{GUEST_VOLUMES, HostBind},
     sys,
 };

@@ -19,7 +19,7 @@ use super::{
     changes::{self, Step},
     host::{self, Directory, Node, Stamp},
 };
-use crate::{agent::Agent, error::line, sys};
+use crate::{error::line, machine::agent::Agent, sys};
 
 /// How often a volume that the host changes while it is read is read again, and after what time.
 const ATTEMPTS: u32 = 50;

@@ -22,7 +22,7 @@ use std::{
 
 pub use follow::{Owner, Volumes};
 
-use crate::agent;
+use crate::machine::agent;
 
 /// kubelet's plugins that write by its atomic writer, as they are named in paths.
 const PLUGINS: [&str; 4] = [

@@ -3,6 +3,7 @@
 //! Unknown fields are tolerated (OCI spec.md, "Extensibility"). Paths of the host never reach the agent: the root and the
 //! sources of bind mounts are placed in the share (`rootfs.rs`), and the agent is told where in the guest they are.
 
+pub mod cri;
 mod devices;
 mod features;
 mod hooks;

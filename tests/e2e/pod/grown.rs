@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::agent as wire;
 use bulkhead_shim::oci::Plan;
-use bulkhead_shim::sandbox::Sandbox;
+use bulkhead_shim::pod::Sandbox;
 use bulkhead_tests::{Bundle, soak};
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -14,7 +14,7 @@ use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse, namespac
 use bulkhead_shim::config::Config;
 use bulkhead_shim::ledger::Resource;
 use bulkhead_shim::oci::{self, Plan};
-use bulkhead_shim::sandbox::{self, Parts, Request, Sandbox};
+use bulkhead_shim::pod::{self, Parts, Request, Sandbox};
 use bulkhead_tests::{Bundle, Host, PATIENCE, fresh_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -210,7 +210,7 @@ impl Pod {
     }
 
     /// Takes a container out of the pod.
-    pub fn remove(&mut self, id: &str) -> Result<(), sandbox::Error> {
+    pub fn remove(&mut self, id: &str) -> Result<(), pod::Error> {
         self.block_on(async |sandbox| sandbox.remove_container(id).await)
     }
 

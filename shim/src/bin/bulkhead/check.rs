@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_shim::{
     cgroup,
     config::Config,
-    sandbox::{Parts, Request, Sandbox},
+    pod::{Parts, Request, Sandbox},
 };
 use serde::Serialize;
 
@@ -243,7 +243,7 @@ fn guest(config: &Config) -> Found {
 }
 
 async fn boot(config: &Config) -> Result<String, String> {
-    let line = |error: bulkhead_shim::sandbox::Error| failure::line(&error);
+    let line = |error: bulkhead_shim::pod::Error| failure::line(&error);
     let parts = Parts::open(config).map_err(line)?;
     let id = format!("check-{}", std::process::id());
     let request = Request {

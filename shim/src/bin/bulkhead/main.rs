@@ -16,7 +16,7 @@ mod version;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
-use bulkhead_shim::{config::Config, timeline::now_ns};
+use bulkhead_shim::{config::Config, pod::timeline::now_ns};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use failure::Failure;

@@ -4,14 +4,13 @@ use std::{fs::File, io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
-    agent,
     config::{self, Config},
     hooks::{self, State},
     ids,
+    machine::agent,
     oci::{self, Bundle, Plan},
-    sandbox::{self, Parts, Request, Sandbox},
+    pod::{self, Parts, Request, Sandbox, timeline::Timeline},
     sys::stub::Stub,
-    timeline::Timeline,
 };
 
 use crate::{
@@ -147,7 +146,7 @@ impl<E: Into<Failure>> From<E> for Stop {
 }
 
 /// A pod's trouble with the guest's last words beneath.
-fn told(error: sandbox::Error) -> Failure {
+fn told(error: pod::Error) -> Failure {
     let line = failure::line(&error);
     Failure::new(line).with_details(error.last_lines())
 }

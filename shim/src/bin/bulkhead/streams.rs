@@ -4,8 +4,9 @@ use std::os::{fd::AsFd, unix::net::UnixStream};
 
 use bulkhead_agent_protocol::agent as wire;
 use bulkhead_shim::{
-    io::{self as relays, Relay},
-    sandbox::{self, Sandbox},
+    io as relays,
+    io::Relay,
+    pod::{self, Sandbox},
 };
 
 use crate::{failure::Failure, terminal};
@@ -21,7 +22,7 @@ pub struct Streams {
 
 impl Streams {
     /// Offers them to the guest.
-    pub async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, sandbox::Error> {
+    pub async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, pod::Error> {
         // A terminal's errors come with its output.
         let (stdio, [stdin, stdout, stderr]) = sandbox.streams([true, true, !terminal]).await?;
         Ok(Streams {

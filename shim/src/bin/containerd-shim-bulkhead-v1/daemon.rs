@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bulkhead_shim::{
-    events::Events,
+    containerd::{self, Place, Tasks, events::Events},
     sys::{self, daemon},
-    task::{self, Place, Tasks},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::r#async::Server;
@@ -53,7 +52,7 @@ async fn serve(flags: &Flags) -> Result<()> {
         config: None,
     };
     let tasks = Tasks::new(place, events);
-    let services = task::services(&tasks);
+    let services = containerd::services(&tasks);
     let names = services.keys().cloned().collect();
     let (connections, listener) = Connections::of(listener, names);
     let mut server = Server::new()

@@ -10,12 +10,11 @@ use std::{
 
 use anyhow::{Context, Result};
 use bulkhead_shim::{
-    bootstrap,
     config::Config,
+    containerd::{CONFIG_NAME, bootstrap},
     ledger::{self, Reclaimed},
     oci::{self, Bundle, Role},
     sys::process,
-    task::CONFIG_NAME,
 };
 
 use crate::flags::Flags;

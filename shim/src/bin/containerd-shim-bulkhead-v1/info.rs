@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result};
-use bulkhead_shim::{bootstrap, oci};
+use bulkhead_shim::{containerd::bootstrap, oci};
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 
 /// For people.

@@ -15,10 +15,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use bulkhead_shim::{
-    bootstrap::{self, Greeting},
+    containerd::{
+        CONFIG_NAME,
+        bootstrap::{self, Greeting},
+    },
     oci::{self, Bundle, Role},
     sys::daemon,
-    task::CONFIG_NAME,
 };
 use nix::sys::stat::{Mode, umask};
 

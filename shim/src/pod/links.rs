@@ -4,12 +4,12 @@ use std::{os::fd::AsFd, sync::Arc};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Error, background::Background};
+use super::{background::Background, error::Error};
 use crate::{
     error::line,
+    machine::vmm::{self, Vm},
     network::Carriers,
     sys,
-    vm::{self, Vm},
 };
 
 /// Follows them until it is dropped.
@@ -35,7 +35,7 @@ async fn follow(mut carriers: Carriers, vm: &Vm) -> Result<(), Error> {
                     // One that is stopped hears it when it goes on.
                     while let Err(error) = vm.set_link(device, up).await {
                         match error {
-                            vm::Error::Silent { .. } => {}
+                            vmm::Error::Silent { .. } => {}
                             error => return Err(error.into()),
                         }
                     }

@@ -2,7 +2,15 @@
 
 use ttrpc::Code;
 
-use crate::{agent, config, cri, error::line, hooks, ids, layers, oci, sandbox, stdio};
+use crate::{
+    config,
+    containerd::stdio,
+    error::line,
+    hooks, ids,
+    machine::agent,
+    oci::{self, cri},
+    pod::{self, layers},
+};
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +56,7 @@ pub enum Error {
     Hook(#[from] hooks::Error),
     /// The pod.
     #[error(transparent)]
-    Sandbox(#[from] sandbox::Error),
+    Sandbox(#[from] pod::Error),
     /// The guest's agent.
     #[error(transparent)]
     Agent(#[from] agent::Error),
@@ -76,7 +84,7 @@ impl Error {
             Error::Invalid(_) | Error::Id(_) | Error::Oci(_) | Error::Cri(_) => {
                 Code::INVALID_ARGUMENT
             }
-            Error::Sandbox(sandbox::Error::Socket(error)) if error.is_refusal() => {
+            Error::Sandbox(pod::Error::Socket(error)) if error.is_refusal() => {
                 Code::INVALID_ARGUMENT
             }
             Error::Unavailable(_) => Code::UNAVAILABLE,
@@ -94,17 +102,9 @@ impl Error {
     /// One line, with the guest's last words where they explain it.
     pub fn text(&self) -> String {
         match self {
-            Error::Sandbox(error) => sandbox_text(error),
+            Error::Sandbox(error) => error.text(),
             _ => line(self),
         }
-    }
-}
-
-pub(super) fn sandbox_text(error: &sandbox::Error) -> String {
-    let text = line(error);
-    match error.last_lines() {
-        [] => text,
-        lines => format!("{text} (the last lines: {})", lines.join(" | ")),
     }
 }
 

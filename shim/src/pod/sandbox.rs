@@ -8,16 +8,6 @@
 //!
 //! Every step writes the ledger first, so that [`Sandbox::give_back`] and, when this process is killed, `bulkhead gc` both end in the same replay.
 
-mod access;
-mod background;
-mod error;
-mod interfaces;
-mod links;
-mod localhost;
-mod oom;
-mod parts;
-mod taken;
-
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
@@ -28,26 +18,27 @@ use std::{
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp};
 
-pub use self::{access::Access, error::Error, parts::Parts};
-use self::{access::LAST_WORDS, background::Background, oom::OomScores, taken::Taken};
+use super::{access::Access, error::Error, installed::Parts};
+use super::{access::LAST_WORDS, background::Background, launch::Taken, oom::OomScores};
 use crate::{
-    agent::{self, Agent},
     cgroup::{self, Cgroup},
     config::{self, Config},
-    fs::Fs,
     host_sockets, kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
-    mount_points,
+    machine::{
+        agent::{self, Agent},
+        fs::Fs,
+        vmm::{self, Vm},
+    },
     network::Network,
     oci::{HostBind, Plan},
-    rootfs::{self, Share},
+    share::{self, Share, mount_points},
     sys::process::{self, ProcessId},
-    vm::{self, Vm},
 };
 
 /// The virtio-fs tag of the share.
-const SHARE_TAG: &str = "share";
+pub(super) const SHARE_TAG: &str = "share";
 /// How long the guest may take to sync and power off, and the VMM to end.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// What is asked for.
@@ -78,33 +69,33 @@ pub struct Request<'a> {
 /// A pod.
 #[derive(Debug)]
 pub struct Sandbox {
-    id: String,
+    pub(super) id: String,
     boot_timeout: Duration,
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
     share: Share,
     fs: Arc<Fs>,
-    vm: Arc<Vm>,
-    agent: Agent,
+    pub(super) vm: Arc<Vm>,
+    pub(super) agent: Agent,
     volumes: kubelet_volume::Owner,
     sockets: host_sockets::Owner,
     agent_log: Tail,
     shm_bytes: u64,
     /// Queues of an interface, and what the operator says about them.
-    pairs: u32,
-    limits: config::Network,
-    network: Option<Network>,
+    pub(super) pairs: u32,
+    pub(super) limits: config::Network,
+    pub(super) network: Option<Network>,
     /// The pod's network namespace, if it has one on the host.
-    namespace: Option<PathBuf>,
+    pub(super) namespace: Option<PathBuf>,
     /// How many interfaces may come later.
-    slots: usize,
-    oom: OomScores,
+    pub(super) slots: usize,
+    pub(super) oom: OomScores,
     /// The process whose pid stands for the pod's; it may have ended.
-    stub: Option<ProcessId>,
+    pub(super) stub: Option<ProcessId>,
     // Held for their end.
-    links: Option<Background>,
-    localhost: Option<Background>,
+    pub(super) links: Option<Background>,
+    pub(super) localhost: Option<Background>,
     // Last: its directory must be open until the processes are gone.
-    cgroup: Cgroup,
+    pub(super) cgroup: Cgroup,
 }
 
 impl Sandbox {
@@ -199,13 +190,13 @@ impl Sandbox {
     }
 
     /// A guest that ended by itself; the VMM's own words need no comment.
-    fn ended_early(&self, end: vm::End) -> Error {
+    fn ended_early(&self, end: vmm::End) -> Error {
         match end {
-            vm::End::Guest { .. } => Error::Boot {
+            vmm::End::Guest { .. } => Error::Boot {
                 end,
                 reached: self.reached(),
             },
-            end => vm::Error::Gone(end).into(),
+            end => vmm::Error::Gone(end).into(),
         }
     }
 
@@ -310,7 +301,7 @@ impl Sandbox {
                     Ok(self.sockets.sockets().place(container, binds)?)
                 })
             }
-            Err(error @ rootfs::Error::Exists(_)) => return Err(error.into()),
+            Err(error @ share::Error::Exists(_)) => return Err(error.into()),
             Err(error) => Err(error.into()),
         };
         match added {

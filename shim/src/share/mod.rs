@@ -10,6 +10,9 @@
 //! Through `share` the guest cannot make, rename or remove a name outside of a container's mounts, so that no path that we
 //! unmount or remove later can have been turned into something else.
 
+pub mod identity;
+pub mod mount_points;
+
 use std::{
     fs, io,
     os::{
@@ -26,11 +29,14 @@ use bulkhead_agent_protocol::agent as wire;
 use nix::mount::{MsFlags, mount};
 
 use crate::{
-    fs as fs_process,
     ledger::{self, Ledger, Leftover, Resource, Ticket},
+    machine::fs as fs_process,
     oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot, host_interfaces},
-    sys::mount::{self as mounts, Depth, DetachedTree, MountLine, Object},
-    volume::{self, Identity, Layout},
+    share::identity::{Identity, Layout},
+    sys::{
+        mount as mounts,
+        mount::{Depth, DetachedTree, MountLine, Object},
+    },
 };
 
 /// Enough for mount points: about 100 containers with 100 volumes each.
@@ -167,7 +173,7 @@ impl Source {
     }
 
     fn submounts(&self) -> Vec<wire::Submount> {
-        let convert = |submount: &volume::Submount| wire::Submount {
+        let convert = |submount: &identity::Submount| wire::Submount {
             path: submount.place.as_os_str().as_bytes().to_vec(),
             attributes: submount.attributes,
             ..wire::Submount::default()
@@ -354,9 +360,10 @@ impl Share {
         let opened = open(source, wish.directory).map_err(io_error("open", source))?;
         let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
         let mounts = mounts::mounts().map_err(io_error("list the mounts for", source))?;
-        let place = volume::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
+        let place =
+            identity::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
         let (identity, layout) =
-            volume::look(&place, &mounts, &found, wish.depth, wish.propagation);
+            identity::look(&place, &mounts, &found, wish.depth, wish.propagation);
         let count = layout.beneath.len();
         if count > MAX_SUBMOUNTS {
             let path = source.to_path_buf();

@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use containerd_shim_protos::events::task as events_wire;
 
-use super::{
-    Error, Exit, Phase, Task, Tasks,
-    pod::{Pod, promptly},
-};
+use super::{Error, Exit, Phase, Task, Tasks};
+use crate::pod::{Pod, promptly};
 use crate::{
-    events::{Event, timestamp},
+    containerd::events::{Event, timestamp},
     hooks,
 };
 

@@ -14,7 +14,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::Error;
-use crate::stdio::{Names, Streams};
+use crate::containerd::stdio::{Names, Streams};
 use bulkhead_agent_protocol::agent::WaitProcessResponse;
 
 /// How long output may take to be passed on once the process has ended: a client that does not read, or a process left behind that

@@ -3,8 +3,12 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    agent, cgroup, config, fs, host_sockets, kubelet_volume, ledger, mount_points, network, rootfs,
-    vm,
+    cgroup, config,
+    error::line,
+    host_sockets, kubelet_volume, ledger,
+    machine::{agent, fs, vmm},
+    network,
+    share::{self, mount_points},
 };
 
 /// Why there is no pod, or not any more.
@@ -45,7 +49,7 @@ pub enum Error {
     },
     /// The share.
     #[error(transparent)]
-    Share(#[from] rootfs::Error),
+    Share(#[from] share::Error),
     /// A read-only root that lacks what its mounts need.
     #[error(transparent)]
     MountPoint(#[from] mount_points::Error),
@@ -57,7 +61,7 @@ pub enum Error {
     Network(#[from] network::Error),
     /// The machine.
     #[error(transparent)]
-    Vm(#[from] vm::Error),
+    Vm(#[from] vmm::Error),
     /// A volume of kubelet's.
     #[error(transparent)]
     Volume(#[from] kubelet_volume::Error),
@@ -87,7 +91,7 @@ pub enum Error {
     #[error("{end}; it {reached}")]
     Boot {
         /// How it ended.
-        end: vm::End,
+        end: vmm::End,
         /// How far the boot got.
         reached: &'static str,
     },
@@ -111,9 +115,17 @@ impl Error {
     /// The guest's last words, where the error comes from its end.
     pub fn last_lines(&self) -> &[String] {
         match self {
-            Error::Vm(vm::Error::Gone(end)) | Error::Boot { end, .. } => end.last_lines(),
+            Error::Vm(vmm::Error::Gone(end)) | Error::Boot { end, .. } => end.last_lines(),
             Error::Timeout { console, .. } => console,
             _ => &[],
+        }
+    }
+    /// One line, with the guest's last words where they explain it.
+    pub fn text(&self) -> String {
+        let text = line(self);
+        match self.last_lines() {
+            [] => text,
+            lines => format!("{text} (the last lines: {})", lines.join(" | ")),
         }
     }
 }

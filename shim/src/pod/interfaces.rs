@@ -2,15 +2,15 @@
 
 use std::os::fd::AsFd;
 
-use super::{Error, Sandbox, links, localhost};
+use super::{Sandbox, error::Error, links, localhost};
 use crate::{
     ledger::Resource,
+    machine::vmm::Nic,
     network::{self, Network},
     sys::{
         process::{self, ProcessId},
         stub::{self, Stub},
     },
-    vm::Nic,
 };
 
 impl Sandbox {

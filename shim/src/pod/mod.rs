@@ -1,5 +1,18 @@
 //! The pod under the tasks: one sandbox, the process that stands for it, and the roots of its containers.
 
+mod access;
+mod background;
+mod error;
+mod installed;
+mod interfaces;
+mod launch;
+pub mod layers;
+mod links;
+mod localhost;
+mod oom;
+mod sandbox;
+pub mod timeline;
+
 use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -13,17 +26,27 @@ use tokio::{
     sync::{Mutex, MutexGuard},
 };
 
-use super::{Error, metrics::memory_events};
+pub use self::{
+    access::Access,
+    error::Error,
+    installed::Parts,
+    sandbox::{Request, Sandbox},
+};
 use crate::{
-    agent::{self, Agent},
+    cgroup,
     config::Config,
+    containerd::{
+        Error as TaskError,
+        stdio::{Ends, Streams},
+    },
     ids,
-    layers::{Layer, Roots},
+    machine::agent::{self, Agent},
     oci::{Plan, PodPlan},
-    sandbox::{self, Access, Parts, Request, Sandbox},
-    stdio::{Ends, Streams},
+    pod::{
+        layers::{Layer, Roots},
+        timeline::now_ns,
+    },
     sys::{self, stub::Stub},
-    timeline::now_ns,
 };
 
 /// How long the guest may take over something that costs it microseconds.
@@ -84,7 +107,7 @@ impl Held {
         id: &str,
         plan: &mut Plan,
         layers: &[Layer],
-    ) -> Result<(), Error> {
+    ) -> Result<(), TaskError> {
         if !layers.is_empty() {
             plan.root.path = self.roots.mount(self.sandbox.ledger(), id, layers)?;
         }
@@ -93,9 +116,9 @@ impl Held {
     }
 
     /// Offers the guest the streams that `ends` wants, and joins them.
-    pub async fn streams(&mut self, ends: Ends) -> Result<(wire::Stdio, Streams), Error> {
+    pub async fn streams(&mut self, ends: Ends) -> Result<(wire::Stdio, Streams), TaskError> {
         let (stdio, ours) = self.sandbox.streams(ends.wanted()).await?;
-        let streams = ends.join(ours).map_err(|source| Error::Io {
+        let streams = ends.join(ours).map_err(|source| TaskError::Io {
             action: "join the streams".into(),
             source,
         })?;
@@ -103,13 +126,13 @@ impl Held {
     }
 
     /// Takes a container's files out of the share and unmounts its root.
-    pub async fn withdraw(&mut self, id: &str) -> Result<(), Error> {
+    pub async fn withdraw(&mut self, id: &str) -> Result<(), TaskError> {
         self.sandbox.withdraw_container(id).await?;
         Ok(self.roots.unmount(self.sandbox.ledger(), id)?)
     }
 
     /// Waits until the guest is ready.
-    async fn ready(&mut self, hostname: &str) -> Result<(), Error> {
+    async fn ready(&mut self, hostname: &str) -> Result<(), TaskError> {
         let guest = self.sandbox.ready(hostname).await?;
         tracing::info!(kernel = %guest.kernel_release, vcpus = guest.vcpus, memory = guest.memory_bytes, "guest ready");
         Ok(())
@@ -139,8 +162,8 @@ impl Pod {
     pub async fn boot<T>(
         config: &Config,
         order: Order<'_>,
-        meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, Error>,
-    ) -> Result<(Pod, T), Error> {
+        meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, TaskError>,
+    ) -> Result<(Pod, T), TaskError> {
         let began = now_ns();
         let parts = Parts::open(config)?;
         let memory_mib = memory_mib(config, order.memory);
@@ -240,15 +263,14 @@ impl Pod {
 
     /// Whether the host's kernel has killed in the pod's cgroup for memory.
     fn out_of_memory(&self) -> bool {
-        let text = std::fs::read_to_string(self.cgroup.join("memory.events"));
-        text.is_ok_and(|text| memory_events(&text).oom_kill > 0)
+        cgroup::oom_kills(&self.cgroup).is_ok_and(|kills| kills > 0)
     }
 
     /// Writes limits of the pod's cgroup on the host.
-    pub fn limit(&self, files: &[(String, String)]) -> Result<(), Error> {
+    pub fn limit(&self, files: &[(String, String)]) -> Result<(), TaskError> {
         for (name, value) in files {
             let path = self.cgroup.join(name);
-            std::fs::write(&path, value).map_err(|source| Error::Io {
+            std::fs::write(&path, value).map_err(|source| TaskError::Io {
                 action: format!("write {value:?} to {}", path.display()),
                 source,
             })?;
@@ -259,14 +281,14 @@ impl Pod {
     /// Checks what a member asks of the pod's pid namespace, and remembers it. All containers of a pod have one pid on the host, so
     /// that "the pod's pid namespace" and "that of the container TARGET" (`kubectl debug --target`) are one path. In a pod that shares
     /// its processes every member names it; where one did not, the other meaning is meant, and cannot be given.
-    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), Error> {
+    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), TaskError> {
         use wire::namespaces::Kind;
         if namespaces.pid == Kind::NEW.into() {
             self.private_pids.store(true, Ordering::Relaxed);
         } else if namespaces.pid == Kind::SANDBOX.into()
             && self.private_pids.load(Ordering::Relaxed)
         {
-            return Err(Error::Invalid(
+            return Err(TaskError::Invalid(
                 "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's".into(),
             ));
         }
@@ -274,10 +296,10 @@ impl Pod {
     }
 
     /// Gives the guest the interfaces that have come into the pod's network namespace meanwhile.
-    pub async fn find_interfaces(&self) -> Result<(), Error> {
+    pub async fn find_interfaces(&self) -> Result<(), TaskError> {
         match self.held().await.as_mut() {
             Some(held) => Ok(held.sandbox.find_interfaces().await?),
-            None => Err(Error::State(format!("the pod {:?} has ended", self.id))),
+            None => Err(TaskError::State(format!("the pod {:?} has ended", self.id))),
         }
     }
 
@@ -326,9 +348,9 @@ pub struct Trouble {
 }
 
 impl Trouble {
-    fn of(error: &sandbox::Error, killed_for_memory: bool) -> Trouble {
-        use crate::{sys::process::Death, vm};
-        let reason = super::error::sandbox_text(error);
+    fn of(error: &Error, killed_for_memory: bool) -> Trouble {
+        use crate::{machine::vmm, sys::process::Death};
+        let reason = error.text();
         // The guest's kernel panics when it finds nothing to kill ("System is deadlocked on memory").
         let panicked_for_memory = error
             .last_lines()
@@ -336,7 +358,7 @@ impl Trouble {
             .any(|line| line.contains("Kernel panic") && line.contains("memory"));
         let killed = matches!(
             error,
-            sandbox::Error::Vm(vm::Error::Gone(vm::End::Died {
+            Error::Vm(vmm::Error::Gone(vmm::End::Died {
                 death: Some(Death::Signal(libc::SIGKILL)),
                 ..
             }))
@@ -373,9 +395,11 @@ fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
 }
 
 /// Asks the guest for something that it does at once, unless it hangs.
-pub async fn promptly<T>(call: impl Future<Output = Result<T, agent::Error>>) -> Result<T, Error> {
+pub async fn promptly<T>(
+    call: impl Future<Output = Result<T, agent::Error>>,
+) -> Result<T, TaskError> {
     match tokio::time::timeout(PATIENCE, call).await {
         Ok(answer) => Ok(answer?),
-        Err(_) => Err(Error::Hung(PATIENCE.as_secs())),
+        Err(_) => Err(TaskError::Hung(PATIENCE.as_secs())),
     }
 }

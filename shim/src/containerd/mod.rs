@@ -9,16 +9,18 @@
 //!   init's exit comes after those of its exec processes.
 //! - What changes something runs to its end, even when the client that asked goes away.
 
-mod api_pod;
+pub mod bootstrap;
 mod create;
-mod end;
+mod delete;
 mod error;
+pub mod events;
 mod exec;
 mod metrics;
-mod pod;
 mod process;
+mod sandbox;
 mod sandbox_service;
-mod service;
+pub mod stdio;
+mod task_service;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,16 +36,16 @@ use tokio::sync::Notify;
 pub use create::CONFIG_NAME;
 pub use error::Error;
 pub use process::{Exit, Phase, Process};
-pub use service::services;
+pub use task_service::services;
 
+use super::pod::{KILLED_PATIENCE, Pod, Trouble, promptly};
 use crate::{
-    agent,
-    events::{Event, Events, timestamp},
+    containerd::events::{Event, Events, timestamp},
+    machine::agent,
     oci::{HostHooks, Plan},
 };
-use api_pod::ApiPod;
 use metrics::Usage;
-use pod::{KILLED_PATIENCE, Pod, Trouble, promptly};
+use sandbox::ApiPod;
 
 /// How long exec processes may take to end after their container's init has: the agent has killed them by then.
 const STRAGGLERS: Duration = Duration::from_secs(5);

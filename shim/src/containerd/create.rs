@@ -12,20 +12,20 @@ use containerd_shim_protos::{
 };
 
 use super::{
-    Error, Exec, Guest, HookState, Phase, Process, Slot, Task, Tasks,
-    end::Undo,
-    metrics::Usage,
-    pod::{Held, Order, Pod},
+    Error, Exec, Guest, HookState, Phase, Process, Slot, Task, Tasks, delete::Undo, metrics::Usage,
 };
+use crate::pod::{Held, Order, Pod};
 use crate::{
-    bootstrap,
     config::Config,
-    events::Event,
+    containerd::{
+        bootstrap,
+        events::Event,
+        stdio::{Ends, Names, Owner, Streams},
+    },
     hooks::{self, State},
     ids,
-    layers::Layer,
     oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
-    stdio::{Ends, Names, Owner, Streams},
+    pod::layers::Layer,
 };
 
 /// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).

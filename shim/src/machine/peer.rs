@@ -11,9 +11,9 @@ use std::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
-    control::{self, Control},
     ledger::{self, Ledger, Resource},
     logs::{self, Tail},
+    machine::control::{self, Control},
     sys::{
         self,
         process::{self, Death, ProcessId},

@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use super::Error;
+use super::error::Error;
 use crate::{
     config::Config,
     sys::{mount::ReadOnlyFile, spawn::Executable},

@@ -25,7 +25,7 @@ use containerd_shim_protos::{
 use tokio::sync::watch;
 
 use super::{Error, Pod};
-use crate::agent;
+use crate::machine::agent;
 
 /// How long the guest may take to be heard in the same answer; containerd is promised one within 100 ms.
 const FRESH: Duration = Duration::from_millis(60);
@@ -306,7 +306,7 @@ fn memory(text: &str) -> MemoryStat {
 }
 
 /// Of a cgroup's `memory.events`.
-pub(super) fn memory_events(text: &str) -> MemoryEvents {
+fn memory_events(text: &str) -> MemoryEvents {
     let get = table(text);
     MemoryEvents {
         low: get("low"),

@@ -11,14 +11,16 @@ use std::{
 use bulkhead_agent_protocol::agent as wire;
 use bulkhead_vmm_config::port;
 
-use super::Error;
+use super::error::Error;
 use crate::{
-    agent::{self, Agent},
-    fs::Fs,
     host_sockets::Sockets,
     io as streams,
     kubelet_volume::Volumes,
-    vm::{self, Vm},
+    machine::{
+        agent::{self, Agent},
+        fs::Fs,
+        vmm::{self, Vm},
+    },
 };
 
 /// How long the machine's own words may take after its connection broke.
@@ -52,7 +54,7 @@ impl Access {
             match self.vm.offer_port(port, theirs).await {
                 Ok(()) => return Ok((port, ours)),
                 // The port may be on offer already, as rarely as it is guessed.
-                Err(vm::Error::Refused { .. }) if tries > 0 => {}
+                Err(vmm::Error::Refused { .. }) if tries > 0 => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -85,10 +87,10 @@ impl Access {
     pub async fn trouble(&self) -> Error {
         let gone = async {
             tokio::select! {
-                end = self.vm.ended() => vm::Error::Gone(end).into(),
+                end = self.vm.ended() => vmm::Error::Gone(end).into(),
                 error = self.fs.gone() => match self.vm.is_killed() {
                     // Both were, by us: the machine's end is what counts.
-                    true => vm::Error::Gone(self.vm.ended().await).into(),
+                    true => vmm::Error::Gone(self.vm.ended().await).into(),
                     false => error.into(),
                 },
             }

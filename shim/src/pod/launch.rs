@@ -7,19 +7,21 @@ use std::{
 
 use bulkhead_vmm_config::{MAX_DEVICES, port};
 
-use super::{Error, Parts, Request, SHARE_TAG};
+use super::{Parts, Request, error::Error, sandbox::SHARE_TAG};
 use crate::{
-    agent::Agent,
     cgroup::Cgroup,
     config::Config,
-    fs::Fs,
     io as streams,
     ledger::Ledger,
     logs::{self, Tail},
+    machine::{
+        agent::Agent,
+        fs::Fs,
+        peer::Place,
+        vmm::{Hardware, Nic, Vm},
+    },
     network::Network,
-    peer::Place,
-    rootfs::Share,
-    vm::{Hardware, Nic, Vm},
+    share::Share,
 };
 
 /// What [`super::Sandbox::launch`] takes, in this order.

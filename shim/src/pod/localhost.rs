@@ -21,7 +21,7 @@ use tokio::{
     sync::Semaphore,
 };
 
-use super::{Access, Error, background::Background};
+use super::{Access, background::Background, error::Error};
 use crate::{error::line, network::Namespace};
 
 /// Most ports of each family that are mirrored: a listener is a descriptor of ours.

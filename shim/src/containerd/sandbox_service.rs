@@ -11,8 +11,8 @@ use containerd_shim_protos::{
 };
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Phase, Tasks, service::to_the_end};
-use crate::events::{any, timestamp};
+use super::{Phase, Tasks, task_service::to_the_end};
+use crate::containerd::events::{any, timestamp};
 
 /// Kubernetes' words for a pod's state (`runtime.v1.PodSandboxState`), by which containerd knows it.
 const READY: &str = "SANDBOX_READY";

@@ -17,16 +17,13 @@ use std::{
 
 use containerd_shim_protos::{cgroups_v2::metrics::Metrics, sandbox_api::CreateSandboxRequest};
 
-use super::{
-    CONFIG_NAME, Error, Exit, Phase, Process, Tasks,
-    metrics::of_pod,
-    pod::{Order, Pod},
-};
+use super::{CONFIG_NAME, Error, Exit, Phase, Process, Tasks, metrics::of_pod};
+use crate::pod::{Order, Pod};
 use crate::{
     config::Config,
-    cri, ids,
-    oci::{PodFiles, PodPlan},
-    stdio::Names,
+    containerd::stdio::Names,
+    ids,
+    oci::{PodFiles, PodPlan, cri},
 };
 
 /// How long the guest of a pod that nobody knows any more may take to end.

@@ -6,7 +6,7 @@ use bulkhead_vmm_config::{
     Fd, FsDevice, NetDevice, PortOffer, RateLimit, SerialConsole, VmConfig, WIRE_VERSION,
 };
 
-use crate::{config, network::Device, peer::Peer};
+use crate::{config, machine::peer::Peer, network::Device};
 
 /// A network interface of the machine.
 #[derive(Debug)]

@@ -3,7 +3,7 @@ use std::{fs::File, time::Duration};
 use bulkhead_vmm_config::RateLimit;
 
 use super::*;
-use crate::control::Control;
+use crate::machine::control::Control;
 
 /// The machine, and the VMM's end of its control socket: the test is the VMM.
 fn machine() -> (Vm, Control) {

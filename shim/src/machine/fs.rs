@@ -10,10 +10,13 @@ use std::{
 use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
 
 use crate::{
-    config, control,
+    config,
     ledger::Ledger,
     logs::brief,
-    peer::{self, Peer, Place},
+    machine::{
+        control,
+        peer::{self, Peer, Place},
+    },
     sys::process::Death,
 };
 

@@ -6,8 +6,6 @@
 //!    └────────── Failed, or dead without a word ──► gone
 //! ```
 
-mod end;
-mod hardware;
 #[cfg(test)]
 mod tests;
 
@@ -24,16 +22,19 @@ use std::{
 use bulkhead_vmm_config::{Event, Fd, PortOffer, Request, Stamp, VmStats};
 use tokio::sync::{oneshot, watch};
 
-pub use self::{
+use super::hardware;
+pub use super::{
     end::End,
     hardware::{Hardware, Nic},
 };
 use crate::{
-    control,
     error::line,
     ledger::Ledger,
     logs::brief,
-    peer::{self, Peer, Place},
+    machine::{
+        control,
+        peer::{self, Peer, Place},
+    },
 };
 
 /// Why the machine cannot be used.

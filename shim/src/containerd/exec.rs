@@ -7,9 +7,11 @@ use containerd_shim_protos::{api::ExecProcessRequest, events::task as events_wir
 
 use super::{Error, Exec, Exit, Phase, Process, Task, Tasks, create::exec_status};
 use crate::{
-    events::Event,
+    containerd::{
+        events::Event,
+        stdio::{Ends, Names},
+    },
     ids, oci,
-    stdio::{Ends, Names},
 };
 
 impl Tasks {

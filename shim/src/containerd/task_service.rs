@@ -14,7 +14,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::{Error, Phase, Process, Task, Tasks, sandbox_service};
 use crate::{
-    events::{any, timestamp},
+    containerd::events::{any, timestamp},
     sys,
 };
 
