@@ -337,38 +337,42 @@ impl Sockets {
         found: Found,
         kind: Kind,
     ) -> Result<(), Error> {
-        let socket = {
+        let name = place.path().join(&found.path);
+        let (socket, request) = {
             let mut table = self.table();
+            table.last += 1;
+            let socket = table.last;
+            let request = request(number, place, socket, &found, kind);
+            // Before the guest is told: a connection may come before its answer.
             if let Some(mounted) = table.mounts.iter_mut().find(|m| m.number == number) {
                 mounted.told = true;
+                let served = Served {
+                    socket,
+                    inode: found.inode,
+                    kind,
+                    single: Arc::new(Semaphore::new(1)),
+                };
+                mounted.served.insert(found.path, served);
             }
-            table.last += 1;
-            table.last
+            (socket, request)
         };
-        let request = request(number, place, socket, &found, kind);
-        match self.call(place, self.0.agent.serve_socket(&request)).await {
-            Ok(()) => {}
+        let answer = self.call(place, self.0.agent.serve_socket(&request)).await;
+        if answer.is_err() {
+            for mounted in &mut self.table().mounts {
+                mounted.served.retain(|_, served| served.socket != socket);
+            }
+        }
+        match answer {
             // A name that is too long for the agent, or one that has just gone.
             Err(Error::Agent {
                 source: agent::Error::Refused { message, .. },
                 ..
             }) => {
-                tracing::warn!(socket = %place.path().join(&found.path).display(), %message, "a socket of the host is not served in the guest");
-                return Ok(());
+                tracing::warn!(socket = %name.display(), %message, "a socket of the host is not served in the guest");
+                Ok(())
             }
-            Err(error) => return Err(error),
+            other => other,
         }
-        let mut table = self.table();
-        if let Some(mounted) = table.mounts.iter_mut().find(|m| m.number == number) {
-            let served = Served {
-                socket,
-                inode: found.inode,
-                kind,
-                single: Arc::new(Semaphore::new(1)),
-            };
-            mounted.served.insert(found.path, served);
-        }
-        Ok(())
     }
 
     async fn call(
