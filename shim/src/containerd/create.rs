@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    future::pending,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,10 +12,7 @@ use containerd_shim_protos::{
     api::CreateTaskRequest, events::task as events_wire, types::mount::Mount,
 };
 
-use super::{
-    Error, Exec, Guest, HookState, Phase, Process, Slot, Task, Tasks, delete::Undo, metrics::Usage,
-};
-use crate::pod::{Held, Order, Pod};
+use super::{Error, Exec, Guest, Phase, Process, Slot, Task, Tasks, metrics::Usage};
 use crate::{
     config::Config,
     containerd::{
@@ -22,10 +20,9 @@ use crate::{
         events::Event,
         stdio::{Ends, Names, Owner, Streams},
     },
-    hooks::{self, State},
     ids,
     oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
-    pod::layers::Layer,
+    pod::{self, Container, Held, Order, Pod, layers::Layer, memory_mib},
 };
 
 /// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).
@@ -224,10 +221,14 @@ impl Tasks {
             plan: &plan,
             cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
             host_limits: &[],
-            memory: memory.filter(|bytes| *bytes > 0),
+            vcpus: config.vcpus,
+            memory_mib: memory_mib(&config, memory.filter(|bytes| *bytes > 0)),
+            net_slots: plan.later_interfaces(),
+            serial: None,
             oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+            stand_in: true,
         };
-        let (pod, ()) = Pod::boot(&config, order, async |_| Ok(())).await?;
+        let (pod, ()) = Pod::boot(&config, order, async |_| Ok::<(), Error>(()), pending()).await?;
         let pod = Arc::new(pod);
         self.set_pod(Some(pod.clone()));
         Ok(task(wanted, pod, None, true, Streams::default()))
@@ -246,30 +247,40 @@ impl Tasks {
         let mut plan = wanted.plan(&pod_plan)?;
         let cgroups_path = plan.cgroups_path.clone();
         let host_limits = plan.host_limits.clone();
+        let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let order = Order {
             namespace: &self.place.namespace,
             id: &wanted.id,
             plan: &pod_plan,
             cgroups_path: cgroups_path.as_deref(),
             host_limits: &host_limits,
-            memory: memory_limit(&wanted.bundle),
+            vcpus: config.vcpus,
+            memory_mib: memory_mib(&config, memory_limit(&wanted.bundle)),
+            net_slots: pod_plan.later_interfaces(),
+            serial: None,
             oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+            stand_in: true,
         };
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let prepared = async |held: &mut Held| {
-            held.place(&wanted.id, &mut plan, &wanted.layers).await?;
-            held.streams(opened).await
+            container.place(held, &mut plan, &wanted.layers).await?;
+            let streams = join(held, opened).await?;
+            container.run_create_hooks(held.pid()).await?;
+            Ok::<_, Error>(streams)
         };
-        let (pod, (stdio, streams)) = Pod::boot(&config, order, prepared).await?;
+        let (pod, (stdio, streams)) = Pod::boot(&config, order, prepared, pending()).await?;
         let pod = Arc::new(pod);
-        match create_in_guest(&pod, &wanted, &plan, stdio).await {
+        let spec = std::mem::take(&mut plan.container);
+        let process = spec.process.clone().unwrap_or_default();
+        match container.create(&pod, spec, stdio).await {
             Ok(()) => {
                 self.set_pod(Some(pod.clone()));
-                Ok(task(wanted, pod, Some(guest(plan)), true, streams))
+                let guest = Guest { process, container };
+                Ok(task(wanted, pod, Some(guest), true, streams))
             }
             Err(error) => {
                 pod.destroy().await;
-                Err(error)
+                Err(error.into())
             }
         }
     }
@@ -286,23 +297,27 @@ impl Tasks {
         }
         let mut plan = wanted.plan(pod_plan)?;
         pod.admit(&plan.container.namespaces)?;
+        let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
+        let process = plan.container.process.clone().unwrap_or_default();
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let made = async {
             let (stdio, streams) = {
                 let mut held = pod.held().await;
-                let Some(held) = held.as_mut() else {
-                    return Err(Error::State(format!("the pod {:?} has ended", pod.id)));
-                };
-                held.place(&wanted.id, &mut plan, &wanted.layers).await?;
-                held.streams(opened).await?
+                let held = held.as_mut().ok_or_else(|| pod.ended())?;
+                container.place(held, &mut plan, &wanted.layers).await?;
+                join(held, opened).await?
             };
-            create_in_guest(&pod, &wanted, &plan, stdio).await?;
+            container.run_create_hooks(Some(pod.pid)).await?;
+            container.create(&pod, plan.container, stdio).await?;
             Ok(streams)
         };
         match made.await {
-            Ok(streams) => Ok(task(wanted, pod, Some(guest(plan)), false, streams)),
+            Ok(streams) => {
+                let guest = Guest { process, container };
+                Ok(task(wanted, pod, Some(guest), false, streams))
+            }
             Err(error) => {
-                Undo::of(&pod, &wanted.id).run().await;
+                container.remove(&pod).await;
                 Err(error)
             }
         }
@@ -323,30 +338,18 @@ impl Tasks {
         if let Some(guest) = &task.guest {
             // Docker fills the pod's network namespace between create and start.
             let found = match task.pod.plan.paths.alone {
-                true => task.pod.find_interfaces().await,
+                true => task.pod.find_interfaces().await.map_err(Error::from),
                 false => Ok(()),
             };
             if let Err(error) = found {
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
-            let started = match task.pod.agent().start(&task.id).await {
-                // Only now: what is sent earlier goes to whoever has dialled the stream, if the agent has not.
-                Ok(()) => init.open_input(),
-                Err(error) => Err(error.into()),
-            };
+            let started = guest.container.start(&task.pod, || init.open_input()).await;
             if let Err(error) = started {
-                // It never ran, or runs without the input that it was to have: its end is told by this error and not by an event.
-                let _ = task.pod.agent().signal(&task.id, libc::SIGKILL).await;
+                // Its end is told by this error and not by an event.
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
-            }
-            let state = guest.plan.state(task, "running");
-            if let Err(error) = hooks::run("poststart", &guest.hooks.started, &state).await {
-                // OCI runtime.md#lifecycle: a failing poststart hook stops the container.
-                let _ = task.pod.agent().signal(&task.id, libc::SIGKILL).await;
-                init.stop(super::Exit::now(255));
-                return Err(error.into());
             }
         }
         let started = Event::Start(events_wire::TaskStart {
@@ -372,7 +375,7 @@ impl Tasks {
 /// What a process that could not be started has ended with.
 pub(super) fn exec_status(error: &Error) -> u32 {
     let status = match error {
-        Error::Agent(error) => error.exec_status(),
+        Error::Pod(pod::Error::Agent(error)) => error.exec_status(),
         _ => None,
     };
     status.map_or(255, u32::from)
@@ -400,12 +403,14 @@ fn task(
     }
 }
 
-fn guest(plan: Plan) -> Guest {
-    Guest {
-        plan: HookState::of(&plan),
-        process: plan.container.process.unwrap_or_default(),
-        hooks: plan.hooks,
-    }
+/// Offers the guest the streams that `ends` wants, and joins them.
+pub(super) async fn join(held: &mut Held, ends: Ends) -> Result<(wire::Stdio, Streams), Error> {
+    let (stdio, ours) = held.streams(ends.wanted()).await?;
+    let streams = ends.join(ours).map_err(|source| Error::Io {
+        action: "join the streams".into(),
+        source,
+    })?;
+    Ok((stdio, streams))
 }
 
 fn memory_limit(bundle: &Bundle) -> Option<u64> {
@@ -418,51 +423,4 @@ fn oom_score_adj(bundle: &Bundle) -> i32 {
     let process = bundle.spec.process().as_ref();
     let score = process.and_then(|process| process.oom_score_adj());
     score.unwrap_or(0).clamp(-1000, 1000)
-}
-
-/// From a ready guest to an init that stands before its exec.
-async fn create_in_guest(
-    pod: &Pod,
-    wanted: &Wanted,
-    plan: &Plan,
-    stdio: wire::Stdio,
-) -> Result<(), Error> {
-    let hook_state = HookState::of(plan);
-    let state = |pid| State {
-        oci_version: &hook_state.oci_version,
-        id: &wanted.id,
-        status: "creating",
-        pid: Some(pid),
-        bundle: &wanted.bundle.directory,
-        annotations: &hook_state.annotations,
-    };
-    hooks::run("createRuntime", &plan.hooks.create, &state(pod.pid)).await?;
-    if pod.plan.paths.alone || !plan.hooks.create.is_empty() {
-        pod.find_interfaces().await?;
-    }
-    let mut spec = plan.container.clone();
-    // In the guest the process is the first of its own pid namespace.
-    let inside = State {
-        status: "created",
-        ..state(1)
-    };
-    spec.hook_state = serde_json::to_vec(&inside).expect("a state is made of strings and numbers");
-    let created = pod.access.create_container(&wanted.id, spec, stdio);
-    tokio::select! {
-        created = created => Ok(created?),
-        error = pod.access.trouble() => Err(error.into()),
-    }
-}
-
-impl HookState {
-    pub(super) fn state<'a>(&'a self, task: &'a Task, status: &'a str) -> State<'a> {
-        State {
-            oci_version: &self.oci_version,
-            id: &task.id,
-            status,
-            pid: (status != "stopped").then_some(task.pod.pid),
-            bundle: &task.bundle,
-            annotations: &self.annotations,
-        }
-    }
 }

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use containerd_shim_protos::events::task as events_wire;
 
 use super::{Error, Exit, Phase, Task, Tasks};
-use crate::pod::{Pod, promptly};
 use crate::{
     containerd::events::{Event, timestamp},
-    hooks,
+    pod::promptly,
 };
 
 impl Tasks {
@@ -53,8 +52,8 @@ impl Tasks {
             self.end_all(137, false);
             task.pod.end().await;
             self.set_pod(None);
-        } else {
-            Undo::of(&task.pod, id).run().await;
+        } else if let Some(guest) = &task.guest {
+            guest.container.remove(&task.pod).await;
         }
         self.slots().remove(id);
         self.events.publish(Event::Delete(events_wire::TaskDelete {
@@ -65,11 +64,7 @@ impl Tasks {
             ..Default::default()
         }));
         if let Some(guest) = &task.guest {
-            let state = guest.plan.state(&task, "stopped");
-            if let Err(error) = hooks::run("poststop", &guest.hooks.stopped, &state).await {
-                // OCI runtime.md#lifecycle: a failing poststop hook is logged and changes nothing.
-                tracing::warn!(%error, "poststop hook failed");
-            }
+            guest.container.run_stopped_hooks().await;
         }
         Ok((task.pid(), exit))
     }
@@ -83,32 +78,6 @@ impl Tasks {
                 Ok(task.init.ended().await)
             }
             Err(error) => Err(error),
-        }
-    }
-}
-
-/// Takes a member's traces out of a pod that goes on.
-pub(super) struct Undo<'a> {
-    pod: &'a Pod,
-    id: &'a str,
-}
-
-impl<'a> Undo<'a> {
-    pub(super) fn of(pod: &'a Pod, id: &'a str) -> Undo<'a> {
-        Undo { pod, id }
-    }
-
-    /// Past errors: what is left is in the ledger, and goes with the pod.
-    pub(super) async fn run(&self) {
-        if let Err(error) = promptly(self.pod.agent().delete(self.id)).await {
-            // A container that was never made, or a guest that does not answer: the host lets go all the same.
-            tracing::debug!(container = self.id, error = %error.text(), "not deleted in the guest");
-        }
-        let mut held = self.pod.held().await;
-        if let Some(held) = held.as_mut()
-            && let Err(error) = held.withdraw(self.id).await
-        {
-            tracing::error!(container = self.id, error = %error.text(), "its files stay in the share until the pod ends");
         }
     }
 }

@@ -6,10 +6,10 @@ use crate::{
     config,
     containerd::stdio,
     error::line,
-    hooks, ids,
+    ids,
     machine::agent,
     oci::{self, cri},
-    pod::{self, layers},
+    pod,
 };
 
 /// A request failed.
@@ -45,24 +45,12 @@ pub enum Error {
     /// Kubernetes' words about the pod.
     #[error(transparent)]
     Cri(#[from] cri::Error),
-    /// The root file system.
-    #[error(transparent)]
-    Layers(#[from] layers::Error),
     /// The standard streams.
     #[error(transparent)]
     Stdio(#[from] stdio::Error),
-    /// A hook of config.json.
-    #[error(transparent)]
-    Hook(#[from] hooks::Error),
     /// The pod.
     #[error(transparent)]
-    Sandbox(#[from] pod::Error),
-    /// The guest's agent.
-    #[error(transparent)]
-    Agent(#[from] agent::Error),
-    /// The guest does not answer.
-    #[error("the guest did not answer within {0} s")]
-    Hung(u64),
+    Pod(#[from] pod::Error),
     /// A system call.
     #[error("cannot {action}")]
     Io {
@@ -84,17 +72,9 @@ impl Error {
             Error::Invalid(_) | Error::Id(_) | Error::Oci(_) | Error::Cri(_) => {
                 Code::INVALID_ARGUMENT
             }
-            Error::Sandbox(pod::Error::Socket(error)) if error.is_refusal() => {
-                Code::INVALID_ARGUMENT
-            }
             Error::Unavailable(_) => Code::UNAVAILABLE,
             Error::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Error::Hung(_) => Code::DEADLINE_EXCEEDED,
-            Error::Agent(agent::Error::Refused { code, .. }) => match code {
-                // Of what containerd must not take for its own: an agent that lacks a method, or half a container.
-                Code::UNIMPLEMENTED | Code::ALREADY_EXISTS => Code::UNKNOWN,
-                code => *code,
-            },
+            Error::Pod(error) => pod_code(error),
             _ => Code::UNKNOWN,
         }
     }
@@ -102,9 +82,30 @@ impl Error {
     /// One line, with the guest's last words where they explain it.
     pub fn text(&self) -> String {
         match self {
-            Error::Sandbox(error) => error.text(),
+            Error::Pod(error) => error.text(),
             _ => line(self),
         }
+    }
+}
+
+impl From<agent::Error> for Error {
+    fn from(error: agent::Error) -> Error {
+        pod::Error::from(error).into()
+    }
+}
+
+fn pod_code(error: &pod::Error) -> Code {
+    match error {
+        pod::Error::Ended(_) => Code::FAILED_PRECONDITION,
+        pod::Error::PrivatePids => Code::INVALID_ARGUMENT,
+        pod::Error::Socket(error) if error.is_refusal() => Code::INVALID_ARGUMENT,
+        pod::Error::Hung(_) => Code::DEADLINE_EXCEEDED,
+        pod::Error::Agent(agent::Error::Refused { code, .. }) => match code {
+            // Of what containerd must not take for its own: an agent that lacks a method, or half a container.
+            Code::UNIMPLEMENTED | Code::ALREADY_EXISTS => Code::UNKNOWN,
+            code => *code,
+        },
+        _ => Code::UNKNOWN,
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use bulkhead_agent_protocol::agent as wire;
 use containerd_shim_protos::{api::ExecProcessRequest, events::task as events_wire};
 
-use super::{Error, Exec, Exit, Phase, Process, Task, Tasks, create::exec_status};
+use super::{
+    Error, Exec, Exit, Phase, Process, Task, Tasks,
+    create::{exec_status, join},
+};
 use crate::{
     containerd::{
         events::Event,
@@ -98,40 +100,21 @@ impl Tasks {
 
     async fn run_exec(&self, task: &Arc<Task>, exec: &Exec) -> Result<(), Error> {
         let ends = Ends::open(&exec.process.names, self.owner(&task.id)).await?;
-        let (stdio, streams) = match task.pod.held().await.as_mut() {
-            Some(held) => held.streams(ends).await?,
-            None => return Err(Error::State(format!("the pod {:?} has ended", task.pod.id))),
+        let (stdio, streams) = {
+            let mut held = task.pod.held().await;
+            let held = held.as_mut().ok_or_else(|| task.pod.ended())?;
+            join(held, ends).await?
         };
         exec.process.connect(streams);
         let mut spec = exec.spec.clone();
         if let Some((rows, columns)) = exec.process.size() {
             (spec.rows, spec.columns) = (rows.into(), columns.into());
         }
-        let request = wire::CreateExecRequest {
-            container_id: task.id.clone(),
-            exec_id: exec.process.exec_id.clone(),
-            process: Some(spec).into(),
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        };
-        let agent = task.pod.agent();
-        agent.create_exec(&request).await?;
-        let exec_id = &exec.process.exec_id;
-        let started = match agent.start_process(&task.id, exec_id).await {
-            // Only now: what is sent earlier goes to whoever has dialled the stream, if the agent has not.
-            Ok(()) => exec.process.open_input(),
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = started {
-            // It may run, without the input that it was to have. One that did not start has ended, or is about to.
-            let kill = libc::SIGKILL.unsigned_abs();
-            let _ = agent.signal_process(&task.id, exec_id, kill, false).await;
-            // Only then can the agent forget it.
-            if agent.wait_process(&task.id, exec_id).await.is_ok() {
-                let _ = agent.delete_process(&task.id, exec_id).await;
-            }
-            return Err(error);
-        }
-        Ok(())
+        let guest = task.guest.as_ref().expect("it has exec processes");
+        let input = || exec.process.open_input();
+        guest
+            .container
+            .exec(&task.pod, &exec.process.exec_id, spec, stdio, input)
+            .await
     }
 }

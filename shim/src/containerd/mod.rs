@@ -38,14 +38,15 @@ pub use error::Error;
 pub use process::{Exit, Phase, Process};
 pub use task_service::services;
 
-use super::pod::{KILLED_PATIENCE, Pod, Trouble, promptly};
-use crate::{
-    containerd::events::{Event, Events, timestamp},
-    machine::agent,
-    oci::{HostHooks, Plan},
+use self::{
+    events::{Event, Events, timestamp},
+    metrics::Usage,
+    sandbox::ApiPod,
 };
-use metrics::Usage;
-use sandbox::ApiPod;
+use crate::{
+    machine::agent,
+    pod::{self, Container, KILLED_PATIENCE, Pod, Trouble, promptly},
+};
 
 /// How long exec processes may take to end after their container's init has: the agent has killed them by then.
 const STRAGGLERS: Duration = Duration::from_secs(5);
@@ -84,15 +85,7 @@ pub struct Task {
 struct Guest {
     /// For exec processes: filter and personality.
     process: wire::Process,
-    hooks: HostHooks,
-    plan: HookState,
-}
-
-/// For the hooks' state.
-#[derive(Debug)]
-struct HookState {
-    oci_version: String,
-    annotations: HashMap<String, String>,
+    container: Container,
 }
 
 /// An exec process and what it will run.
@@ -239,7 +232,7 @@ impl Tasks {
                 Ok(())
             }
             // A guest that does not even kill is ended from outside; the watch tells the rest.
-            Err(Error::Hung(secs)) if signal == libc::SIGKILL as u32 => {
+            Err(pod::Error::Hung(secs)) if signal == libc::SIGKILL as u32 => {
                 tracing::error!(
                     secs,
                     "the guest does not answer SIGKILL: the machine is killed"
@@ -247,10 +240,10 @@ impl Tasks {
                 task.pod.access.kill();
                 Ok(())
             }
-            Err(Error::Agent(agent::Error::Lost { .. })) => {
+            Err(pod::Error::Agent(agent::Error::Lost { .. })) => {
                 Err(Error::NotFound("process already finished".into()))
             }
-            other => other,
+            other => Ok(other?),
         }
     }
 
@@ -312,7 +305,10 @@ impl Tasks {
             // An exec process has no terminal before its start, which will look.
             Phase::Added | Phase::Stopped(_) => Ok(()),
             Phase::Starting if !exec_id.is_empty() => Ok(()),
-            _ => promptly(task.pod.agent().resize_process(id, exec_id, rows, columns)).await,
+            _ => {
+                let agent = task.pod.agent();
+                Ok(promptly(agent.resize_process(id, exec_id, rows, columns)).await?)
+            }
         }
     }
 
@@ -325,10 +321,10 @@ impl Tasks {
         }
         if task.guest.is_none() {
             // Kubernetes resizes a pod: what its containers may use is set on each of them.
-            return task.pod.limit(&host);
+            return Ok(task.pod.limit(&host)?);
         }
         promptly(task.pod.agent().update(id, resources)).await?;
-        task.pod.limit(&host)
+        Ok(task.pod.limit(&host)?)
     }
 
     /// Ends a process and tells of it, once.
@@ -421,15 +417,6 @@ impl Tasks {
         exec.process.settled().await;
         exec.process.heard(&answer).await;
         self.finish(&task, &exec.process, exit, false);
-    }
-}
-
-impl HookState {
-    fn of(plan: &Plan) -> HookState {
-        HookState {
-            oci_version: plan.oci_version.clone(),
-            annotations: plan.annotations.clone(),
-        }
     }
 }
 

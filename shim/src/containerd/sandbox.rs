@@ -9,6 +9,7 @@
 
 use std::{
     collections::HashMap,
+    future::pending,
     path::{Path, PathBuf},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -18,7 +19,7 @@ use std::{
 use containerd_shim_protos::{cgroups_v2::metrics::Metrics, sandbox_api::CreateSandboxRequest};
 
 use super::{CONFIG_NAME, Error, Exit, Phase, Process, Tasks, metrics::of_pod};
-use crate::pod::{Order, Pod};
+use crate::pod::{Held, Order, Pod, memory_mib};
 use crate::{
     config::Config,
     containerd::stdio::Names,
@@ -215,10 +216,15 @@ impl Tasks {
             plan: &sandbox.plan,
             cgroups_path: sandbox.cgroups_path.as_deref(),
             host_limits: &[],
-            memory: sandbox.memory,
+            vcpus: sandbox.config.vcpus,
+            memory_mib: memory_mib(&sandbox.config, sandbox.memory),
+            net_slots: sandbox.plan.later_interfaces(),
+            serial: None,
             oom_score_adj: None,
+            stand_in: true,
         };
-        let pod = match Pod::boot(&sandbox.config, order, async |_| Ok(())).await {
+        let nothing = async |_: &mut Held| Ok::<(), Error>(());
+        let pod = match Pod::boot(&sandbox.config, order, nothing, pending()).await {
             Ok((pod, ())) => Arc::new(pod),
             Err(error) => {
                 sandbox.life.stop(Exit::now(255));

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
-use bulkhead_vmm_config::port;
+use bulkhead_vmm_config::{Stamp, port};
 
 use super::error::Error;
 use crate::{
@@ -40,6 +40,11 @@ impl Access {
     /// The agent, for calls about containers that are there.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// The phases of the boot so far.
+    pub fn stamps(&self) -> Vec<Stamp> {
+        self.vm.stamps()
     }
 
     /// A stream that the guest may dial: its port, and our end.

@@ -2,10 +2,11 @@
 
 use std::{io, path::PathBuf};
 
+use super::layers;
 use crate::{
     cgroup, config,
     error::line,
-    host_sockets, kubelet_volume, ledger,
+    hooks, host_sockets, kubelet_volume, ledger,
     machine::{agent, fs, vmm},
     network,
     share::{self, mount_points},
@@ -87,6 +88,23 @@ pub enum Error {
         /// `uid_count`.
         count: u32,
     },
+    /// The root file system.
+    #[error(transparent)]
+    Layers(#[from] layers::Error),
+    /// A hook of config.json.
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
+    /// The guest does not answer.
+    #[error("the guest did not answer within {0} s")]
+    Hung(u64),
+    /// Everything has been given back.
+    #[error("the pod {0:?} has ended")]
+    Ended(String),
+    /// A member wants another member's processes.
+    #[error(
+        "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's"
+    )]
+    PrivatePids,
     /// The guest ended instead of becoming ready.
     #[error("{end}; it {reached}")]
     Boot {

@@ -1,7 +1,8 @@
-//! The pod under the tasks: one sandbox, the process that stands for it, and the roots of its containers.
+//! A pod on the host: one sandbox, the process that stands for it, and the roots of its containers; and the life of a container in it.
 
 mod access;
 mod background;
+mod container;
 mod error;
 mod installed;
 mod interfaces;
@@ -14,6 +15,7 @@ mod sandbox;
 pub mod timeline;
 
 use std::{
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -28,6 +30,7 @@ use tokio::{
 
 pub use self::{
     access::Access,
+    container::Container,
     error::Error,
     installed::Parts,
     sandbox::{Request, Sandbox},
@@ -35,10 +38,6 @@ pub use self::{
 use crate::{
     cgroup,
     config::Config,
-    containerd::{
-        Error as TaskError,
-        stdio::{Ends, Streams},
-    },
     ids,
     machine::agent::{self, Agent},
     oci::{Plan, PodPlan},
@@ -66,8 +65,16 @@ pub struct Order<'a> {
     pub cgroups_path: Option<&'a Path>,
     /// Control files of the pod's cgroup.
     pub host_limits: &'a [(String, String)],
-    /// Bytes of memory that its containers may use, if limited.
-    pub memory: Option<u64>,
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// Memory of its machine in MiB ([`memory_mib`]).
+    pub memory_mib: u64,
+    /// How many interfaces may come when it runs.
+    pub net_slots: usize,
+    /// Where a debugging console of the guest goes.
+    pub serial: Option<OwnedFd>,
+    /// A process is to stand for the pod on the host: engines and hooks are told its pid.
+    pub stand_in: bool,
     /// `process.oomScoreAdj` of its own container, if it has one.
     pub oom_score_adj: Option<i32>,
 }
@@ -77,7 +84,7 @@ pub struct Order<'a> {
 pub struct Pod {
     /// Its id.
     pub id: String,
-    /// The pid that stands for every task of it.
+    /// The pid that stands for it on the host; 0: none does.
     pub pid: i32,
     /// What its members' configurations mean by paths of the host.
     pub plan: PodPlan,
@@ -97,7 +104,7 @@ pub struct Pod {
 pub struct Held {
     sandbox: Sandbox,
     roots: Roots,
-    stub: Stub,
+    stub: Option<Stub>,
 }
 
 impl Held {
@@ -107,32 +114,40 @@ impl Held {
         id: &str,
         plan: &mut Plan,
         layers: &[Layer],
-    ) -> Result<(), TaskError> {
+    ) -> Result<(), Error> {
         if !layers.is_empty() {
             plan.root.path = self.roots.mount(self.sandbox.ledger(), id, layers)?;
         }
         self.sandbox.place_container(id, plan).await?;
-        Ok(self.sandbox.name_sources(id, &mut plan.container)?)
+        self.sandbox.name_sources(id, &mut plan.container)
     }
 
-    /// Offers the guest the streams that `ends` wants, and joins them.
-    pub async fn streams(&mut self, ends: Ends) -> Result<(wire::Stdio, Streams), TaskError> {
-        let (stdio, ours) = self.sandbox.streams(ends.wanted()).await?;
-        let streams = ends.join(ours).map_err(|source| TaskError::Io {
-            action: "join the streams".into(),
-            source,
-        })?;
-        Ok((stdio, streams))
+    /// Offers the guest those of stdin, stdout and stderr that are wanted: what the agent is told, and our ends in the same order.
+    pub async fn streams(
+        &mut self,
+        wanted: [bool; 3],
+    ) -> Result<(wire::Stdio, [Option<UnixStream>; 3]), Error> {
+        self.sandbox.streams(wanted).await
+    }
+
+    /// The pid that stands for the pod, if one does.
+    pub fn pid(&self) -> Option<i32> {
+        self.stub.as_ref().map(Stub::pid)
+    }
+
+    /// For calls that need not wait, and to see the pod's end; it stays usable when the pod has gone.
+    pub fn access(&self) -> Access {
+        self.sandbox.access()
     }
 
     /// Takes a container's files out of the share and unmounts its root.
-    pub async fn withdraw(&mut self, id: &str) -> Result<(), TaskError> {
+    pub async fn withdraw(&mut self, id: &str) -> Result<(), Error> {
         self.sandbox.withdraw_container(id).await?;
         Ok(self.roots.unmount(self.sandbox.ledger(), id)?)
     }
 
     /// Waits until the guest is ready.
-    async fn ready(&mut self, hostname: &str) -> Result<(), TaskError> {
+    async fn ready(&mut self, hostname: &str) -> Result<(), Error> {
         let guest = self.sandbox.ready(hostname).await?;
         tracing::info!(kernel = %guest.kernel_release, vcpus = guest.vcpus, memory = guest.memory_bytes, "guest ready");
         Ok(())
@@ -142,7 +157,9 @@ impl Held {
         let Held { sandbox, stub, .. } = self;
         let work = move || {
             let left = sandbox.give_back();
-            stub.release();
+            if let Some(stub) = stub {
+                stub.release();
+            }
             left
         };
         // It waits for processes to end and for mounts to be let go: not on the thread that answers requests.
@@ -155,58 +172,61 @@ impl Held {
 }
 
 impl Pod {
-    /// Starts it and, while it boots, does `meanwhile` with it.
+    /// Starts it and, while it boots, does `meanwhile` with it. `stop` ends the boot with its error.
     ///
     /// # Errors
     /// Everything taken has been given back.
-    pub async fn boot<T>(
+    pub async fn boot<T, E: From<Error>>(
         config: &Config,
         order: Order<'_>,
-        meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, TaskError>,
-    ) -> Result<(Pod, T), TaskError> {
+        meanwhile: impl AsyncFnOnce(&mut Held) -> Result<T, E>,
+        stop: impl Future<Output = E>,
+    ) -> Result<(Pod, T), E> {
         let began = now_ns();
         let parts = Parts::open(config)?;
-        let memory_mib = memory_mib(config, order.memory);
+        let plan = order.plan.clone();
         let request = Request {
             namespace: order.namespace,
             id: order.id,
-            vcpus: config.vcpus,
-            memory_mib,
+            vcpus: order.vcpus,
+            memory_mib: order.memory_mib,
             cgroups_path: order.cgroups_path,
             host_limits: order.host_limits,
             network: order.plan.paths.network.as_deref(),
-            net_slots: order.plan.later_interfaces(),
-            serial: None,
+            net_slots: order.net_slots,
+            serial: order.serial,
             oom_score_adj: order.oom_score_adj,
         };
         let mut sandbox = Sandbox::launch(config, &parts, request).await?;
         if order.plan.paths.shm.is_some() {
             sandbox.share_memory(order.plan.shm_bytes);
         }
-        let stub = match sandbox.start_stub() {
-            Ok(stub) => stub,
-            Err(error) => {
-                let _ = tokio::task::spawn_blocking(|| sandbox.give_back()).await;
-                return Err(error.into());
-            }
-        };
         let mut held = Held {
             sandbox,
             roots: Roots::default(),
-            stub,
+            stub: None,
         };
         let hostname = match order.plan.hostname.as_str() {
             "" => ids::hostname(order.id),
             name => name,
         };
-        let done = match meanwhile(&mut held).await {
-            Ok(done) => held.ready(hostname).await.map(|()| done),
-            Err(error) => Err(error),
+        let work = async {
+            if order.stand_in {
+                held.stub = Some(held.sandbox.start_stub()?);
+            }
+            let done = meanwhile(&mut held).await?;
+            held.ready(hostname).await?;
+            Ok(done)
+        };
+        let done = tokio::select! {
+            done = work => done,
+            error = stop => Err(error),
         };
         match done {
             Ok(done) => {
                 tell_boot(order.id, began, &held.sandbox.stamps());
-                Ok((Pod::new(order, held, memory_mib << 20), done))
+                let pod = Pod::new(order.id, plan, held, order.memory_mib << 20);
+                Ok((pod, done))
             }
             Err(error) => {
                 held.give_back().await;
@@ -220,13 +240,11 @@ impl Pod {
         self.access.agent()
     }
 
-    fn new(order: Order<'_>, held: Held, memory_bytes: u64) -> Pod {
-        let pid = held.stub.pid();
-        let mut plan = order.plan.clone();
-        plan.paths.pid = Some(pid);
+    fn new(id: &str, mut plan: PodPlan, held: Held, memory_bytes: u64) -> Pod {
+        plan.paths.pid = held.pid();
         Pod {
-            id: order.id.into(),
-            pid,
+            id: id.into(),
+            pid: held.pid().unwrap_or(0),
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
@@ -245,10 +263,13 @@ impl Pod {
     /// Waits until it cannot go on: its status for containerd, whether memory was the reason, and the reason.
     pub async fn trouble(&self) -> Trouble {
         let stub = async {
-            let pidfd = match self.held().await.as_ref() {
-                Some(held) => held.stub.pidfd(),
-                None => return std::future::pending().await,
+            let held = self.held().await;
+            let stub = held.as_ref().and_then(|held| held.stub.as_ref());
+            let Some(pidfd) = stub.map(Stub::pidfd) else {
+                drop(held);
+                return std::future::pending().await;
             };
+            drop(held);
             match pidfd.and_then(|pidfd| sys::watch(pidfd, Interest::READABLE)) {
                 Ok(pidfd) => drop(pidfd.readable().await),
                 // Without it only the stub's own death goes unnoticed.
@@ -267,11 +288,12 @@ impl Pod {
     }
 
     /// Writes limits of the pod's cgroup on the host.
-    pub fn limit(&self, files: &[(String, String)]) -> Result<(), TaskError> {
+    pub fn limit(&self, files: &[(String, String)]) -> Result<(), Error> {
         for (name, value) in files {
             let path = self.cgroup.join(name);
-            std::fs::write(&path, value).map_err(|source| TaskError::Io {
-                action: format!("write {value:?} to {}", path.display()),
+            std::fs::write(&path, value).map_err(|source| Error::Limit {
+                name: name.clone(),
+                value: value.clone(),
                 source,
             })?;
         }
@@ -281,26 +303,29 @@ impl Pod {
     /// Checks what a member asks of the pod's pid namespace, and remembers it. All containers of a pod have one pid on the host, so
     /// that "the pod's pid namespace" and "that of the container TARGET" (`kubectl debug --target`) are one path. In a pod that shares
     /// its processes every member names it; where one did not, the other meaning is meant, and cannot be given.
-    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), TaskError> {
+    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), Error> {
         use wire::namespaces::Kind;
         if namespaces.pid == Kind::NEW.into() {
             self.private_pids.store(true, Ordering::Relaxed);
         } else if namespaces.pid == Kind::SANDBOX.into()
             && self.private_pids.load(Ordering::Relaxed)
         {
-            return Err(TaskError::Invalid(
-                "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's".into(),
-            ));
+            return Err(Error::PrivatePids);
         }
         Ok(())
     }
 
     /// Gives the guest the interfaces that have come into the pod's network namespace meanwhile.
-    pub async fn find_interfaces(&self) -> Result<(), TaskError> {
+    pub async fn find_interfaces(&self) -> Result<(), Error> {
         match self.held().await.as_mut() {
             Some(held) => Ok(held.sandbox.find_interfaces().await?),
-            None => Err(TaskError::State(format!("the pod {:?} has ended", self.id))),
+            None => Err(self.ended()),
         }
+    }
+
+    /// What to say when everything has been given back.
+    pub fn ended(&self) -> Error {
+        Error::Ended(self.id.clone())
     }
 
     /// From here on its end is wanted. `false`: that was so before.
@@ -313,8 +338,8 @@ impl Pod {
         self.ending.load(Ordering::Relaxed)
     }
 
-    /// Lets the guest write back and power off, then gives everything back. At once when that was done before.
-    pub async fn end(&self) {
+    /// Lets the guest write back and power off, calls `powered_off`, then gives everything back. At once when that was done before.
+    pub async fn end_with(&self, powered_off: impl FnOnce()) {
         // A machine that hangs in somebody's request would keep the lock.
         let held = match tokio::time::timeout(PATIENCE, self.held.lock()).await {
             Ok(mut held) => held.take(),
@@ -322,8 +347,14 @@ impl Pod {
         };
         if let Some(held) = held {
             held.sandbox.power_off().await;
+            powered_off();
             held.give_back().await;
         }
+    }
+
+    /// The same for who does not look.
+    pub async fn end(&self) {
+        self.end_with(|| {}).await;
     }
 
     /// Ends the machine without asking the guest, and gives everything back.
@@ -383,8 +414,9 @@ fn tell_boot(pod: &str, began_ns: u64, stamps: &[Stamp]) {
     tracing::info!(pod, boot_ms, ready_ms, "the pod is ready");
 }
 
-/// The configured size is what a guest needs to work; what its containers may use comes on top when it is more.
-fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
+/// The size of a machine whose containers may use `limit` bytes, in MiB. The configured size is what a guest needs to work; what its
+/// containers may use comes on top when it is more.
+pub fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
     /// For the guest's kernel and agent, beside the containers.
     const OWN_MIB: u64 = 64;
     // A limit that the host itself does not reach is none.
@@ -395,11 +427,9 @@ fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
 }
 
 /// Asks the guest for something that it does at once, unless it hangs.
-pub async fn promptly<T>(
-    call: impl Future<Output = Result<T, agent::Error>>,
-) -> Result<T, TaskError> {
+pub async fn promptly<T>(call: impl Future<Output = Result<T, agent::Error>>) -> Result<T, Error> {
     match tokio::time::timeout(PATIENCE, call).await {
         Ok(answer) => Ok(answer?),
-        Err(_) => Err(TaskError::Hung(PATIENCE.as_secs())),
+        Err(_) => Err(Error::Hung(PATIENCE.as_secs())),
     }
 }

@@ -5,12 +5,10 @@ use std::{fs::File, io::Write, os::fd::OwnedFd, path::PathBuf};
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
     config::{self, Config},
-    hooks::{self, State},
     ids,
     machine::agent,
-    oci::{self, Bundle, Plan},
-    pod::{self, Parts, Request, Sandbox, timeline::Timeline},
-    sys::stub::Stub,
+    oci::{self, Bundle, Plan, PodPaths, PodPlan},
+    pod::{self, Container, Held, Order, Pod, timeline::Timeline},
 };
 
 use crate::{
@@ -76,22 +74,20 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     if arguments.tty {
         process_mut(&mut plan).terminal = true;
     }
-    let parts = Parts::open(config)?;
     let serial = open_some(arguments.serial.as_ref())?;
     // Before anything runs: a timeline that cannot be written must not cost a container its status.
     let pictures = Pictures {
         json: open_some(arguments.timeline_json.as_ref())?,
         svg: open_some(arguments.timeline_svg.as_ref())?,
     };
+    let container = Container::new(&arguments.id, bundle.directory.clone(), &plan);
     let run = Run {
         arguments,
         pictures,
         config,
         network: oci::network(&bundle),
-        bundle,
+        container,
         plan,
-        parts,
-        stub: None,
         timeline: Timeline::started_at(began_ns),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -123,12 +119,9 @@ struct Run<'a> {
     arguments: &'a Arguments,
     pictures: Pictures,
     config: &'a Config,
-    bundle: Bundle,
+    container: Container,
     plan: Plan,
     network: Option<PathBuf>,
-    parts: Parts,
-    /// What hooks are told the pid of.
-    stub: Option<Stub>,
     timeline: Timeline,
 }
 
@@ -139,16 +132,28 @@ enum Stop {
     Interrupted(i32),
 }
 
-impl<E: Into<Failure>> From<E> for Stop {
-    fn from(error: E) -> Stop {
-        Stop::Failed(error.into())
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Stop {
+        Stop::Failed(failure)
     }
 }
 
-/// A pod's trouble with the guest's last words beneath.
+impl From<pod::Error> for Stop {
+    fn from(error: pod::Error) -> Stop {
+        Stop::Failed(told(error))
+    }
+}
+
+/// A pod's trouble with the guest's last words beneath. The shells' status says whether the program is missing or cannot be executed.
 fn told(error: pod::Error) -> Failure {
+    let status = match &error {
+        pod::Error::Agent(error) => error.exec_status(),
+        _ => None,
+    };
     let line = failure::line(&error);
-    Failure::new(line).with_details(error.last_lines())
+    Failure::new(line)
+        .with_details(error.last_lines())
+        .with_code(status.unwrap_or(failure::OWN))
 }
 
 impl Run<'_> {
@@ -159,45 +164,7 @@ impl Run<'_> {
         serial: Option<OwnedFd>,
     ) -> Result<u8, Failure> {
         let mut signals = Signals::catch()?;
-        let request = Request {
-            namespace: NAMESPACE,
-            id: &self.arguments.id,
-            vcpus,
-            memory_mib,
-            cgroups_path: self.plan.cgroups_path.as_deref(),
-            host_limits: &self.plan.host_limits,
-            network: self.network.as_deref(),
-            // There is no order to start, before which others could add some.
-            net_slots: match self.plan.hooks.create.is_empty() {
-                true => 0,
-                false => oci::LATER_INTERFACES,
-            },
-            serial,
-            oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
-        };
-        let mut sandbox = Sandbox::launch(self.config, &self.parts, request)
-            .await
-            .map_err(told)?;
-        let outcome = self.in_sandbox(&mut sandbox, &mut signals).await;
-        terminal::restore();
-        self.timeline.add(&sandbox.stamps());
-        if outcome.is_ok() {
-            sandbox.power_off().await;
-            self.timeline.mark("guest powered off");
-        }
-        let left = sandbox.give_back();
-        if let Some(stub) = self.stub.take() {
-            stub.release();
-        }
-        self.timeline.mark("everything given back");
-        let stopped = self.hooks("poststop", None).await;
-        if !left.is_empty() {
-            tracing::warn!("{} resources are left; try `bulkhead gc`", left.len());
-        }
-        if let Err(error) = stopped {
-            // OCI runtime.md#lifecycle: a failing poststop hook is logged and changes nothing.
-            tracing::warn!("{error}");
-        }
+        let outcome = self.boot(vcpus, memory_mib, serial, &mut signals).await;
         self.print_timeline()?;
         match outcome {
             Ok(status) => Ok(status),
@@ -206,108 +173,139 @@ impl Run<'_> {
         }
     }
 
-    /// From a booting pod to the container's exit code.
-    async fn in_sandbox(
+    /// From nothing to the container's exit code, and to nothing again.
+    async fn boot(
         &mut self,
-        sandbox: &mut Sandbox,
+        vcpus: u32,
+        memory_mib: u64,
+        serial: Option<OwnedFd>,
         signals: &mut Signals,
     ) -> Result<u8, Stop> {
-        tokio::select! {
-            ready = self.prepare(sandbox) => ready?,
-            signal = signals.asks_to_end() => return Err(Stop::Interrupted(signal)),
+        let hostname = match self.plan.container.hostname.as_str() {
+            "" => ids::hostname(&self.arguments.id).into(),
+            name => name.into(),
+        };
+        let has_hooks = !self.plan.hooks.create.is_empty();
+        let pod_plan = PodPlan {
+            hostname,
+            paths: PodPaths {
+                network: self.network.clone(),
+                ..PodPaths::default()
+            },
+            ..PodPlan::default()
+        };
+        let (cgroups_path, host_limits) = (
+            self.plan.cgroups_path.clone(),
+            std::mem::take(&mut self.plan.host_limits),
+        );
+        let order = Order {
+            namespace: NAMESPACE,
+            id: &self.arguments.id,
+            plan: &pod_plan,
+            cgroups_path: cgroups_path.as_deref(),
+            host_limits: &host_limits,
+            vcpus,
+            memory_mib,
+            // There is no order to start, before which others could add some.
+            net_slots: match has_hooks {
+                true => oci::LATER_INTERFACES,
+                false => 0,
+            },
+            serial,
+            oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
+            stand_in: self.container.has_hooks(),
+        };
+        let (container, plan) = (&self.container, &mut self.plan);
+        let mut access = None;
+        let meanwhile = async |held: &mut Held| {
+            access = Some(held.access());
+            container.place(held, plan, &[]).await?;
+            Ok::<(), Stop>(container.run_create_hooks(held.pid()).await?)
+        };
+        let interrupted = async { Stop::Interrupted(signals.asks_to_end().await) };
+        let booted = Pod::boot(self.config, order, meanwhile, interrupted).await;
+        let outcome = match booted {
+            Ok((pod, ())) => {
+                self.timeline.mark("agent ready");
+                let outcome = self.in_pod(&pod, signals).await;
+                terminal::restore();
+                match outcome.is_ok() {
+                    true => {
+                        pod.end_with(|| self.timeline.mark("guest powered off"))
+                            .await
+                    }
+                    false => pod.destroy().await,
+                }
+                outcome
+            }
+            Err(stop) => Err(stop),
+        };
+        // Without it nothing was taken, and there was no container that could have stopped.
+        if let Some(access) = access {
+            self.timeline.add(&access.stamps());
+            self.timeline.mark("everything given back");
+            self.container.run_stopped_hooks().await;
         }
-        self.timeline.mark("agent ready");
-        let terminal = process_mut(&mut self.plan).terminal;
+        outcome
+    }
+
+    /// From a pod that is ready to the container's exit code.
+    async fn in_pod(&mut self, pod: &Pod, signals: &mut Signals) -> Result<u8, Stop> {
+        let mut spec = std::mem::take(&mut self.plan.container);
+        let process = spec.process.mut_or_insert_default();
+        let terminal = process.terminal;
         if terminal && let Some((rows, columns)) = terminal::size() {
-            let process = process_mut(&mut self.plan);
             (process.rows, process.columns) = (rows.into(), columns.into());
         }
-        let streams = Streams::open(sandbox, terminal).await.map_err(told)?;
-        let mut spec = self.plan.container.clone();
-        // In the guest the process is the first of its own pid namespace.
-        let state = self.state("created", Some(1));
-        spec.hook_state =
-            serde_json::to_vec(&state).expect("a state is made of strings and numbers");
-        let id = &self.arguments.id;
+        let streams = Streams::open(pod, terminal).await?;
+        let container = &self.container;
         tokio::select! {
-            created = sandbox.create_container(id, spec, streams.stdio.clone()) => created.map_err(told)?,
-            error = sandbox.trouble() => return Err(told(error).into_stop()),
+            created = container.create(pod, spec, streams.stdio.clone()) => created?,
             signal = signals.asks_to_end() => return Err(Stop::Interrupted(signal)),
         }
         self.timeline.mark("container created");
-        let output = streams.relay(terminal)?;
-        if let Err(error) = sandbox.agent().start(id).await {
-            return Err(Stop::Failed(exec_failure(sandbox, error).await));
-        }
+        let (output, input) = streams.relay(terminal)?;
+        container
+            .start(pod, || Ok::<(), Stop>(input.open()?))
+            .await?;
         self.timeline.mark("container started");
-        self.hooks("poststart", self.pid()).await?;
-        let exit = self.attend(sandbox, signals, terminal).await?;
+        let exit = self.attend(pod, signals, terminal).await?;
         self.timeline.mark("container exited");
         // All writers are gone with the container's pid namespace: the streams end by themselves, drained.
         for relay in output {
             tokio::select! {
                 // A reader of ours that went away has told the container, and is no failure.
                 finished = relay.finished() => drop(finished),
-                error = sandbox.trouble() => return Err(told(error).into_stop()),
+                error = pod.access.trouble() => return Err(error.into()),
             }
         }
         self.timeline.mark("output drained");
         Ok(exit_code(&exit))
     }
 
-    /// From a booting pod to one that is ready, with the interfaces that the hooks have put into its network namespace.
-    async fn prepare(&mut self, sandbox: &mut Sandbox) -> Result<(), Stop> {
-        let id = &self.arguments.id;
-        let hooks = &self.plan.hooks;
-        let has_hooks = !hooks.create.is_empty();
-        // While the guest boots.
-        sandbox
-            .place_container(id, &self.plan)
-            .await
-            .map_err(told)?;
-        if has_hooks || !hooks.started.is_empty() {
-            self.stub = Some(sandbox.start_stub().map_err(told)?);
-        }
-        self.hooks("createRuntime", self.pid()).await?;
-        let hostname = match self.plan.container.hostname.as_str() {
-            "" => ids::hostname(id),
-            name => name,
-        };
-        sandbox.ready(hostname).await.map_err(told)?;
-        if has_hooks {
-            sandbox.find_interfaces().await.map_err(told)?;
-        }
-        Ok(())
-    }
-
-    /// What stands for the pod, in its network namespace.
-    fn pid(&self) -> Option<i32> {
-        self.stub.as_ref().map(Stub::pid)
-    }
-
     /// Passes signals on until the container's init has exited.
     async fn attend(
         &self,
-        sandbox: &Sandbox,
+        pod: &Pod,
         signals: &mut Signals,
         terminal: bool,
     ) -> Result<WaitProcessResponse, Stop> {
         let id = self.arguments.id.as_str();
-        let wait = sandbox.agent().wait(id);
+        let wait = pod.agent().wait(id);
         let mut wait = std::pin::pin!(wait);
-        let trouble = sandbox.trouble();
+        let trouble = pod.access.trouble();
         let mut trouble = std::pin::pin!(trouble);
         loop {
             let arrival = tokio::select! {
                 biased;
                 exit = &mut wait => return match exit {
                     Ok(exit) => Ok(exit),
-                    Err(error) => Err(told(sandbox.access().explain(error).await).into_stop()),
+                    Err(error) => Err(pod.access.explain(error).await.into()),
                 },
-                error = &mut trouble => return Err(told(error).into_stop()),
+                error = &mut trouble => return Err(error.into()),
                 arrival = signals.next() => arrival,
             };
-            let agent = sandbox.agent().clone();
+            let agent = pod.agent().clone();
             let container = id.to_string();
             match arrival {
                 Arrival::Resized => {
@@ -326,27 +324,6 @@ impl Run<'_> {
         }
     }
 
-    async fn hooks(&self, kind: &'static str, pid: Option<i32>) -> Result<(), hooks::Error> {
-        let (status, list) = match kind {
-            "createRuntime" => ("creating", &self.plan.hooks.create),
-            "poststart" => ("running", &self.plan.hooks.started),
-            _ => ("stopped", &self.plan.hooks.stopped),
-        };
-        hooks::run(kind, list, &self.state(status, pid)).await
-    }
-
-    /// What a hook reads of the container (OCI runtime.md#state).
-    fn state<'s>(&'s self, status: &'s str, pid: Option<i32>) -> State<'s> {
-        State {
-            oci_version: &self.plan.oci_version,
-            id: &self.arguments.id,
-            status,
-            pid,
-            bundle: &self.bundle.directory,
-            annotations: &self.plan.annotations,
-        }
-    }
-
     fn print_timeline(&self) -> Result<(), Failure> {
         if self.arguments.timeline {
             eprint!("{}", self.timeline.table());
@@ -359,12 +336,6 @@ impl Run<'_> {
             file.write_all(self.timeline.svg(&title).as_bytes())?;
         }
         Ok(())
-    }
-}
-
-impl Failure {
-    fn into_stop(self) -> Stop {
-        Stop::Failed(self)
     }
 }
 
@@ -383,21 +354,4 @@ fn exit_code(exit: &WaitProcessResponse) -> u8 {
     }
     // From the guest: whatever it says, an exit code has 8 bits.
     (exit.exit_status & 0xff) as u8
-}
-
-/// Docker's and the shells' codes for a program that is not there or cannot be executed.
-async fn exec_failure(sandbox: &Sandbox, error: agent::Error) -> Failure {
-    match error {
-        agent::Error::Refused { .. } => {
-            let code = error.exec_status().unwrap_or(failure::OWN);
-            Failure::new(error.to_string()).with_code(code)
-        }
-        lost => {
-            let limit = std::time::Duration::from_secs(2);
-            match tokio::time::timeout(limit, sandbox.trouble()).await {
-                Ok(error) => told(error),
-                Err(_) => lost.into(),
-            }
-        }
-    }
 }

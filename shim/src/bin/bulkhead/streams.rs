@@ -6,7 +6,7 @@ use bulkhead_agent_protocol::agent as wire;
 use bulkhead_shim::{
     io as relays,
     io::Relay,
-    pod::{self, Sandbox},
+    pod::{self, Pod},
 };
 
 use crate::{failure::Failure, terminal};
@@ -22,9 +22,11 @@ pub struct Streams {
 
 impl Streams {
     /// Offers them to the guest.
-    pub async fn open(sandbox: &mut Sandbox, terminal: bool) -> Result<Streams, pod::Error> {
+    pub async fn open(pod: &Pod, terminal: bool) -> Result<Streams, pod::Error> {
+        let mut held = pod.held().await;
+        let held = held.as_mut().ok_or_else(|| pod.ended())?;
         // A terminal's errors come with its output.
-        let (stdio, [stdin, stdout, stderr]) = sandbox.streams([true, true, !terminal]).await?;
+        let (stdio, [stdin, stdout, stderr]) = held.streams([true, true, !terminal]).await?;
         Ok(Streams {
             stdio,
             stdin: stdin.expect("it was wanted"),
@@ -33,13 +35,12 @@ impl Streams {
         })
     }
 
-    /// Joins them to ours; gives the relays of output, which end when the container's last writer is gone.
-    pub fn relay(self, terminal: bool) -> Result<Vec<Relay>, Failure> {
+    /// Joins the output to ours; gives its relays, which end when the container's last writer is gone, and the input.
+    pub fn relay(self, terminal: bool) -> Result<(Vec<Relay>, Input), Failure> {
         if terminal {
             terminal::make_raw();
         }
         let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
-        relays::feed(own(std::io::stdin().as_fd())?, self.stdin)?;
         let mut output = vec![relays::drain(
             "stdout",
             self.stdout,
@@ -52,6 +53,18 @@ impl Streams {
                 own(std::io::stderr().as_fd())?,
             )?);
         }
-        Ok(output)
+        Ok((output, Input(self.stdin)))
+    }
+}
+
+/// The container's standard input, for when it runs.
+pub struct Input(UnixStream);
+
+impl Input {
+    /// Joins ours to it.
+    pub fn open(self) -> Result<(), Failure> {
+        let ours = std::io::stdin().as_fd().try_clone_to_owned()?;
+        relays::feed(ours, self.0)?;
+        Ok(())
     }
 }
