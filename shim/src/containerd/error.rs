@@ -9,7 +9,7 @@ use crate::{
     ids,
     machine::agent,
     oci::{self, cri},
-    pod,
+    pod, sys,
 };
 
 /// A request failed.
@@ -112,5 +112,22 @@ fn pod_code(error: &pod::Error) -> Code {
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> ttrpc::Error {
         ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.text()))
+    }
+}
+
+/// Runs to the end even when the client goes away or its deadline passes.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let done = tokio::spawn(work).await;
+    // Configurations and filters were parsed; in a pod that idles for days their memory is somebody else's.
+    sys::trim_memory();
+    match done {
+        Ok(done) => done.map_err(ttrpc::Error::from),
+        Err(error) => Err(Error::Io {
+            action: "finish the request".into(),
+            source: std::io::Error::other(error),
+        }
+        .into()),
     }
 }

@@ -11,7 +11,7 @@ use containerd_shim_protos::{
 };
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Phase, Tasks, task_service::to_the_end};
+use super::{Phase, Tasks, error::to_the_end};
 use crate::containerd::events::{any, timestamp};
 
 /// Kubernetes' words for a pod's state (`runtime.v1.PodSandboxState`), by which containerd knows it.

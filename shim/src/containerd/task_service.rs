@@ -12,11 +12,8 @@ use containerd_shim_protos::{
 };
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Error, Phase, Process, Task, Tasks, sandbox_service};
-use crate::{
-    containerd::events::{any, timestamp},
-    sys,
-};
+use super::{Error, Phase, Process, Task, Tasks, error::to_the_end, sandbox_service};
+use crate::containerd::events::{any, timestamp};
 
 /// Both names of the service, and the sandbox service beside them, for a server.
 pub fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
@@ -32,23 +29,6 @@ pub fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
 
 /// What containerd calls.
 struct Front(Arc<Tasks>);
-
-/// Runs to the end even when the client goes away or its deadline passes.
-pub(super) async fn to_the_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, Error>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    let done = tokio::spawn(work).await;
-    // Configurations and filters were parsed; in a pod that idles for days their memory is somebody else's.
-    sys::trim_memory();
-    match done {
-        Ok(done) => done.map_err(ttrpc::Error::from),
-        Err(error) => Err(Error::Io {
-            action: "finish the request".into(),
-            source: std::io::Error::other(error),
-        }
-        .into()),
-    }
-}
 
 fn state_of(task: &Task, process: &Process) -> api::StateResponse {
     let names = &process.names;

@@ -242,7 +242,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
 /// The network namespace that a configuration names.
 pub fn network(bundle: &Bundle) -> Option<PathBuf> {
     let linux = bundle.spec.linux().as_ref()?;
-    namespaces::path_of(linux, spec::LinuxNamespaceType::Network)
+    pod::path_of(linux, spec::LinuxNamespaceType::Network)
 }
 
 /// The same for a container of an engine, in a pod whose paths of the host are `pod`.

@@ -9,15 +9,6 @@ use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
 use super::{Error, invalid, pod::PodPaths, unsupported};
 
-/// The path that `linux.namespaces` has for this type.
-pub(super) fn path_of(linux: &spec::Linux, kind: Type) -> Option<std::path::PathBuf> {
-    let listed = linux.namespaces().iter().flatten();
-    let mut paths = listed
-        .filter(|namespace| namespace.typ() == kind)
-        .filter_map(|namespace| namespace.path().clone());
-    paths.find(|path| !path.as_os_str().is_empty())
-}
-
 pub(super) fn convert(
     spec: &spec::Spec,
     linux: &spec::Linux,

@@ -10,7 +10,7 @@ use std::{
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Bundle, Error, hooks, invalid, namespaces, pod_files::PodFiles, unsupported};
+use super::{Bundle, Error, hooks, invalid, pod_files::PodFiles, unsupported};
 
 /// The annotations by which engines name the pod, the first that is there.
 const SANDBOX_IDS: &[&str] = &[
@@ -124,7 +124,7 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
         .linux()
         .as_ref()
         .ok_or_else(|| invalid("linux", "is missing"))?;
-    let network = namespaces::path_of(linux, Type::Network);
+    let network = path_of(linux, Type::Network);
     let shm = spec
         .mounts()
         .iter()
@@ -156,6 +156,15 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
         files: None,
         has_hooks: spec.hooks().as_ref().is_some_and(hooks::may_add_interfaces),
     })
+}
+
+/// The path that `linux.namespaces` has for this type.
+pub(super) fn path_of(linux: &spec::Linux, kind: Type) -> Option<PathBuf> {
+    let listed = linux.namespaces().iter().flatten();
+    let mut paths = listed
+        .filter(|namespace| namespace.typ() == kind)
+        .filter_map(|namespace| namespace.path().clone());
+    paths.find(|path| !path.as_os_str().is_empty())
 }
 
 /// What a pod cannot have of the host: Kubernetes' name, and why.

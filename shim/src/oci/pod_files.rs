@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{namespaces, pod::PodPaths};
+use super::pod::{PodPaths, path_of};
 
 /// Files that the containers of a pod have in common, on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl PodFiles {
         };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         let linux = spec.linux().as_ref();
-        let ipc = linux.and_then(|linux| namespaces::path_of(linux, Type::Ipc));
+        let ipc = linux.and_then(|linux| path_of(linux, Type::Ipc));
         let shares_memory = ipc.is_some_and(|path| pod.is_own(Type::Ipc, &path));
         let shm = Path::new("/dev/shm");
         if shares_memory {

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::fault::{Fault, Observer};
 use super::queue::{Layout, MAX_SIZE, VirtQueue};
-use super::registers::Registers;
+use super::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, Registers};
 use super::signal::{NEEDS_RESET, Signal, USED_BUFFER};
 use crate::bus::BusDevice;
 use crate::irq::IrqFd;
@@ -42,11 +42,6 @@ const VENDOR: u32 = 0x484b_4c42;
 
 /// §2.1: the steps of the status register in their order.
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
-const ACKNOWLEDGE: u8 = 1;
-const DRIVER: u8 = 2;
-pub(super) const DRIVER_OK: u8 = 4;
-const FEATURES_OK: u8 = 8;
-pub(super) const FAILED: u8 = 0x80;
 
 /// There is a device already, or its place has too few queues.
 #[derive(Debug, Error)]

@@ -11,6 +11,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 
+/// Bits of the status register (VIRTIO 1.2 §2.1).
+pub const ACKNOWLEDGE: u8 = 1;
+/// The driver knows how to drive the device.
+pub const DRIVER: u8 = 2;
+/// The driver is ready: the device runs.
+pub const DRIVER_OK: u8 = 4;
+/// The driver has chosen its features.
+pub const FEATURES_OK: u8 = 8;
+/// The driver has given up on the device.
+pub const FAILED: u8 = 0x80;
+
 /// Bytes of the page, and of the window of guest physical addresses that shows it.
 pub const PAGE: usize = 0x1000;
 const WORDS: usize = PAGE / size_of::<u32>();

@@ -10,8 +10,8 @@ use virtio_bindings::bindings::virtio_mmio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fault::{Fault, Notice, Observer};
-use super::mmio::{DRIVER_OK, FAILED};
 use super::registers::Registers;
+use super::registers::{DRIVER_OK, FAILED};
 use crate::irq::{Interrupt, IrqFd};
 
 /// InterruptStatus bit 0 (VIRTIO 1.2 §4.2.2): a used buffer. The transport supplies it.

@@ -1,6 +1,5 @@
 //! Reading directories.
 
-use std::ffi::CStr;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
@@ -8,6 +7,7 @@ use vm_memory::ByteValued;
 
 use super::handles::Handle;
 use super::inodes::Inode;
+use super::stream::Entry;
 use super::sys::{self, Result};
 use super::{Call, Engine, reply};
 use crate::fs::wire::{Attr, Dirent, EntryOut, OpenOut, ReadIn, put};
@@ -18,75 +18,6 @@ const BUFFER: usize = 32 * 1024;
 const SMALL_BUFFER: usize = 4 * 1024;
 /// How many open files and directories that is.
 const MANY: usize = 1024;
-
-/// `struct linux_dirent64`: inode, offset, record length, type; then the name.
-const ENTRY_HEAD: usize = 19;
-
-/// The position of an open directory, with entries that the host has told and the guest not yet asked for.
-#[derive(Default)]
-pub struct Stream {
-    buffer: Vec<u8>,
-    at: usize,
-    end: usize,
-    /// The cookie with which the guest goes on.
-    position: u64,
-}
-
-struct Entry<'a> {
-    inode: u64,
-    next: u64,
-    length: usize,
-    kind: u8,
-    name: &'a CStr,
-}
-
-impl Stream {
-    /// Goes to a cookie, which is the host's own 64 bits.
-    fn go_to(&mut self, handle: &Handle, cookie: u64) -> Result<()> {
-        if cookie != self.position {
-            let offset = i64::try_from(cookie).map_err(|_| Errno::EINVAL)?;
-            sys::seek(handle.as_fd(), offset, libc::SEEK_SET)?;
-            (self.at, self.end) = (0, 0);
-            self.position = cookie;
-        }
-        Ok(())
-    }
-
-    /// Makes sure that there is an entry; false at the end of the directory.
-    fn fill(&mut self, handle: &Handle, size: usize) -> Result<bool> {
-        if self.at < self.end {
-            return Ok(true);
-        }
-        self.buffer.resize(size, 0);
-        self.at = 0;
-        self.end = 0;
-        self.end = sys::directory_entries(handle.as_fd(), &mut self.buffer)?;
-        if self.end == 0 {
-            self.buffer = Vec::new();
-        }
-        Ok(self.end > 0)
-    }
-
-    /// The next entry, which stays until [`Stream::advance`].
-    fn entry(&self) -> Option<Entry<'_>> {
-        let bytes = self.buffer.get(self.at..self.end)?;
-        let head = bytes.get(..ENTRY_HEAD)?;
-        let word = |at: usize| u64::from_ne_bytes(head[at..at + 8].try_into().expect("8 bytes"));
-        let length = usize::from(u16::from_ne_bytes([head[16], head[17]]));
-        Some(Entry {
-            inode: word(0),
-            next: word(8),
-            length,
-            kind: head[18],
-            name: CStr::from_bytes_until_nul(bytes.get(ENTRY_HEAD..length)?).ok()?,
-        })
-    }
-
-    fn advance(&mut self, length: usize, next: u64) {
-        self.at += length;
-        self.position = next;
-    }
-}
 
 impl Engine {
     pub(super) fn opendir(&self, call: &mut Call<'_>) -> Result<()> {
@@ -151,9 +82,9 @@ impl Engine {
         } else {
             SMALL_BUFFER
         };
-        stream.go_to(&handle, body.offset)?;
+        stream.go_to(handle.as_fd(), body.offset)?;
         loop {
-            match stream.fill(&handle, size) {
+            match stream.fill(handle.as_fd(), size) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // The guest gets what there is; the error comes again when it asks again.

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::dir::Stream;
 use super::inodes::Inode;
+use super::stream::Stream;
 use super::sys::Result;
 
 /// An open file or directory.

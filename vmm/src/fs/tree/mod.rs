@@ -38,6 +38,7 @@ mod mounts;
 mod names;
 mod session;
 mod sockets;
+mod stream;
 pub mod sys;
 mod version;
 mod xattr;
