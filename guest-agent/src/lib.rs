@@ -8,13 +8,14 @@
 //!                          reaper ◄── SIGCHLD: the only place that waits for children
 //! ```
 //!
-//! One thread runs everything: the stages that need a process of their own run in `container::stage`.
+//! One thread runs everything: the stages that need a process of their own run in [`stage`].
 
 pub mod announce;
 mod bpf;
 mod clock;
-pub mod container;
+mod container;
 mod error;
+mod idmap;
 pub mod init;
 mod log;
 mod machine;
@@ -25,6 +26,7 @@ mod sandbox;
 mod service;
 mod share;
 mod sockets;
+pub mod stage;
 mod stdio;
 mod stream;
 mod sys;

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use bulkhead_agent::announce::{Announcement, announce};
-use bulkhead_agent::container::stage;
+use bulkhead_agent::stage;
 use bulkhead_agent::{Host, init};
 
 const USAGE: &str = "usage: bulkhead-agent (as PID 1 of a guest)

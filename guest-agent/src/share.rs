@@ -21,8 +21,9 @@ use bulkhead_agent_protocol::agent;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
-use crate::container::mounts::{self, is_bind, is_of_the_share, open_guest_path};
 use crate::log;
+use crate::stage::mounts;
+use crate::stage::mounts::{is_bind, is_of_the_share, open_guest_path};
 
 /// A mount beneath a source could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -22,8 +22,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::container::blocking;
-use crate::container::mounts::open_guest_path;
 use crate::log;
+use crate::stage::mounts::open_guest_path;
 use crate::stream::{Host, Stream};
 
 /// Clients that wait for the host to take them, beside one a listener; others wait in the kernel's queue, as at any busy server.

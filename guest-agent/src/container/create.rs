@@ -10,15 +10,16 @@ use tokio::sync::watch;
 
 use super::cgroup::{Cgroup, CgroupError};
 use super::launcher::{Birth, Launcher};
-use super::message::Failure;
-use super::mounts::{MountError, Sources};
-use super::namespaces::Plan;
 use super::process::{Channel, Launch, Process, watch_exit};
-use super::{Container, SharedCgroup, idmap, stage};
+use super::{Container, SharedCgroup};
 use crate::log;
 use crate::reaper::Exit;
+use crate::stage::message::Failure;
+use crate::stage::mounts::{MountError, Sources};
+use crate::stage::plan::Plan;
 use crate::stdio::{self, Ends, StdioError};
 use crate::sys::Spawned;
+use crate::{idmap, stage};
 
 /// Why a container or an exec process could not be made.
 #[derive(Debug, thiserror::Error)]

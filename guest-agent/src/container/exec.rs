@@ -10,12 +10,13 @@ use std::sync::Arc;
 use bulkhead_agent_protocol::agent;
 use tokio::sync::oneshot;
 
+use super::Container;
 use super::create::{CreateError, Newborn, finish, oom_killed, outside, set_oom_score, system};
 use super::launcher::{Birth, Launcher};
 use super::namespaces::Join;
 use super::process::{Launch, Process, watch_exit};
-use super::{Container, stage};
 use crate::reaper::Exit;
+use crate::stage;
 use crate::stdio::Ends;
 use crate::sys::Spawned;
 

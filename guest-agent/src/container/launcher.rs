@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 
 use super::namespaces::{Home, Join, SandboxNamespaces};
 use super::process::Launch;
-use super::stage;
 use crate::reaper::{Exit, Reaper};
+use crate::stage;
 use crate::stream::Host;
 use crate::sys::{Child, Spawned};
 

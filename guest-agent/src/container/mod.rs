@@ -10,23 +10,10 @@
 
 pub(crate) mod cgroup;
 mod create;
-mod devices;
 mod exec;
-mod hooks;
-mod idmap;
 mod launcher;
-mod message;
-pub(crate) mod mounts;
 pub(crate) mod namespaces;
-mod paths;
-mod pause;
 mod process;
-mod program;
-mod schedule;
-mod security;
-pub mod stage;
-mod step;
-mod terminal;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -34,15 +21,15 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use bulkhead_agent_protocol::agent;
 
+pub(crate) use super::stage::message::FailureKind;
 pub(crate) use create::{CreateError, blocking, create};
 pub(crate) use exec::create as create_exec;
 pub(crate) use launcher::Launcher;
-pub(crate) use message::FailureKind;
 pub(crate) use process::{Process, ProcessError};
 
+use crate::stage::plan::Plan;
 use cgroup::Cgroup;
 pub(crate) use cgroup::CgroupError;
-use namespaces::Plan;
 
 use crate::sys;
 

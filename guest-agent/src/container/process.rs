@@ -16,8 +16,10 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tokio::sync::{oneshot, watch};
 
-use super::message::{self, Failure, FromStage};
 use crate::reaper::Exit;
+use crate::stage::message;
+use crate::stage::message::{Failure, FromStage};
+use crate::stage::terminal;
 use crate::stdio::Output;
 use crate::stream::Stream;
 use crate::sys;
@@ -334,8 +336,8 @@ impl Process {
         let terminal = self.terminal.as_ref().ok_or(ProcessError::NoTerminal)?;
         sys::terminal_resize(
             terminal.as_fd(),
-            super::terminal::clamp(rows),
-            super::terminal::clamp(columns),
+            terminal::clamp(rows),
+            terminal::clamp(columns),
         )
         .map_err(|source| ProcessError::System {
             what: "resize the terminal of",

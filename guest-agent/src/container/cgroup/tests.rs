@@ -7,7 +7,7 @@ use bulkhead_agent_protocol::agent::{CgroupFile, DeviceRule};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::*;
-use crate::container::mounts::testing::{in_child, in_mount_namespace};
+use crate::stage::mounts::testing::{in_child, in_mount_namespace};
 
 /// Where this host has cgroup2; `None`, said loudly, when it has it nowhere.
 fn hierarchy() -> Option<PathBuf> {

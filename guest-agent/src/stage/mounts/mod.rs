@@ -16,6 +16,7 @@
 
 mod attach;
 mod copy_up;
+pub(super) mod devices;
 mod error;
 pub(crate) mod filesystem;
 mod flags;
@@ -38,7 +39,6 @@ pub use sources::Sources;
 pub(crate) use sources::{is_bind, is_of_the_share, open_guest_path};
 pub(crate) use submounts::enter as enter_submount;
 
-use super::devices;
 use super::paths::{Missing, RootDir};
 use sys::MountAttr;
 

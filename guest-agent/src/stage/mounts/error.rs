@@ -57,7 +57,7 @@ pub enum MountError {
         destination: String,
         /// Why it failed.
         #[source]
-        source: crate::container::idmap::IdMapError,
+        source: crate::idmap::IdMapError,
     },
     /// The descriptors handed over do not belong to this spec.
     #[error("mount sources: got {got} descriptors, the spec needs {want}")]

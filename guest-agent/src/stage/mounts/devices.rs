@@ -16,9 +16,10 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{self, FchmodatFlags, FileStat, Mode, SFlag};
 use nix::unistd::{self, Gid, Uid, UnlinkatFlags};
 
-use super::idmap;
-use super::mounts::{MountError, filesystem, is_bind, sys};
-use super::paths::{self, RootDir};
+use super::{MountError, filesystem, is_bind, sys};
+use crate::idmap;
+use crate::stage::paths;
+use crate::stage::paths::RootDir;
 
 /// OCI config-linux.md#default-devices, without those that are links (ptmx) or the terminal (console).
 const DEFAULT_NODES: [(&str, u32, u32); 6] = [

@@ -12,7 +12,8 @@ use nix::sys::statfs::{self, PROC_SUPER_MAGIC};
 
 use super::filesystem::{self, FsError};
 use super::{Attached, MountError, copy_up, flags, is_shared, set_propagation, sources, sys};
-use crate::container::paths::{self, Missing, RootDir};
+use crate::stage::paths;
+use crate::stage::paths::{Missing, RootDir};
 
 /// The files of /proc that may be mounted over: their contents only inform. Anything else there is how a process is
 /// confined or a limit is set (/proc/self/attr, /proc/sys), and a fake would make the agent believe it had done it.

@@ -167,7 +167,7 @@ fn a_read_only_root_has_its_devices_bound_over_files() {
     for (link, target, _) in LINKS {
         symlink(target, path.join(&link[1..])).expect("a link");
     }
-    crate::container::mounts::testing::in_mount_namespace(|| {
+    crate::stage::mounts::testing::in_mount_namespace(|| {
         let bind = |flags| mount(Some(&path), &path, None::<&str>, flags, None::<&str>);
         bind(MsFlags::MS_BIND).expect("bind");
         bind(MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY).expect("read-only");

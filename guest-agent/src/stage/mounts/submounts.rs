@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag, OpenHow, ResolveFlag};
 
 use super::sys::{self, MountAttr, attr};
-use crate::container::paths;
+use crate::stage::paths;
 
 /// Goes to the mount at `path` beneath `top` and gives it `attributes`, whatever it took over from the mount that it is in.
 ///

@@ -1,7 +1,26 @@
 //! The child's side of a container's making: this binary again, in a process of its own, from clone3 to execve.
 //!
-//! A stage is single-threaded, so that it may enter user and mount namespaces, and it runs a list of named steps; the
-//! first that fails is reported to the agent by name and ends the process.
+//! A stage runs a list of named steps; the first that fails is reported to the agent by name and ends the process. The rules of
+//! this folder:
+//!
+//! - One thread and no Tokio: only then may it enter user and mount namespaces.
+//! - Descriptors 0 to 2 are the container's streams. What the agent gives beside them lies at fixed numbers (`message::*_FD`), is taken
+//!   once, and is closed by the exec: a last step marks everything from `CONTROL_FD` on.
+//! - It reads its request from the agent and nothing else of the agent's. After execve the process is the container's own and is not
+//!   trusted with anything; what it says before, the agent takes from a bounded message.
+//! - The agent (`container`) calls the stage, never the other way.
+
+mod hooks;
+pub(crate) mod message;
+pub(crate) mod mounts;
+mod paths;
+mod pause;
+pub(crate) mod plan;
+mod program;
+mod schedule;
+mod security;
+mod step;
+pub(crate) mod terminal;
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -12,13 +31,12 @@ use std::path::Path;
 use bulkhead_agent_protocol::agent;
 use protobuf::Message;
 
-use super::message::{self, Failure, FailureKind, FromStage};
-use super::mounts::{Entered, MountError, Prepared, Sources};
-use super::namespaces::Plan;
-use super::paths::Missing;
-use super::program::Program;
-use super::step::Step;
-use super::{hooks, mounts, schedule, security, terminal};
+use self::message::{Failure, FailureKind, FromStage};
+use self::mounts::{Entered, MountError, Prepared, Sources};
+use self::paths::Missing;
+use self::plan::Plan;
+use self::program::Program;
+use self::step::Step;
 use crate::sys;
 
 /// Argument that makes this binary the init of a container.
@@ -36,7 +54,7 @@ pub fn dispatch(name: &CStr) -> Option<Never> {
     let run: fn() -> Result<Never, Failure> = match name {
         _ if name == INIT => run_init,
         _ if name == EXEC => run_exec,
-        _ if name == PAUSE => super::pause::run,
+        _ if name == PAUSE => pause::run,
         _ => return None,
     };
     // A panic is reported like any failure: the standard streams are the container's.

@@ -23,7 +23,7 @@ use nix::libc::{
 use nix::sys::stat::Mode;
 
 use super::*;
-use crate::container::mounts::testing::{in_child, in_mount_namespace};
+use crate::stage::mounts::testing::{in_child, in_mount_namespace};
 
 /// An image's root and a directory beside it, for sources and canaries.
 struct Image {

@@ -17,7 +17,7 @@ use nix::sys::stat::{self, FileStat, Mode, SFlag, UtimensatFlags};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{self, Gid, Uid};
 
-use crate::container::paths;
+use crate::stage::paths;
 
 /// Directories deeper than this are refused: each level holds two descriptors.
 const MAX_DEPTH: usize = 200;

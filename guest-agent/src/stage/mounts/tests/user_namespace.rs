@@ -76,7 +76,7 @@ fn user_namespace_child(spec: &Container, sources: Sources) {
         nix::unistd::ForkResult::Child => {
             let mut byte = [0];
             let _ = read(&unshared, &mut byte);
-            let result = crate::container::idmap::write_maps(
+            let result = crate::idmap::write_maps(
                 parent.as_raw(),
                 &namespaces.uid_mappings,
                 &namespaces.gid_mappings,

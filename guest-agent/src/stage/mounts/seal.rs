@@ -10,7 +10,7 @@ use nix::sys::stat::SFlag;
 
 use super::sys::{self, MountAttr, attr};
 use super::{MountError, Prepared, filesystem};
-use crate::container::paths;
+use crate::stage::paths;
 
 pub(super) fn seal(prepared: Prepared, spec: &Container) -> Result<(), MountError> {
     let readonly = MountAttr {

@@ -16,8 +16,9 @@ use nix::sys::statvfs::{self, FsFlags};
 
 use super::sys::{self, MountAttr, attr};
 use super::{MountError, flags};
-use crate::container::{devices, idmap};
+use crate::idmap;
 use crate::machine::SHARE;
+use crate::stage::mounts::devices;
 
 /// The sources of a container's mounts. Drop closes them; nothing stays mounted.
 #[derive(Debug)]

@@ -145,7 +145,7 @@ mod tests {
         let gids = [mapping(0, 6000, 10)];
         // The descriptor outlives its process; a child that joins it sees the maps.
         let fd = user_namespace(&uids, &gids).expect("root may make user namespaces");
-        let maps = crate::container::mounts::testing::in_child(|| {
+        let maps = crate::stage::mounts::testing::in_child(|| {
             nix::sched::setns(&fd, nix::sched::CloneFlags::CLONE_NEWUSER).expect("setns");
             let read = |name| fs::read_to_string(name).expect("a map");
             read("/proc/self/uid_map") + &read("/proc/self/gid_map")
