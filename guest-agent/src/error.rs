@@ -1,5 +1,6 @@
 //! What an RPC can fail with, and the one map from there to the status that the shim sees.
 
+use bulkhead_agent_protocol::agent::{self, ProgramProblem};
 use ttrpc::Code;
 
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
@@ -122,6 +123,25 @@ impl Error {
             Self::Volume(VolumeError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Volume(VolumeError::System { .. }) => Code::INTERNAL,
         }
+    }
+}
+
+impl Error {
+    /// The answer about a process whose program cannot be executed; any other error stays one.
+    pub(crate) fn into_program_problem(self) -> Result<agent::StartProcessResponse, Self> {
+        let problem = match &self {
+            Self::Process(ProcessError::Stage(failure)) => match failure.kind {
+                FailureKind::ProgramNotFound => ProgramProblem::NOT_FOUND,
+                FailureKind::ProgramNotExecutable => ProgramProblem::NOT_EXECUTABLE,
+                FailureKind::Invalid | FailureKind::Internal => return Err(self),
+            },
+            _ => return Err(self),
+        };
+        Ok(agent::StartProcessResponse {
+            problem: problem.into(),
+            reason: chain(&self),
+            ..Default::default()
+        })
     }
 }
 

@@ -76,11 +76,16 @@ impl agent_ttrpc::Agent for Service {
         request: agent::ProcessRequest,
     ) -> ttrpc::Result<agent::StartProcessResponse> {
         let sandbox = Arc::clone(&self.0);
-        let pid = to_the_end(async move { sandbox.start_process(&request).await }).await?;
-        Ok(agent::StartProcessResponse {
-            pid,
-            ..Default::default()
-        })
+        let started = to_the_end(async move {
+            match sandbox.start_process(&request).await {
+                Ok(pid) => Ok(agent::StartProcessResponse {
+                    pid,
+                    ..Default::default()
+                }),
+                Err(error) => error.into_program_problem(),
+            }
+        });
+        started.await
     }
 
     async fn wait_process(

@@ -196,7 +196,22 @@ impl Guest {
         self.client
             .start_process(context(), &name(id, exec_id))
             .await
-            .map(|response| response.pid)
+            .map(|response| {
+                assert_eq!(
+                    response.problem,
+                    agent::ProgramProblem::NONE.into(),
+                    "{}",
+                    response.reason
+                );
+                response.pid
+            })
+    }
+
+    /// Starts a process whose program cannot be executed: why.
+    pub async fn start_badly(&self, id: &str) -> (agent::ProgramProblem, String) {
+        let started = self.client.start_process(context(), &name(id, "")).await;
+        let response = started.unwrap();
+        (response.problem.enum_value().unwrap(), response.reason)
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> agent::WaitProcessResponse {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::guest::{Guest, context, fields, shell, status};
-use bulkhead_agent_protocol::agent;
+use bulkhead_agent_protocol::agent::{self, ProgramProblem};
 use ttrpc::Code;
 
 #[tokio::test]
@@ -130,20 +130,21 @@ async fn a_program_that_is_not_there_is_named() {
         let mut spec = guest.spec(id, "");
         spec.process.as_mut().unwrap().args = vec![program.to_owned()];
         let _streams = guest.create(id, spec).await.unwrap();
-        let error = status(guest.start_process(id, "").await);
+        let error = guest.start_badly(id).await;
         let exit = guest.wait(id, "").await.exit_status;
         guest.delete(id, "").await.unwrap();
         (error, exit)
     };
-    let ((code, text), exit) = run("one", "foo").await;
-    assert_eq!((code, exit), (Code::INVALID_ARGUMENT, 127));
+    let ((problem, text), exit) = run("one", "foo").await;
+    assert_eq!((problem, exit), (ProgramProblem::NOT_FOUND, 127));
     assert_eq!(text, "exec: \"foo\": executable file not found in $PATH");
     let ((_, text), exit) = run("two", "/bin/foo").await;
     assert_eq!(
         (text.as_str(), exit),
         ("exec: \"/bin/foo\": no such file or directory", 127)
     );
-    let ((_, text), exit) = run("three", "/etc/passwd").await;
+    let ((problem, text), exit) = run("three", "/etc/passwd").await;
+    assert_eq!(problem, ProgramProblem::NOT_EXECUTABLE);
     assert_eq!(
         (text.as_str(), exit),
         ("exec: \"/etc/passwd\": permission denied", 126)

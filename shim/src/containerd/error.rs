@@ -100,6 +100,7 @@ fn pod_code(error: &pod::Error) -> Code {
         pod::Error::PrivatePids => Code::INVALID_ARGUMENT,
         pod::Error::Socket(error) if error.is_refusal() => Code::INVALID_ARGUMENT,
         pod::Error::Hung(_) => Code::DEADLINE_EXCEEDED,
+        pod::Error::Agent(agent::Error::Program { .. }) => Code::INVALID_ARGUMENT,
         pod::Error::Agent(agent::Error::Refused { code, .. }) => match code {
             // Of what containerd must not take for its own: an agent that lacks a method, or half a container.
             Code::UNIMPLEMENTED | Code::ALREADY_EXISTS => Code::UNKNOWN,

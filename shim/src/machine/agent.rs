@@ -16,10 +16,10 @@ use bulkhead_agent_protocol::{
         AnswerConnectionRequest, CgroupFile, ChangeVolumeRequest, ConnectListenerRequest,
         Container, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
         CreateExecRequest, CreateProcessResponse, Empty, EndSocketsRequest, Listeners, Network,
-        ProcessRequest, ResizeTerminalRequest, Resources, ServeSocketRequest, SignalProcessRequest,
-        SocketConnection, SocketRequest, StartProcessResponse, StartSandboxRequest,
-        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
-        WaitProcessResponse,
+        ProcessRequest, ProgramProblem, ResizeTerminalRequest, Resources, ServeSocketRequest,
+        SignalProcessRequest, SocketConnection, SocketRequest, StartProcessResponse,
+        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange,
+        VolumeRequest, WaitProcessResponse,
     },
 };
 use protobuf::Message;
@@ -53,6 +53,14 @@ pub enum Error {
         /// Its words, made printable, and without their middle where they are long.
         message: String,
     },
+    /// The process ended because its program cannot be executed.
+    #[error("{message}")]
+    Program {
+        /// The shells' exit status: 127 for one that was not found, 126 for one that is not executable.
+        status: u8,
+        /// The agent's words, as those of a refusal.
+        message: String,
+    },
     /// No answer came: the connection or the machine is gone.
     #[error("the guest's agent did not answer {call}: {reason}")]
     Lost {
@@ -67,18 +75,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// The shells' exit status of a program that was not found (127) or cannot be executed (126), where that is why a process was
-    /// not started. By the agent's words, whose status code is that of any bad request.
+    /// The shells' exit status of a program that was not found or cannot be executed, where that is why a process was not started.
     pub fn exec_status(&self) -> Option<u8> {
-        let Error::Refused { message, .. } = self else {
-            return None;
-        };
-        match () {
-            () if message.ends_with("executable file not found in $PATH") => Some(127),
-            () if message.ends_with("no such file or directory") => Some(127),
-            () if message.ends_with("permission denied") => Some(126),
-            () if message.ends_with("exec format error") => Some(126),
-            () => None,
+        match self {
+            Error::Program { status, .. } => Some(*status),
+            _ => None,
         }
     }
 }
@@ -275,9 +276,17 @@ impl Agent {
     /// Lets a created process exec; its init when `exec` is empty, as everywhere.
     pub async fn start_process(&self, container: &str, exec: &str) -> Result<(), Error> {
         let request = process(container, exec);
-        self.call::<StartProcessResponse>("StartProcess", &request, Some(LONG))
-            .await?;
-        Ok(())
+        let answer: StartProcessResponse = self.call("StartProcess", &request, Some(LONG)).await?;
+        let status = match answer.problem.enum_value() {
+            Ok(ProgramProblem::NONE) => return Ok(()),
+            Ok(ProgramProblem::NOT_FOUND) => 127,
+            // A number that our agent does not say is a problem all the same.
+            Ok(ProgramProblem::NOT_EXECUTABLE) | Err(_) => 126,
+        };
+        Err(Error::Program {
+            status,
+            message: brief(&answer.reason, MAX_TEXT),
+        })
     }
 
     /// Answers when a container's init has exited.
@@ -559,10 +568,31 @@ mod tests {
         response.set_status(ttrpc::get_status(ttrpc::Code::INTERNAL, words));
         guest(theirs, response);
         let error = soon(agent.start("c")).await.unwrap_err();
-        // Its end, which says why a program did not start, is there.
-        assert_eq!(error.exec_status(), Some(126));
+        // No words of a guest decide a status.
+        assert_eq!(error.exec_status(), None);
         let text = error.to_string();
         assert!(text.len() <= MAX_TEXT && !text.contains('\n'), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_cannot_run_has_the_shells_status() {
+        // The last one is a number that our agent does not say.
+        for (problem, status) in [(1, 127), (2, 126), (9, 126)] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let agent = Agent::new(ours).unwrap();
+            let answer = StartProcessResponse {
+                problem: protobuf::EnumOrUnknown::from_i32(problem),
+                reason: format!("exec: {}\nforged", "x".repeat(100_000)),
+                ..StartProcessResponse::default()
+            };
+            let mut response = ttrpc::Response::new();
+            response.payload = answer.write_to_bytes().unwrap();
+            guest(theirs, response);
+            let error = soon(agent.start("c")).await.unwrap_err();
+            assert_eq!(error.exec_status(), Some(status));
+            let text = error.to_string();
+            assert!(text.len() <= MAX_TEXT && !text.contains('\n'), "{text}");
+        }
     }
 
     #[tokio::test]

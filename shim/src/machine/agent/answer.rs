@@ -125,7 +125,7 @@ plain!(
     Empty: 0,
     StartSandboxResponse: 5,
     CreateProcessResponse: 1,
-    StartProcessResponse: 1,
+    StartProcessResponse: 3,
     WaitProcessResponse: 6,
     SocketConnection: 2,
     // Numbers: what comes out is four bytes for one that came, at most.
