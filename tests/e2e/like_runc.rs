@@ -305,3 +305,27 @@ fn host_hooks_run_in_order_with_the_state() {
     // OCI runtime.md#lifecycle: what was created is destroyed, poststop hooks included.
     assert!(told.starts_with("stopped "), "{told:?}");
 }
+
+/// The container is killed, long before its own end.
+#[test]
+fn a_failing_poststart_hook_ends_the_container() {
+    let log = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = log.path().to_str().expect("a plain path");
+    for runtime in [Runtime::Runc, Runtime::Bulkhead] {
+        std::fs::write(log.path(), "").expect("writable");
+        let hook = |script: String| json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"]}]);
+        let bundle = Bundle::busybox().script("sleep 1000").edit(|config| {
+            config["hooks"] = json!({
+                "poststart": hook("echo because >&2; exit 3".into()),
+                "poststop": hook(format!("echo stopped >> {path}")),
+            });
+        });
+        let ran = bundle.run_with(runtime, &[]);
+        assert_ne!(ran.status, 0, "{ran}");
+        if runtime == Runtime::Bulkhead {
+            ran.refused(&["poststart", "/bin/sh", "because"]);
+        }
+        let told = std::fs::read_to_string(log.path()).expect("readable");
+        assert_eq!(told, "stopped\n", "{runtime:?}");
+    }
+}

@@ -22,7 +22,7 @@ use crate::{
     },
     ids,
     oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
-    pod::{self, Container, Held, Order, Pod, layers::Layer, memory_mib},
+    pod::{self, Container, Held, Order, Parts, Pod, layers::Layer, memory_mib},
 };
 
 /// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).
@@ -158,7 +158,8 @@ impl Tasks {
         let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
         match (oci::role(&annotations, &wanted.id), self.pod()) {
             (Role::Member(sandbox), Some(pod)) if pod.id == sandbox => {
-                let plan = pod.plan.clone();
+                let mut plan = pod.plan.clone();
+                plan.paths.has_guest = false;
                 self.make_member(wanted, pod, &plan).await
             }
             (Role::Member(sandbox), _) => Err(Error::State(format!(
@@ -215,6 +216,7 @@ impl Tasks {
             .get(POD_MEMORY)
             .and_then(|text| text.parse().ok());
         let linux = wanted.bundle.spec.linux().as_ref();
+        let parts = Parts::open(&config)?;
         let order = Order {
             namespace: &self.place.namespace,
             id: &wanted.id,
@@ -226,9 +228,9 @@ impl Tasks {
             net_slots: plan.later_interfaces(),
             serial: None,
             oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
-            stand_in: true,
+            parts: &parts,
         };
-        let (pod, ()) = Pod::boot(&config, order, async |_| Ok::<(), Error>(()), pending()).await?;
+        let (pod, ()) = Pod::boot(&config, order, stand_in, pending()).await?;
         let pod = Arc::new(pod);
         self.set_pod(Some(pod.clone()));
         Ok(task(wanted, pod, None, true, Streams::default()))
@@ -248,6 +250,7 @@ impl Tasks {
         let cgroups_path = plan.cgroups_path.clone();
         let host_limits = plan.host_limits.clone();
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
+        let parts = Parts::open(&config)?;
         let order = Order {
             namespace: &self.place.namespace,
             id: &wanted.id,
@@ -259,17 +262,31 @@ impl Tasks {
             net_slots: pod_plan.later_interfaces(),
             serial: None,
             oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
-            stand_in: true,
+            parts: &parts,
         };
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
+        let mut launched = false;
         let prepared = async |held: &mut Held| {
+            launched = true;
+            held.stand_in()?;
             container.place(held, &mut plan, &wanted.layers).await?;
             let streams = join(held, opened).await?;
             container.run_create_hooks(held.pid()).await?;
             Ok::<_, Error>(streams)
         };
-        let (pod, (stdio, streams)) = Pod::boot(&config, order, prepared, pending()).await?;
+        let booted = Pod::boot(&config, order, prepared, pending()).await;
+        let (pod, (stdio, streams)) = match booted {
+            Ok(booted) => booted,
+            Err(error) => {
+                if launched {
+                    container.run_stopped_hooks().await;
+                }
+                return Err(error);
+            }
+        };
         let pod = Arc::new(pod);
+        // Nobody is there yet who could have it.
+        let _ = pod.enter_guest(&container.id, &plan.container.namespaces);
         let spec = std::mem::take(&mut plan.container);
         let process = spec.process.clone().unwrap_or_default();
         match container.create(&pod, spec, stdio).await {
@@ -280,6 +297,7 @@ impl Tasks {
             }
             Err(error) => {
                 pod.destroy().await;
+                container.run_stopped_hooks().await;
                 Err(error.into())
             }
         }
@@ -296,10 +314,10 @@ impl Tasks {
             files.add_to(&mut wanted.bundle.spec, &pod_plan.paths);
         }
         let mut plan = wanted.plan(pod_plan)?;
-        pod.admit(&plan.container.namespaces)?;
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let process = plan.container.process.clone().unwrap_or_default();
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
+        pod.admit(&container.id, &plan.container.namespaces)?;
         let made = async {
             let (stdio, streams) = {
                 let mut held = pod.held().await;
@@ -318,6 +336,7 @@ impl Tasks {
             }
             Err(error) => {
                 container.remove(&pod).await;
+                container.run_stopped_hooks().await;
                 Err(error)
             }
         }
@@ -347,7 +366,7 @@ impl Tasks {
             }
             let started = guest.container.start(&task.pod, || init.open_input()).await;
             if let Err(error) = started {
-                // Its end is told by this error and not by an event.
+                // Its end is told by this error, and by an event only where the pod's own end was quicker.
                 init.stop(super::Exit::now(exec_status(&error)));
                 return Err(error);
             }
@@ -401,6 +420,12 @@ fn task(
         usage: Usage::default(),
         deletion: tokio::sync::Mutex::new(()),
     }
+}
+
+/// All that a machine without a container needs while it boots.
+pub(super) async fn stand_in(held: &mut Held) -> Result<(), Error> {
+    held.stand_in()?;
+    Ok(())
 }
 
 /// Offers the guest the streams that `ends` wants, and joins them.

@@ -96,7 +96,7 @@ impl From<agent::Error> for Error {
 
 fn pod_code(error: &pod::Error) -> Code {
     match error {
-        pod::Error::Ended(_) => Code::FAILED_PRECONDITION,
+        pod::Error::Ended(_) | pod::Error::GuestTaken(_) => Code::FAILED_PRECONDITION,
         pod::Error::PrivatePids => Code::INVALID_ARGUMENT,
         pod::Error::Socket(error) if error.is_refusal() => Code::INVALID_ARGUMENT,
         pod::Error::Hung(_) => Code::DEADLINE_EXCEEDED,

@@ -18,13 +18,13 @@ use std::{
 
 use containerd_shim_protos::{cgroups_v2::metrics::Metrics, sandbox_api::CreateSandboxRequest};
 
-use super::{CONFIG_NAME, Error, Exit, Phase, Process, Tasks, metrics::of_pod};
-use crate::pod::{Held, Order, Pod, memory_mib};
+use super::{CONFIG_NAME, Error, Exit, Phase, Process, Tasks, create::stand_in, metrics::of_pod};
 use crate::{
     config::Config,
     containerd::stdio::Names,
     ids,
     oci::{PodFiles, PodPlan, cri},
+    pod::{Order, Parts, Pod, memory_mib},
 };
 
 /// How long the guest of a pod that nobody knows any more may take to end.
@@ -210,6 +210,13 @@ impl Tasks {
             .life
             .step(&[Phase::Created], Phase::Starting)
             .map_err(|_| sandbox.refuse("start"))?;
+        let parts = match Parts::open(&sandbox.config) {
+            Ok(parts) => parts,
+            Err(error) => {
+                sandbox.life.stop(Exit::now(255));
+                return Err(error.into());
+            }
+        };
         let order = Order {
             namespace: &self.place.namespace,
             id,
@@ -221,10 +228,9 @@ impl Tasks {
             net_slots: sandbox.plan.later_interfaces(),
             serial: None,
             oom_score_adj: None,
-            stand_in: true,
+            parts: &parts,
         };
-        let nothing = async |_: &mut Held| Ok::<(), Error>(());
-        let pod = match Pod::boot(&sandbox.config, order, nothing, pending()).await {
+        let pod = match Pod::boot(&sandbox.config, order, stand_in, pending()).await {
             Ok((pod, ())) => Arc::new(pod),
             Err(error) => {
                 sandbox.life.stop(Exit::now(255));

@@ -88,7 +88,7 @@ impl Container {
     /// not. Then the poststart hooks run.
     ///
     /// # Errors
-    /// The init has been killed: it never ran, lacks its input, or a poststart hook failed.
+    /// The init has been killed, if the guest answers within 10 s: it never ran, lacks its input, or a poststart hook failed.
     pub async fn start<E: From<Error>>(
         &self,
         pod: &Pod,
@@ -156,6 +156,7 @@ impl Container {
             // A container that was never made, or a guest that does not answer: the host lets go all the same.
             tracing::debug!(container = %self.id, error = %error.text(), "not deleted in the guest");
         }
+        pod.leave(&self.id);
         let mut held = pod.held().await;
         if let Some(held) = held.as_mut()
             && let Err(error) = held.withdraw(&self.id).await

@@ -100,6 +100,11 @@ pub enum Error {
     /// Everything has been given back.
     #[error("the pod {0:?} has ended")]
     Ended(String),
+    /// A container has the guest to itself.
+    #[error(
+        "container {0:?} has the guest's own pid or network namespace, and nothing else can run beside it: list both in its linux.namespaces"
+    )]
+    GuestTaken(String),
     /// A member wants another member's processes.
     #[error(
         "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's"

@@ -79,7 +79,9 @@ impl Sandbox {
             self.vm.plug(Nic::new(device, &self.limits)).await?;
         }
         let description = network.for_guest();
-        self.agent.configure_network(&description).await?;
+        if let Err(error) = self.agent.configure_network(&description).await {
+            return Err(self.access().explain(error).await);
+        }
         self.follow_network()
     }
 

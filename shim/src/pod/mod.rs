@@ -73,8 +73,8 @@ pub struct Order<'a> {
     pub net_slots: usize,
     /// Where a debugging console of the guest goes.
     pub serial: Option<OwnedFd>,
-    /// A process is to stand for the pod on the host: engines and hooks are told its pid.
-    pub stand_in: bool,
+    /// What is installed.
+    pub parts: &'a Parts,
     /// `process.oomScoreAdj` of its own container, if it has one.
     pub oom_score_adj: Option<i32>,
 }
@@ -96,6 +96,8 @@ pub struct Pod {
     pub memory_bytes: u64,
     ending: AtomicBool,
     private_pids: AtomicBool,
+    /// The container that has namespaces of the guest itself.
+    guest_holder: std::sync::Mutex<Option<String>>,
     held: Mutex<Option<Held>>,
 }
 
@@ -128,6 +130,12 @@ impl Held {
         wanted: [bool; 3],
     ) -> Result<(wire::Stdio, [Option<UnixStream>; 3]), Error> {
         self.sandbox.streams(wanted).await
+    }
+
+    /// Starts a process that stands for the pod on the host: engines and hooks are told its pid.
+    pub fn stand_in(&mut self) -> Result<i32, Error> {
+        let stub = self.stub.insert(self.sandbox.start_stub()?);
+        Ok(stub.pid())
     }
 
     /// The pid that stands for the pod, if one does.
@@ -183,7 +191,6 @@ impl Pod {
         stop: impl Future<Output = E>,
     ) -> Result<(Pod, T), E> {
         let began = now_ns();
-        let parts = Parts::open(config)?;
         let plan = order.plan.clone();
         let request = Request {
             namespace: order.namespace,
@@ -197,7 +204,7 @@ impl Pod {
             serial: order.serial,
             oom_score_adj: order.oom_score_adj,
         };
-        let mut sandbox = Sandbox::launch(config, &parts, request).await?;
+        let mut sandbox = Sandbox::launch(config, order.parts, request).await?;
         if order.plan.paths.shm.is_some() {
             sandbox.share_memory(order.plan.shm_bytes);
         }
@@ -211,14 +218,13 @@ impl Pod {
             name => name,
         };
         let work = async {
-            if order.stand_in {
-                held.stub = Some(held.sandbox.start_stub()?);
-            }
             let done = meanwhile(&mut held).await?;
             held.ready(hostname).await?;
             Ok(done)
         };
+        // `meanwhile` begins even when `stop` is due: it is how a front end knows that something was taken.
         let done = tokio::select! {
+            biased;
             done = work => done,
             error = stop => Err(error),
         };
@@ -251,6 +257,7 @@ impl Pod {
             memory_bytes,
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
+            guest_holder: std::sync::Mutex::default(),
             held: Mutex::new(Some(held)),
         }
     }
@@ -300,11 +307,25 @@ impl Pod {
         Ok(())
     }
 
-    /// Checks what a member asks of the pod's pid namespace, and remembers it. All containers of a pod have one pid on the host, so
+    /// A container that has the guest's own pid or network namespace has the guest to itself: nobody comes beside it until [`Pod::leave`].
+    pub fn enter_guest(&self, id: &str, namespaces: &wire::Namespaces) -> Result<(), Error> {
+        use wire::namespaces::Kind;
+        let mut holder = self.guest_holder();
+        if let Some(holder) = holder.as_deref().filter(|holder| *holder != id) {
+            return Err(Error::GuestTaken(holder.into()));
+        }
+        if [namespaces.pid, namespaces.network].contains(&Kind::AGENT.into()) {
+            *holder = Some(id.into());
+        }
+        Ok(())
+    }
+
+    /// Checks what a member asks of namespaces that others have, and remembers it. All containers of a pod have one pid on the host, so
     /// that "the pod's pid namespace" and "that of the container TARGET" (`kubectl debug --target`) are one path. In a pod that shares
     /// its processes every member names it; where one did not, the other meaning is meant, and cannot be given.
-    pub fn admit(&self, namespaces: &wire::Namespaces) -> Result<(), Error> {
+    pub fn admit(&self, id: &str, namespaces: &wire::Namespaces) -> Result<(), Error> {
         use wire::namespaces::Kind;
+        self.enter_guest(id, namespaces)?;
         if namespaces.pid == Kind::NEW.into() {
             self.private_pids.store(true, Ordering::Relaxed);
         } else if namespaces.pid == Kind::SANDBOX.into()
@@ -313,6 +334,18 @@ impl Pod {
             return Err(Error::PrivatePids);
         }
         Ok(())
+    }
+
+    /// Forgets that a container, which has gone, had the guest to itself.
+    pub fn leave(&self, id: &str) {
+        let mut holder = self.guest_holder();
+        if holder.as_deref() == Some(id) {
+            *holder = None;
+        }
+    }
+
+    fn guest_holder(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.guest_holder.lock().expect("no panic while it is held")
     }
 
     /// Gives the guest the interfaces that have come into the pod's network namespace meanwhile.

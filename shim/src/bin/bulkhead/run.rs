@@ -8,7 +8,7 @@ use bulkhead_shim::{
     ids,
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
-    pod::{self, Container, Held, Order, Pod, timeline::Timeline},
+    pod::{self, Container, Held, Order, Parts, Pod, timeline::Timeline},
 };
 
 use crate::{
@@ -74,6 +74,8 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     if arguments.tty {
         process_mut(&mut plan).terminal = true;
     }
+    // Before files are made for what cannot start.
+    let parts = Parts::open(config)?;
     let serial = open_some(arguments.serial.as_ref())?;
     // Before anything runs: a timeline that cannot be written must not cost a container its status.
     let pictures = Pictures {
@@ -88,6 +90,7 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
         network: oci::network(&bundle),
         container,
         plan,
+        parts,
         timeline: Timeline::started_at(began_ns),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -122,6 +125,7 @@ struct Run<'a> {
     container: Container,
     plan: Plan,
     network: Option<PathBuf>,
+    parts: Parts,
     timeline: Timeline,
 }
 
@@ -165,7 +169,6 @@ impl Run<'_> {
     ) -> Result<u8, Failure> {
         let mut signals = Signals::catch()?;
         let outcome = self.boot(vcpus, memory_mib, serial, &mut signals).await;
-        self.print_timeline()?;
         match outcome {
             Ok(status) => Ok(status),
             Err(Stop::Interrupted(signal)) => Ok(128 + signal as u8),
@@ -213,12 +216,15 @@ impl Run<'_> {
             },
             serial,
             oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
-            stand_in: self.container.has_hooks(),
+            parts: &self.parts,
         };
         let (container, plan) = (&self.container, &mut self.plan);
         let mut access = None;
         let meanwhile = async |held: &mut Held| {
             access = Some(held.access());
+            if container.has_hooks() {
+                held.stand_in()?;
+            }
             container.place(held, plan, &[]).await?;
             Ok::<(), Stop>(container.run_create_hooks(held.pid()).await?)
         };
@@ -245,6 +251,8 @@ impl Run<'_> {
             self.timeline.add(&access.stamps());
             self.timeline.mark("everything given back");
             self.container.run_stopped_hooks().await;
+            let printed = self.print_timeline();
+            return outcome.and_then(|status| Ok(printed.map(|()| status)?));
         }
         outcome
     }

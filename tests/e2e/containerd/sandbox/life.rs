@@ -179,6 +179,16 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         };
         let refused = services.task.create(context(), &request).await;
         assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+        // Nor does one come beside it that has its own: the first one would see its processes.
+        let listed = member(&shim, pid, "true");
+        listed.write();
+        let request = CreateTaskRequest {
+            id: "listed".into(),
+            bundle: listed.path().to_str().expect("plain").into(),
+            ..Default::default()
+        };
+        let refused = services.task.create(context(), &request).await;
+        assert_eq!(code(refused), Code::FAILED_PRECONDITION);
         let kill_sleeper = KillRequest {
             id: sleeper.clone(),
             signal: Signal::SIGKILL as u32,
@@ -187,6 +197,10 @@ fn a_pod_is_made_asked_about_and_ended_by_its_service() {
         let killed = services.task.kill(context(), &kill_sleeper).await;
         killed.expect("killed");
         assert_eq!(services.end(&sleeper).await, 137);
+        // When it has gone they may come again.
+        let sixth = member(&shim, pid, "true");
+        let sixth = services.container(&shim, pid, &sixth, &file("sixth")).await;
+        assert_eq!(services.end(&sixth).await, 0);
         for (kind, sandbox) in [("container", "elsewhere"), ("sandbox", id)] {
             let stranger = Bundle::busybox().script("true").edit(|config| {
                 config["annotations"] = json!({
