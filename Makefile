@@ -63,10 +63,11 @@ deps:
 	fi
 
 .PHONY: check
-check: deps ## fmt, clippy with warnings denied, docs, cargo-deny, unit tests
+check: deps ## fmt, clippy with warnings denied, docs, sizes, cargo-deny, unit tests
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --release --workspace --no-deps --document-private-items --quiet
+	tests/measure
 	tests/notice --check
 	tests/cargo-deny check --hide-inclusion-graph licenses bans sources
 	cargo test --release --workspace --exclude bulkhead-tests

@@ -8,9 +8,7 @@
 use std::io;
 
 use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
-
-use crate::machine::monotonic_ns;
+use nix::time::{ClockId, clock_gettime, clock_settime};
 
 /// A read of 4 bytes is the low half of the host's µs since the epoch.
 pub(crate) const PORT: u16 = 0x8904;
@@ -55,6 +53,13 @@ fn near(passed_ns: u64, low: u32) -> u64 {
     passed
         .saturating_add_signed(distance.into())
         .saturating_mul(1000)
+}
+
+/// CLOCK_MONOTONIC in ns.
+pub fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
+    })
 }
 
 #[cfg(test)]

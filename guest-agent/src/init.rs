@@ -14,6 +14,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{chdir, chroot};
 
+use crate::clock;
 use crate::container::Launcher;
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
@@ -80,7 +81,7 @@ const MOUNTS: [GuestMount; 8] = [
 
 /// Runs the guest until the host ends it. Never returns.
 pub fn run() -> ! {
-    let began = machine::monotonic_ns();
+    let began = clock::monotonic_ns();
     log::use_kernel_log();
     if let Err(error) = prepare() {
         panic!("{}", crate::error::chain(&error));

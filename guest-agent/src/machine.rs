@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::announce::{Announcement, announce};
 use crate::clock;
@@ -81,13 +80,6 @@ pub fn mount_shm(bytes: u64) -> Result<(), MachineError> {
     let data = format!("mode=1777,size={bytes}");
     mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(data.as_str()))
         .map_err(system(format!("mount the pod's shared memory at {SHM}")))
-}
-
-/// CLOCK_MONOTONIC in ns.
-pub fn monotonic_ns() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
-        time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
-    })
 }
 
 /// The running kernel's release.

@@ -15,22 +15,11 @@ mod mirror;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    io,
-    path::{Component, Path, PathBuf},
-};
+use std::{io, path::PathBuf};
 
 pub use follow::{Owner, Volumes};
 
 use crate::machine::agent;
-
-/// kubelet's plugins that write by its atomic writer, as they are named in paths.
-const PLUGINS: [&str; 4] = [
-    "kubernetes.io~configmap",
-    "kubernetes.io~secret",
-    "kubernetes.io~projected",
-    "kubernetes.io~downward-api",
-];
 
 /// Why a volume is not in the guest, or not up to date there.
 #[derive(Debug, thiserror::Error)]
@@ -90,27 +79,4 @@ pub enum Error {
     /// The container's mounts are not those it was placed with.
     #[error("container {0} has other mounts than it was placed with")]
     Mounts(String),
-}
-
-/// Whether the directory at this path is such a volume: `ROOT/pods/UID/volumes/PLUGIN/NAME`, whatever kubelet's root is. What lies
-/// beneath one (a single file) or beside it (`volume-subpaths`, kubelet's snapshots for `subPath`) is not.
-pub fn is_kubelet_volume(path: &Path) -> bool {
-    let mut names = Vec::new();
-    for part in path.components() {
-        match part {
-            Component::RootDir => {}
-            Component::Normal(name) => names.push(name.to_str().unwrap_or_default()),
-            _ => return false,
-        }
-    }
-    match names.as_slice() {
-        [.., "pods", uid, "volumes", plugin, name] => {
-            let is_uid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-            path.is_absolute()
-                && uid.chars().all(is_uid)
-                && PLUGINS.contains(plugin)
-                && !name.is_empty()
-        }
-        _ => false,
-    }
 }

@@ -95,34 +95,6 @@ fn words(has: &Directory, wants: &Directory) -> Vec<String> {
 }
 
 #[test]
-fn volumes_are_known_by_their_place() {
-    let known = [
-        "/var/lib/kubelet/pods/0f3a-1/volumes/kubernetes.io~configmap/config",
-        "/var/lib/kubelet/pods/0f3a-1/volumes/kubernetes.io~secret/tls",
-        "/data/k/pods/u/volumes/kubernetes.io~projected/kube-api-access-x",
-        "/pods/u/volumes/kubernetes.io~downward-api/info",
-    ];
-    for path in known {
-        assert!(is_kubelet_volume(Path::new(path)), "{path}");
-    }
-    let others = [
-        "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/cache",
-        "/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/disk/mount",
-        "/var/lib/kubelet/pods/u/volumes/kubernetes.io~configmap",
-        "/var/lib/kubelet/pods/u/volumes/kubernetes.io~configmap/config/key",
-        "/var/lib/kubelet/pods/u/volume-subpaths/config/container/0",
-        "/var/lib/kubelet/pods/u/../u/volumes/kubernetes.io~secret/tls",
-        "pods/u/volumes/kubernetes.io~secret/tls",
-        "/pods/a b/volumes/kubernetes.io~secret/tls",
-        "/",
-        "",
-    ];
-    for path in others {
-        assert!(!is_kubelet_volume(Path::new(path)), "{path}");
-    }
-}
-
-#[test]
 fn an_update_is_repeated_in_kubelets_order() {
     let mut volume = Volume::new(&[("-a", "1"), ("gone", "1"), ("dir/b", "1")]);
     let first = volume.look().unwrap();

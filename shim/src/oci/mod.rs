@@ -8,6 +8,7 @@ mod devices;
 mod features;
 mod hooks;
 pub mod host_interfaces;
+mod kubelet_path;
 mod mount_points;
 mod mounts;
 mod namespaces;

@@ -9,10 +9,9 @@ use std::{
 use bulkhead_agent_protocol::agent;
 use oci_spec::runtime as spec;
 
-use crate::kubelet_volume::is_kubelet_volume;
-
 use super::{
     Bundle, Error, GUEST_SHM, devices, host_interfaces, invalid,
+    kubelet_path::is_kubelet_volume,
     options::{self, Idmap},
     pod::PodPaths,
     unsupported,
