@@ -22,7 +22,7 @@ use crate::{
     },
     ids,
     oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
-    pod::{self, Container, Held, Order, Parts, Pod, layers::Layer, memory_mib},
+    pod::{self, Container, Held, Order, Parts, Pod, Request, layers::Layer, memory_mib},
 };
 
 /// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).
@@ -218,17 +218,20 @@ impl Tasks {
         let linux = wanted.bundle.spec.linux().as_ref();
         let parts = Parts::open(&config)?;
         let order = Order {
-            namespace: &self.place.namespace,
-            id: &wanted.id,
-            plan: &plan,
-            cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
-            host_limits: &[],
-            vcpus: config.vcpus,
-            memory_mib: memory_mib(&config, memory.filter(|bytes| *bytes > 0)),
-            net_slots: plan.later_interfaces(),
-            serial: None,
-            oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
             parts: &parts,
+            plan: &plan,
+            request: Request {
+                namespace: &self.place.namespace,
+                id: &wanted.id,
+                cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
+                host_limits: &[],
+                vcpus: config.vcpus,
+                memory_mib: memory_mib(&config, memory.filter(|bytes| *bytes > 0)),
+                network: plan.paths.network.as_deref(),
+                net_slots: plan.later_interfaces(),
+                serial: None,
+                oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+            },
         };
         let (pod, ()) = Pod::boot(&config, order, stand_in, pending()).await?;
         let pod = Arc::new(pod);
@@ -252,17 +255,20 @@ impl Tasks {
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let parts = Parts::open(&config)?;
         let order = Order {
-            namespace: &self.place.namespace,
-            id: &wanted.id,
-            plan: &pod_plan,
-            cgroups_path: cgroups_path.as_deref(),
-            host_limits: &host_limits,
-            vcpus: config.vcpus,
-            memory_mib: memory_mib(&config, memory_limit(&wanted.bundle)),
-            net_slots: pod_plan.later_interfaces(),
-            serial: None,
-            oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
             parts: &parts,
+            plan: &pod_plan,
+            request: Request {
+                namespace: &self.place.namespace,
+                id: &wanted.id,
+                cgroups_path: cgroups_path.as_deref(),
+                host_limits: &host_limits,
+                vcpus: config.vcpus,
+                memory_mib: memory_mib(&config, memory_limit(&wanted.bundle)),
+                network: pod_plan.paths.network.as_deref(),
+                net_slots: pod_plan.later_interfaces(),
+                serial: None,
+                oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+            },
         };
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         let mut launched = false;

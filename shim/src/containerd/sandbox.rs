@@ -24,7 +24,7 @@ use crate::{
     containerd::stdio::Names,
     ids,
     oci::{PodFiles, PodPlan, cri},
-    pod::{Order, Parts, Pod, memory_mib},
+    pod::{Order, Parts, Pod, Request, memory_mib},
 };
 
 /// How long the guest of a pod that nobody knows any more may take to end.
@@ -218,17 +218,20 @@ impl Tasks {
             }
         };
         let order = Order {
-            namespace: &self.place.namespace,
-            id,
-            plan: &sandbox.plan,
-            cgroups_path: sandbox.cgroups_path.as_deref(),
-            host_limits: &[],
-            vcpus: sandbox.config.vcpus,
-            memory_mib: memory_mib(&sandbox.config, sandbox.memory),
-            net_slots: sandbox.plan.later_interfaces(),
-            serial: None,
-            oom_score_adj: None,
             parts: &parts,
+            plan: &sandbox.plan,
+            request: Request {
+                namespace: &self.place.namespace,
+                id,
+                cgroups_path: sandbox.cgroups_path.as_deref(),
+                host_limits: &[],
+                vcpus: sandbox.config.vcpus,
+                memory_mib: memory_mib(&sandbox.config, sandbox.memory),
+                network: sandbox.plan.paths.network.as_deref(),
+                net_slots: sandbox.plan.later_interfaces(),
+                serial: None,
+                oom_score_adj: None,
+            },
         };
         let pod = match Pod::boot(&sandbox.config, order, stand_in, pending()).await {
             Ok((pod, ())) => Arc::new(pod),

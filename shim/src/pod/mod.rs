@@ -15,8 +15,8 @@ mod sandbox;
 pub mod timeline;
 
 use std::{
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    os::unix::net::UnixStream,
+    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
@@ -55,28 +55,12 @@ pub const KILLED_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a pod is made from.
 pub struct Order<'a> {
-    /// containerd's namespace.
-    pub namespace: &'a str,
-    /// The pod's id.
-    pub id: &'a str,
-    /// What its own config.json says.
-    pub plan: &'a PodPlan,
-    /// `linux.cgroupsPath`.
-    pub cgroups_path: Option<&'a Path>,
-    /// Control files of the pod's cgroup.
-    pub host_limits: &'a [(String, String)],
-    /// 1 to 32.
-    pub vcpus: u32,
-    /// Memory of its machine in MiB ([`memory_mib`]).
-    pub memory_mib: u64,
-    /// How many interfaces may come when it runs.
-    pub net_slots: usize,
-    /// Where a debugging console of the guest goes.
-    pub serial: Option<OwnedFd>,
     /// What is installed.
     pub parts: &'a Parts,
-    /// `process.oomScoreAdj` of its own container, if it has one.
-    pub oom_score_adj: Option<i32>,
+    /// What its own config.json says.
+    pub plan: &'a PodPlan,
+    /// What its machine is to have ([`memory_mib`] says how much memory).
+    pub request: Request<'a>,
 }
 
 /// A pod that runs.
@@ -191,30 +175,23 @@ impl Pod {
         stop: impl Future<Output = E>,
     ) -> Result<(Pod, T), E> {
         let began = now_ns();
-        let plan = order.plan.clone();
-        let request = Request {
-            namespace: order.namespace,
-            id: order.id,
-            vcpus: order.vcpus,
-            memory_mib: order.memory_mib,
-            cgroups_path: order.cgroups_path,
-            host_limits: order.host_limits,
-            network: order.plan.paths.network.as_deref(),
-            net_slots: order.net_slots,
-            serial: order.serial,
-            oom_score_adj: order.oom_score_adj,
-        };
-        let mut sandbox = Sandbox::launch(config, order.parts, request).await?;
-        if order.plan.paths.shm.is_some() {
-            sandbox.share_memory(order.plan.shm_bytes);
+        let Order {
+            parts,
+            plan,
+            request,
+        } = order;
+        let (id, memory_bytes) = (request.id, request.memory_mib << 20);
+        let mut sandbox = Sandbox::launch(config, parts, request).await?;
+        if plan.paths.shm.is_some() {
+            sandbox.share_memory(plan.shm_bytes);
         }
         let mut held = Held {
             sandbox,
             roots: Roots::default(),
             stub: None,
         };
-        let hostname = match order.plan.hostname.as_str() {
-            "" => ids::hostname(order.id),
+        let hostname = match plan.hostname.as_str() {
+            "" => ids::hostname(id),
             name => name,
         };
         let work = async {
@@ -230,8 +207,8 @@ impl Pod {
         };
         match done {
             Ok(done) => {
-                tell_boot(order.id, began, &held.sandbox.stamps());
-                let pod = Pod::new(order.id, plan, held, order.memory_mib << 20);
+                tell_boot(id, began, &held.sandbox.stamps());
+                let pod = Pod::new(id, plan.clone(), held, memory_bytes);
                 Ok((pod, done))
             }
             Err(error) => {

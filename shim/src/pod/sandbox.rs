@@ -18,8 +18,14 @@ use std::{
 use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp};
 
-use super::{access::Access, error::Error, installed::Parts};
-use super::{access::LAST_WORDS, background::Background, launch::Taken, oom::OomScores};
+use super::{
+    access::{Access, LAST_WORDS},
+    background::Background,
+    error::Error,
+    installed::Parts,
+    launch::Taken,
+    oom::OomScores,
+};
 use crate::{
     cgroup::{self, Cgroup},
     config::{self, Config},
@@ -41,6 +47,7 @@ use crate::{
 pub(super) const SHARE_TAG: &str = "share";
 /// How long the guest may take to sync and power off, and the VMM to end.
 const FAREWELL: Duration = Duration::from_secs(10);
+
 /// What is asked for.
 #[derive(Debug)]
 pub struct Request<'a> {

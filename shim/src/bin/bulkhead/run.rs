@@ -8,7 +8,7 @@ use bulkhead_shim::{
     ids,
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
-    pod::{self, Container, Held, Order, Parts, Pod, timeline::Timeline},
+    pod::{self, Container, Held, Order, Parts, Pod, Request, timeline::Timeline},
 };
 
 use crate::{
@@ -184,13 +184,8 @@ impl Run<'_> {
         serial: Option<OwnedFd>,
         signals: &mut Signals,
     ) -> Result<u8, Stop> {
-        let hostname = match self.plan.container.hostname.as_str() {
-            "" => ids::hostname(&self.arguments.id).into(),
-            name => name.into(),
-        };
-        let has_hooks = !self.plan.hooks.create.is_empty();
         let pod_plan = PodPlan {
-            hostname,
+            hostname: self.plan.container.hostname.clone(),
             paths: PodPaths {
                 network: self.network.clone(),
                 ..PodPaths::default()
@@ -202,21 +197,24 @@ impl Run<'_> {
             std::mem::take(&mut self.plan.host_limits),
         );
         let order = Order {
-            namespace: NAMESPACE,
-            id: &self.arguments.id,
-            plan: &pod_plan,
-            cgroups_path: cgroups_path.as_deref(),
-            host_limits: &host_limits,
-            vcpus,
-            memory_mib,
-            // There is no order to start, before which others could add some.
-            net_slots: match has_hooks {
-                true => oci::LATER_INTERFACES,
-                false => 0,
-            },
-            serial,
-            oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
             parts: &self.parts,
+            plan: &pod_plan,
+            request: Request {
+                namespace: NAMESPACE,
+                id: &self.arguments.id,
+                cgroups_path: cgroups_path.as_deref(),
+                host_limits: &host_limits,
+                vcpus,
+                memory_mib,
+                network: pod_plan.paths.network.as_deref(),
+                // There is no order to start, before which others could add some.
+                net_slots: match self.plan.hooks.create.is_empty() {
+                    true => 0,
+                    false => oci::LATER_INTERFACES,
+                },
+                serial,
+                oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
+            },
         };
         let (container, plan) = (&self.container, &mut self.plan);
         let mut access = None;
