@@ -12,8 +12,8 @@ export CARGO_TERM_COLOR ?= auto
 
 PREFIX ?= /usr/local
 PROFILE ?= release
-TARGET := x86_64-unknown-linux-gnu
-BIN := $(CARGO_TARGET_DIR)/$(TARGET)/$(PROFILE)
+TRIPLE := x86_64-unknown-linux-gnu
+BIN := $(CARGO_TARGET_DIR)/$(TRIPLE)/$(PROFILE)
 STAGE := $(CURDIR)/stage
 IMAGE := $(CARGO_TARGET_DIR)/image
 
@@ -33,8 +33,31 @@ test: deps ## everything that CI runs, at smoke size, each suite with its time b
 	@tests/run
 
 .PHONY: soak
+soak: PACKAGES += g++
 soak: deps ## the long versions of the suites
 	@tests/run --soak
+
+# Unit tests, so built that more is noticed. Each has a target directory of its own.
+UNIT_TESTS := -p bulkhead-vmm -p bulkhead-vmm-config -p bulkhead-linux -p bulkhead-agent -p bulkhead-shim -p bulkhead-rootfs-builder --lib --bins
+
+.PHONY: test-overflow
+test-overflow: deps ## unit tests with overflow checks and debug assertions, std's included, in every crate
+	CARGO_TARGET_DIR=$(BULKHEAD_CACHE)/target-overflow CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS=true CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true \
+	  cargo test --release $(UNIT_TESTS)
+
+# In place of the flags of .cargo/config.toml: a sanitizer's program cannot be static. Pages that live as long as the process are no leak.
+.PHONY: test-asan
+test-asan: deps ## unit tests with AddressSanitizer, and all of test-overflow; needs a nightly toolchain
+	CARGO_TARGET_DIR=$(BULKHEAD_CACHE)/target-asan CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS=true CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true \
+	  RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 cargo +nightly test --release $(UNIT_TESTS)
+
+TARGET ?= all
+SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: PACKAGES += g++
+fuzz: deps ## libFuzzer on TARGET=NAME (all of them without it) for SECONDS=60 each; needs a nightly toolchain
+	@tests/fuzz/fuzz --seconds $(SECONDS) $(TARGET)
 
 .PHONY: bench
 bench: stage ## the figures, beside their peers', from one lab run
@@ -63,6 +86,7 @@ deps:
 	fi
 
 .PHONY: check
+check: PACKAGES += busybox-static
 check: deps ## fmt, clippy with warnings denied, docs, sizes, cargo-deny, unit tests
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
@@ -70,11 +94,16 @@ check: deps ## fmt, clippy with warnings denied, docs, sizes, cargo-deny, unit t
 	tests/measure
 	tests/notice --check
 	tests/cargo-deny check --hide-inclusion-graph licenses bans sources
+	tests/advisories
 	cargo test --release --workspace --exclude bulkhead-tests
 
 .PHONY: notice
 notice: ## write NOTICE: what is linked into the programs, by licence
 	tests/notice
+
+.PHONY: advisories
+advisories: ## the newest published advisories about the crates of Cargo.lock; needs the network
+	tests/advisories --fetch
 
 .PHONY: build
 build: deps ## the programs
@@ -94,18 +123,21 @@ initramfs: build ## the guest image
 	@$(BIN)/bulkhead-rootfs-builder --manifest rootfs-builder/manifest.toml --agent $(BIN)/bulkhead-agent --output $(IMAGE)/initramfs
 
 .PHONY: install
-install: build kernel initramfs ## install under PREFIX (default /usr/local); PROFILE=dist for the smallest binaries
+install: build kernel initramfs ## install under PREFIX (default /usr/local), with notices and a bill of materials; PROFILE=dist for the smallest binaries
 	install -D -m 0755 $(BIN)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
 	install -D -m 0755 $(BIN)/containerd-shim-bulkhead-v1 $(DESTDIR)$(PREFIX)/bin/containerd-shim-bulkhead-v1
 	install -D -m 0755 $(BIN)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
 	install -D -m 0644 $$(cat $(IMAGE)/vmlinux.path) $(DESTDIR)$(PREFIX)/libexec/bulkhead/vmlinux
 	install -D -m 0644 $(IMAGE)/initramfs $(DESTDIR)$(PREFIX)/libexec/bulkhead/initramfs
+	install -D -m 0644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/bulkhead/LICENSE
+	tests/notice --ship $(DESTDIR)$(PREFIX)/share/doc/bulkhead "$$(dirname "$$(cat $(IMAGE)/vmlinux.path)")/build-info"
 
 # What the lab sees as /usr/local: an installation, and the test programs.
 .PHONY: stage
 stage:
 	@rm -rf $(STAGE)
 	@$(MAKE) -s install DESTDIR= PREFIX=$(STAGE)
+	@tests/binaries $(STAGE)/bin/* $(STAGE)/libexec/bulkhead/bulkhead-vmm $(BIN)/bulkhead-agent
 	@tests/stage-tests $(STAGE)/libexec/bulkhead-tests
 
 .PHONY: clean

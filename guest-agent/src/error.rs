@@ -1,6 +1,6 @@
 //! What an RPC can fail with, and the one map from there to the status that the shim sees.
 
-use bulkhead_agent_protocol::agent::{self, ProgramProblem};
+use bulkhead_agent_protocol::agent::ProgramProblem;
 use ttrpc::Code;
 
 use crate::container::{CgroupError, CreateError, FailureKind, ProcessError};
@@ -127,21 +127,18 @@ impl Error {
 }
 
 impl Error {
-    /// The answer about a process whose program cannot be executed; any other error stays one.
-    pub(crate) fn into_program_problem(self) -> Result<agent::StartProcessResponse, Self> {
-        let problem = match &self {
-            Self::Process(ProcessError::Stage(failure)) => match failure.kind {
-                FailureKind::ProgramNotFound => ProgramProblem::NOT_FOUND,
-                FailureKind::ProgramNotExecutable => ProgramProblem::NOT_EXECUTABLE,
-                FailureKind::Invalid | FailureKind::Internal => return Err(self),
-            },
-            _ => return Err(self),
+    /// Whether the program is the problem, and why; any other error stays one.
+    pub(crate) fn into_program_problem(self) -> Result<(ProgramProblem, String), Self> {
+        let (Self::Process(ProcessError::Stage(failure))
+        | Self::Create(CreateError::Stage(failure))) = &self
+        else {
+            return Err(self);
         };
-        Ok(agent::StartProcessResponse {
-            problem: problem.into(),
-            reason: chain(&self),
-            ..Default::default()
-        })
+        match failure.kind {
+            FailureKind::ProgramNotFound => Ok((ProgramProblem::NOT_FOUND, chain(&self))),
+            FailureKind::ProgramNotExecutable => Ok((ProgramProblem::NOT_EXECUTABLE, chain(&self))),
+            FailureKind::Invalid | FailureKind::Internal => Err(self),
+        }
     }
 }
 
@@ -150,6 +147,7 @@ fn cgroup_code(error: &CgroupError) -> Code {
     match error {
         CgroupError::InvalidPath { .. }
         | CgroupError::InvalidFile { .. }
+        | CgroupError::Limit { .. }
         | CgroupError::Rule { .. } => Code::INVALID_ARGUMENT,
         CgroupError::Exists { .. } => Code::ALREADY_EXISTS,
         CgroupError::Write { source, .. } => match source.raw_os_error() {

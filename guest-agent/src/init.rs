@@ -6,12 +6,13 @@
 //! that a container that gets hold of the agent's binary (/proc/PID/exe) cannot write to it.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chroot};
 
 use crate::clock;
@@ -19,15 +20,32 @@ use crate::container::Launcher;
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::stream::Host;
-use crate::{log, machine, rpc, sys};
+use crate::{log, machine, rpc};
 
 /// vsock port of the host that the agent serves on.
 pub(crate) const AGENT_PORT: u32 = 1024;
+
+/// Index of lo in every network namespace.
+const LO: u32 = 1;
 
 /// Open files of the agent: a dozen for each process with streams.
 const AGENT_NOFILE: u64 = 1 << 16;
 /// Hard limit that containers inherit.
 const MAX_NOFILE: u64 = 1 << 20;
+
+/// What containers find on a host.
+///
+/// Open files of a process and of the guest: systemd sets a host's to these numbers, so that
+/// containers ask for them; what they cost is the container's memory, which has limits of its own.
+///
+/// Memory that is asked for and not touched: kubelet lets a node give any amount, and a large host
+/// gives more than a small guest has. A container that uses more than its limit is killed for it,
+/// with a reason that the engine is told.
+const LIKE_A_HOST: [(&str, &str); 3] = [
+    ("/proc/sys/fs/nr_open", "1073741816"),
+    ("/proc/sys/fs/file-max", "9223372036854775807"),
+    ("/proc/sys/vm/overcommit_memory", "1"),
+];
 
 /// The agent's own cgroup, beside those of the containers.
 const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
@@ -96,8 +114,7 @@ pub fn run() -> ! {
 
 /// Serves a host on its port 1024 until it closes the connection. `exe` is the path of this binary.
 pub fn serve(host: Host, exe: &str, began_ns: u64, owns_machine: bool) -> Result<(), InitError> {
-    // SAFETY: SIG_IGN is no handler of ours; a closed stream is an error of write(2) to the agent, not its end.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    linux::process::ignore_broken_pipes();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -124,8 +141,7 @@ pub fn serve(host: Host, exe: &str, began_ns: u64, owns_machine: bool) -> Result
 }
 
 fn prepare() -> Result<(), InitError> {
-    // SAFETY: sets a number of this process.
-    unsafe { libc::umask(0o022) };
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     cover_root()?;
     for (kind, target, flags, options) in MOUNTS {
         if !Path::new(target).is_dir() {
@@ -139,10 +155,16 @@ fn prepare() -> Result<(), InitError> {
         .map_err(tried("make the root read-only"))?;
     standard_streams()?;
     device_links()?;
+    for (name, value) in LIKE_A_HOST {
+        std::fs::write(name, value).map_err(tried(format!("write {value} to {name}")))?;
+    }
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_NOFILE, MAX_NOFILE)
         .map_err(tried("raise the limit of open files"))?;
     delegate_controllers()?;
-    sys::loopback_up().map_err(tried("bring lo up"))?;
+    linux::netlink::bring_up(LO).map_err(|refusal| InitError {
+        what: "bring lo up".to_owned(),
+        source: io::Error::other(refusal),
+    })?;
     machine::set_hostname("localhost").map_err(|error| InitError {
         what: "set the host name".to_owned(),
         source: io::Error::other(error),
@@ -183,15 +205,9 @@ fn standard_streams() -> Result<(), InitError> {
         .write(true)
         .open("/dev/null")
         .map_err(tried("open /dev/null"))?;
-    for target in 0..=2 {
-        // SAFETY: dup2 onto the standard streams, which no object of this process owns. Where `null` itself is one of
-        // them, it stays open for good.
-        if unsafe { libc::dup2(null.as_raw_fd(), target) } < 0 {
-            return Err(tried("open the standard streams")(
-                io::Error::last_os_error(),
-            ));
-        }
-    }
+    linux::descriptor::as_standard_streams(null.as_fd())
+        .map_err(tried("open the standard streams"))?;
+    // It is one of them itself, and stays open for good.
     if null.as_raw_fd() <= 2 {
         std::mem::forget(null);
     }

@@ -9,9 +9,13 @@
 //! ```
 //!
 //! One thread runs everything: the stages that need a process of their own run in [`stage`].
+#![deny(unsafe_code)] // what it needs of Linux is in `linux`; each exception says why
 
+#[allow(unsafe_code)] // port I/O
 pub mod announce;
+#[allow(unsafe_code)] // bpf(2) and its ring of memory
 mod bpf;
+#[allow(unsafe_code)] // port I/O
 mod clock;
 mod container;
 mod error;
@@ -28,8 +32,8 @@ mod share;
 mod sockets;
 pub mod stage;
 mod stdio;
+#[allow(unsafe_code)] // Tokio's registration of a descriptor
 mod stream;
-mod sys;
 mod volume;
 
 pub use log::install_panic_hook;

@@ -117,8 +117,8 @@ fn json(level: &str, message: &str) -> String {
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         to_kernel(0, &format!("{panic}"));
-        // SAFETY: _exit has no precondition. Nothing may run after a panic, destructors and other threads least of all.
-        unsafe { libc::_exit(134) }
+        // Nothing may run after a panic, destructors and other threads least of all.
+        linux::process::exit_now(134)
     }));
 }
 

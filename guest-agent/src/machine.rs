@@ -3,8 +3,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use linux::process::collect_any;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::announce::{Announcement, announce};
 use crate::clock;
@@ -140,8 +143,8 @@ fn sysctl_path(name: &str) -> Option<PathBuf> {
 
 /// Ends the machine: kills everything, writes everything back, unmounts, tells the VMM and stops. Only for PID 1.
 pub fn power_off() -> ! {
-    // SAFETY: as PID 1, -1 names every process but this one.
-    unsafe { libc::kill(-1, libc::SIGKILL) };
+    // As PID 1, -1 names every process but this one. None is no failure.
+    let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     wait_for_all();
     nix::unistd::sync();
     unmount_all();
@@ -157,12 +160,11 @@ pub fn power_off() -> ! {
 fn wait_for_all() {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
     loop {
-        // SAFETY: a null status is allowed.
-        match unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } {
-            0 if std::time::Instant::now() < deadline => {
+        match collect_any() {
+            Ok(None) if std::time::Instant::now() < deadline => {
                 std::thread::sleep(std::time::Duration::from_millis(1))
             }
-            pid if pid > 0 => {}
+            Ok(Some(_)) => {}
             _ => return,
         }
     }

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use linux::process::{Death, collect_any};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -59,27 +60,15 @@ impl Reaper {
 
     fn reap(&self) {
         loop {
-            let mut raw = 0;
-            // SAFETY: writes one int that outlives the call. nix's waitpid fails for real-time signals.
-            let pid = unsafe { libc::waitpid(-1, &raw mut raw, libc::WNOHANG) };
-            if pid < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            if pid <= 0 {
+            let Ok(Some((pid, death))) = collect_any() else {
                 return;
-            }
+            };
             let Some(sender) = self.lock().remove(&pid) else {
                 continue;
             };
-            let signal = if libc::WIFSIGNALED(raw) {
-                libc::WTERMSIG(raw) as u32
-            } else {
-                0
-            };
-            let status = if signal != 0 {
-                128 + signal
-            } else {
-                libc::WEXITSTATUS(raw) as u32
+            let (status, signal) = match death {
+                Death::Code(code) => (code as u32, 0),
+                Death::Signal(signal) => (128 + signal as u32, signal as u32),
             };
             // Whoever asked may have given up.
             let _ = sender.send(Exit {

@@ -30,10 +30,21 @@ fn empty<T>(result: Result<T, ttrpc::Error>) -> ttrpc::Result<agent::Empty> {
     result.map(|_| agent::Empty::new())
 }
 
-fn created(pid: u32) -> agent::CreateProcessResponse {
-    agent::CreateProcessResponse {
-        pid,
-        ..Default::default()
+fn created(made: Result<u32, Error>) -> Result<agent::CreateProcessResponse, Error> {
+    match made {
+        Ok(pid) => Ok(agent::CreateProcessResponse {
+            pid,
+            ..Default::default()
+        }),
+        Err(error) => {
+            error
+                .into_program_problem()
+                .map(|(problem, reason)| agent::CreateProcessResponse {
+                    problem: problem.into(),
+                    reason,
+                    ..Default::default()
+                })
+        }
     }
 }
 
@@ -54,9 +65,7 @@ impl agent_ttrpc::Agent for Service {
         request: agent::CreateContainerRequest,
     ) -> ttrpc::Result<agent::CreateProcessResponse> {
         let sandbox = Arc::clone(&self.0);
-        to_the_end(async move { sandbox.create_container(request).await })
-            .await
-            .map(created)
+        to_the_end(async move { created(sandbox.create_container(request).await) }).await
     }
 
     async fn create_exec(
@@ -65,9 +74,7 @@ impl agent_ttrpc::Agent for Service {
         request: agent::CreateExecRequest,
     ) -> ttrpc::Result<agent::CreateProcessResponse> {
         let sandbox = Arc::clone(&self.0);
-        to_the_end(async move { sandbox.create_exec(request).await })
-            .await
-            .map(created)
+        to_the_end(async move { created(sandbox.create_exec(request).await) }).await
     }
 
     async fn start_process(
@@ -82,7 +89,13 @@ impl agent_ttrpc::Agent for Service {
                     pid,
                     ..Default::default()
                 }),
-                Err(error) => error.into_program_problem(),
+                Err(error) => error.into_program_problem().map(|(problem, reason)| {
+                    agent::StartProcessResponse {
+                        problem: problem.into(),
+                        reason,
+                        ..Default::default()
+                    }
+                }),
             }
         });
         started.await

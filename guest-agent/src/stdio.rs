@@ -15,13 +15,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
 use bulkhead_agent_protocol::agent;
+use linux::descriptor::unread;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 
 use crate::stream::{Host, Stream};
-use crate::sys;
 
 /// Size of the buffer between two descriptors, and of the pipes, in bytes. Above 64 KiB the pipe's own copying dominates.
 const BUFFER: usize = 64 << 10;
@@ -151,7 +151,7 @@ impl Output {
     pub fn written(&self) -> u64 {
         let waiting = self.source.upgrade().map_or(0, |stream| {
             // A pipe and a terminal have no reason to refuse.
-            sys::unread(stream.as_fd()).unwrap_or(0)
+            unread(stream.as_fd()).unwrap_or(0)
         });
         self.taken.load(Relaxed) + u64::from(waiting)
     }

@@ -1,10 +1,16 @@
 //! The pod's cgroup on the host, cgroup v2 only.
 //!
-//! Every process of a pod starts inside it (`CLONE_INTO_CGROUP`), so that its memory is accounted from its first instruction
-//! and one write to `cgroup.kill` reaches all of it.
+//! ```text
+//! <pod>              ceilings of memory and processors, block I/O limits
+//!   ├── machine      VMM, fs process, stub: no device opens, so many processes and threads, so much memory
+//!   └── shim         the shim, hooks, loggers
+//! ```
 //!
-//! Where: `linux.cgroupsPath` of config.json when given, absolute from the cgroup root (OCI config-linux.md#cgroups-path), a
-//! relative one beneath `/bulkhead`; else `/bulkhead/NAMESPACE/SANDBOX`. The last component must not exist yet.
+//! The machine's processes start inside (`CLONE_INTO_CGROUP`), so that their memory is accounted
+//! from their first instruction and one write to `cgroup.kill` reaches all of them. The shim comes
+//! and goes ([`stay`]).
+//!
+//! The last component of its path ([`place()`]) must not exist yet.
 //!
 //! Parents that are missing on the way are made, and marked as ours by an extended attribute. Whoever removes a pod's cgroup removes
 //! the marked ones above it that are empty then, whoever made them: so the last pod takes them with it, in whatever order pods end.
@@ -17,7 +23,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -29,6 +35,12 @@ use crate::{
     sys::device_filter,
 };
 
+mod place;
+pub(crate) mod stay;
+
+pub use place::place;
+pub use stay::of_process;
+
 /// Where cgroup v2 is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// How often a parent may vanish under our hands before that is an error.
@@ -36,6 +48,12 @@ const RACES: usize = 1000;
 /// The mark of a parent that a pod has made; its value means nothing.
 const MARK: &CStr = c"trusted.bulkhead.parent";
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The group of the machine's processes.
+const MACHINE: &str = "machine";
+/// The group of a shim.
+const SHIM: &str = "shim";
+/// Bytes that a shim, its hooks and loggers may have beside the machine.
+const SHIM_ROOM: u64 = 64 << 20;
 
 /// Why there is no cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -72,9 +90,20 @@ pub enum Error {
 
 /// How many processes the kernel has killed for memory in the cgroup at `path`.
 pub fn oom_kills(path: &Path) -> io::Result<u64> {
-    let text = fs::read_to_string(path.join("memory.events"))?;
+    event(&path.join("memory.events"), "oom_kill")
+}
+
+/// How often `pids.max` has refused a process or a thread to the machine of the pod whose cgroup is
+/// at `path`.
+pub fn refused_forks(path: &Path) -> io::Result<u64> {
+    event(&path.join(MACHINE).join("pids.events"), "max")
+}
+
+/// A count of a file of `NAME COUNT` lines.
+fn event(file: &Path, name: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(file)?;
     let mut words = text.lines().filter_map(|line| line.split_once(' '));
-    let found = words.find(|(name, _)| *name == "oom_kill");
+    let found = words.find(|(found, _)| *found == name);
     Ok(found.and_then(|(_, count)| count.parse().ok()).unwrap_or(0))
 }
 
@@ -86,79 +115,33 @@ pub fn require_v2() -> Result<(), Error> {
     }
 }
 
-/// The directory for a pod (see the module's text).
-pub fn place(
-    cgroups_path: Option<&Path>,
-    namespace: &str,
-    sandbox: &str,
-) -> Result<PathBuf, Error> {
-    let own = Path::new(ROOT).join("bulkhead");
-    let Some(path) = cgroups_path.filter(|path| !path.as_os_str().is_empty()) else {
-        return Ok(own.join(namespace).join(sandbox));
-    };
-    let text = path.to_string_lossy();
-    if !path.is_absolute() && text.matches(':').count() == 2 {
-        let place =
-            systemd_place(&text).ok_or_else(|| Error::Systemd(text.clone().into_owned()))?;
-        return Ok(Path::new(ROOT).join(place));
-    }
-    let plain = |part: &Component<'_>| matches!(part, Component::Normal(_) | Component::RootDir);
-    if !path.components().all(|part| plain(&part)) || path == Path::new("/") {
-        return Err(Error::Path(path.into()));
-    }
-    Ok(match path.strip_prefix("/") {
-        Ok(absolute) => Path::new(ROOT).join(absolute),
-        Err(_) => own.join(path),
-    })
-}
-
-/// `slice:prefix:name`, which kubelets with systemd's driver write: the scope PREFIX-NAME.scope in the slice, where a dash in a
-/// slice's name is a level (systemd.slice(5)). The slice is there; its scope is made by us, without systemd.
-fn systemd_place(text: &str) -> Option<PathBuf> {
-    let mut parts = text.splitn(3, ':');
-    let (slice, prefix, name) = (parts.next()?, parts.next()?, parts.next()?);
-    let plain = |word: &str| !word.contains('/') && !word.starts_with('.');
-    if name.is_empty() || ![slice, prefix, name].into_iter().all(plain) {
-        return None;
-    }
-    let mut place = PathBuf::new();
-    match slice {
-        "" => place.push("system.slice"),
-        "-.slice" => {}
-        slice => {
-            let stem = slice.strip_suffix(".slice")?;
-            if stem.split('-').any(str::is_empty) {
-                return None;
-            }
-            let ends = stem.match_indices('-').map(|(index, _)| index);
-            for end in ends.chain([stem.len()]) {
-                place.push(format!("{}.slice", &stem[..end]));
-            }
-        }
-    }
-    place.push(match prefix {
-        "" => format!("{name}.scope"),
-        prefix => format!("{prefix}-{name}.scope"),
-    });
-    Some(place)
-}
-
 /// A pod's cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    directory: OwnedFd,
+    machine: OwnedFd,
+    shim: Option<PathBuf>,
 }
 
 impl Cgroup {
     /// Makes it, with every controller that its parents can give, and writes it into the ledger.
-    pub fn create(ledger: &mut Ledger, path: &Path) -> Result<Cgroup, Error> {
+    /// `home` is where the shim is that is to come in ([`Cgroup::shim`]); `None`: nobody is.
+    pub fn create(
+        ledger: &mut Ledger,
+        path: &Path,
+        home: Option<PathBuf>,
+    ) -> Result<Cgroup, Error> {
         require_v2()?;
-        Cgroup::create_in(ledger, Path::new(ROOT), path)
+        Cgroup::create_in(ledger, Path::new(ROOT), path, home)
     }
 
     /// The same beneath another mount of cgroup v2.
-    fn create_in(ledger: &mut Ledger, root: &Path, path: &Path) -> Result<Cgroup, Error> {
+    fn create_in(
+        ledger: &mut Ledger,
+        root: &Path,
+        path: &Path,
+        home: Option<PathBuf>,
+    ) -> Result<Cgroup, Error> {
         let relative = path
             .strip_prefix(root)
             .map_err(|_| Error::Path(path.into()))?;
@@ -173,14 +156,25 @@ impl Cgroup {
         }
         // Now that there is a cgroup beneath them no parent can go, or be a new one that lacks what was handed down to the old one.
         ancestors(root, relative).for_each(|parent| enable_controllers(&parent));
-        let directory = File::open(path).map_err(|source| Error::Io {
+        // The replay gives back the newest first: the machine is killed, the shim leaves, the pod's
+        // goes.
+        let shim = home
+            .map(|home| make_shims(ledger, path, home))
+            .transpose()?;
+        let machine = path.join(MACHINE);
+        make(ledger, &machine, false)?;
+        for controller in ["memory", "pids"] {
+            hand_down(controller, path);
+        }
+        let opened = File::open(&machine).map_err(|source| Error::Io {
             action: "open",
-            path: path.into(),
+            path: machine,
             source,
         })?;
         Ok(Cgroup {
             path: path.into(),
-            directory: directory.into(),
+            machine: opened.into(),
+            shim,
         })
     }
 
@@ -189,14 +183,21 @@ impl Cgroup {
         &self.path
     }
 
-    /// For `CLONE_INTO_CGROUP`.
+    /// For `CLONE_INTO_CGROUP`: the group of the machine's processes.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
+        self.machine.as_fd()
     }
 
-    /// Bounds what a process of the pod can do to the host that fell to its guest: no device node opens, and there are no more
-    /// than `tasks` processes and threads.
-    pub fn contain(&self, tasks: u64) -> Result<(), Error> {
+    /// Where the shim belongs ([`stay::enter`]), if it is to come in.
+    pub fn shim(&self) -> Option<&Path> {
+        self.shim.as_deref()
+    }
+
+    /// Bounds what a process of the pod can do to the host that fell to its guest: no device node
+    /// opens, and there are no more than `tasks` processes and threads, and `memory` bytes. Where
+    /// the machine has come to that, the kernel looks for somebody to kill in its group alone, so
+    /// that the shim stays to tell of it.
+    pub fn contain(&self, tasks: u64, memory: u64) -> Result<(), Error> {
         let failed = |action| {
             move |source| Error::Io {
                 action,
@@ -206,14 +207,28 @@ impl Cgroup {
         };
         device_filter::allow_only_null(self.as_fd())
             .map_err(failed("forbid devices (CONFIG_CGROUP_BPF) in"))?;
-        match self.write("pids.max", &tasks.to_string()) {
-            // The parents were not given the controller.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                tracing::warn!(cgroup = %self.path.display(), "no pids controller: the pod's processes are not counted");
-                Ok(())
+        for (file, value, action) in [
+            ("machine/pids.max", tasks, "set pids.max of"),
+            (
+                "machine/memory.max",
+                memory,
+                "set memory.max of the machine in",
+            ),
+            (
+                "memory.max",
+                memory.saturating_add(SHIM_ROOM),
+                "set memory.max of",
+            ),
+        ] {
+            match self.write(file, &value.to_string()) {
+                // The parents were not given the controller.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    tracing::warn!(cgroup = %self.path.display(), file, "no such controller: the pod is not bounded by it");
+                }
+                other => other.map_err(failed(action))?,
             }
-            other => other.map_err(failed("set pids.max of")),
         }
+        Ok(())
     }
 
     /// Writes one control file.
@@ -253,6 +268,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Marks a parent as one that a pod has made. Where it cannot be marked, it goes with the pod that has made it or not at all.
+#[allow(unsafe_code)] // setxattr(2)
 fn mark(path: &Path) {
     let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
         return;
@@ -266,6 +282,7 @@ fn mark(path: &Path) {
     }
 }
 
+#[allow(unsafe_code)] // getxattr(2)
 fn is_marked(path: &Path) -> bool {
     let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
         return false;
@@ -303,6 +320,21 @@ fn make(ledger: &mut Ledger, path: &Path, shared: bool) -> Result<(), Error> {
     }
 }
 
+/// Makes the group of a shim that comes from `home`.
+fn make_shims(ledger: &mut Ledger, pod: &Path, home: PathBuf) -> Result<PathBuf, Error> {
+    let path = pod.join(SHIM);
+    ledger.take(Resource::ShimCgroup {
+        path: path.clone(),
+        home,
+    })?;
+    fs::create_dir(&path).map_err(|source| Error::Io {
+        action: "make",
+        path: path.clone(),
+        source,
+    })?;
+    Ok(path)
+}
+
 /// Hands the controllers down. A parent that holds processes of its own, or was not given a controller, cannot: then the
 /// pod lacks that controller, and a limit that needs it fails by name when it is set.
 fn enable_controllers(path: &Path) {
@@ -317,12 +349,14 @@ fn enable_controllers(path: &Path) {
         {
             continue;
         }
-        if let Err(error) = write(
-            &path.join("cgroup.subtree_control"),
-            &format!("+{controller}"),
-        ) {
-            tracing::debug!(%controller, path = %path.display(), %error, "controller not handed down");
-        }
+        hand_down(controller, path);
+    }
+}
+
+fn hand_down(controller: &str, path: &Path) {
+    let control = path.join("cgroup.subtree_control");
+    if let Err(error) = write(&control, &format!("+{controller}")) {
+        tracing::debug!(%controller, path = %path.display(), %error, "controller not handed down");
     }
 }
 
@@ -371,6 +405,9 @@ fn remove_empty(path: &Path) -> io::Result<bool> {
 }
 
 fn remove_own(path: &Path) -> io::Result<()> {
+    if stay::is_inside(path) {
+        return Err(io::Error::other("this process itself is in it"));
+    }
     match write(&path.join("cgroup.kill"), "1") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         other => other?,
@@ -448,7 +485,7 @@ mod tests {
         fn pod(&self, state: &Path, id: &str, parents: &str) -> (Ledger, Cgroup) {
             let mut ledger = Ledger::create(state, "n", id).unwrap();
             let path = self.0.join(parents).join(id);
-            let cgroup = Cgroup::create_in(&mut ledger, &self.0, &path).unwrap();
+            let cgroup = Cgroup::create_in(&mut ledger, &self.0, &path, None).unwrap();
             (ledger, cgroup)
         }
 
@@ -485,6 +522,43 @@ mod tests {
             }
             assert!(!place.0.join("x").exists(), "pod {first} ended first");
         }
+    }
+
+    #[test]
+    fn a_shim_comes_in_and_goes_home_before_the_pod_is_killed() {
+        let Some(place) = Place::new("shim") else {
+            return;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().canonicalize().unwrap().join("state");
+        let home = place.0.join("home");
+        fs::create_dir(&home).unwrap();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let mut ledger = Ledger::create(&state, "n", "a").unwrap();
+        let path = place.0.join("a");
+        let cgroup = Cgroup::create_in(&mut ledger, &place.0, &path, Some(home.clone())).unwrap();
+        stay::enter(cgroup.shim().unwrap()).unwrap();
+        // One that it starts then is beside it.
+        let mut hook = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let inside = |group: &Path| {
+            let text = fs::read_to_string(group.join("cgroup.procs")).unwrap();
+            [std::process::id(), hook.id()]
+                .map(|pid| text.lines().any(|line| line == pid.to_string()))
+        };
+        assert_eq!(inside(cgroup.shim().unwrap()), [true, true]);
+        let left = ledger.teardown();
+        assert!(left.is_empty(), "{left:?}");
+        assert!(!path.exists());
+        assert_eq!(inside(&home), [true, true], "nobody was killed");
+        hook.kill().unwrap();
+        hook.wait().unwrap();
+        // Where this process was before.
+        let relative = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let before = place.0.parent().unwrap().join(relative.unwrap());
+        stay::leave(&home, &before).unwrap();
     }
 
     #[test]
@@ -543,40 +617,5 @@ mod tests {
             }
         });
         assert!(!place.0.join("x").exists());
-    }
-
-    #[test]
-    fn the_place_follows_cgroups_path() {
-        let place = |path: &str| place(Some(Path::new(path)), "default", "a");
-        assert_eq!(
-            super::place(None, "default", "a").unwrap(),
-            Path::new("/sys/fs/cgroup/bulkhead/default/a")
-        );
-        assert_eq!(
-            place("").unwrap(),
-            Path::new("/sys/fs/cgroup/bulkhead/default/a")
-        );
-        assert_eq!(place("/x/y").unwrap(), Path::new("/sys/fs/cgroup/x/y"));
-        assert_eq!(place("x").unwrap(), Path::new("/sys/fs/cgroup/bulkhead/x"));
-        assert_eq!(
-            place("kubepods-burstable-pod1.slice:cri-containerd:a").unwrap(),
-            Path::new(
-                "/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-a.scope"
-            )
-        );
-        assert_eq!(
-            place(":run:a").unwrap(),
-            Path::new("/sys/fs/cgroup/system.slice/run-a.scope")
-        );
-        for bad in [
-            "user:run:a",
-            "a--b.slice:run:a",
-            "a.slice:run:../x",
-            "a.slice:run:",
-        ] {
-            assert!(matches!(place(bad), Err(Error::Systemd(_))), "{bad}");
-        }
-        assert!(matches!(place("/x/../../etc"), Err(Error::Path(_))));
-        assert!(matches!(place("/"), Err(Error::Path(_))));
     }
 }

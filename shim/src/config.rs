@@ -1,11 +1,14 @@
-//! `/etc/bulkhead/config.toml`: what the operator decides. Every key has a default, an unknown key is an error.
+//! `/etc/bulkhead/config.toml`: what the operator decides. Every key has a default, an unknown key
+//! is an error.
 
 use std::{
     fs, io,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use bulkhead_vmm_config::Layer;
 use serde::Deserialize;
 
 /// Read when no other file is named.
@@ -52,7 +55,8 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where `bulkhead-vmm`, `vmlinux` and `initramfs` are. Default: `../libexec/bulkhead` from this program.
+    /// Where `bulkhead-vmm`, `vmlinux` and `initramfs` are. Default: `../libexec/bulkhead` from
+    /// this program.
     pub libexec_dir: Option<PathBuf>,
     /// Another guest kernel than `LIBEXEC/vmlinux`.
     pub kernel: Option<PathBuf>,
@@ -66,6 +70,14 @@ pub struct Config {
     pub memory_mib: u64,
     /// vCPUs when nobody asks for another number.
     pub vcpus: u32,
+    /// Most vCPUs that a pod may ask for; 0: as many as the host has processors.
+    pub max_vcpus: u32,
+    /// Most memory of a machine that a pod may ask for, in MiB; 0: what the host has.
+    pub max_memory_mib: u64,
+    /// What a machine has of memory beside the limits of its containers, in MiB.
+    pub overhead_mib: u64,
+    /// What a pod may take of the host's memory beside its machine's, in MiB.
+    pub host_overhead_mib: u64,
     /// How long a guest may take until its agent answers, in seconds.
     pub boot_timeout_secs: u64,
     /// First of the uids (and gids) that VMMs run as, one a pod.
@@ -74,12 +86,32 @@ pub struct Config {
     pub uid_count: u32,
     /// Words appended to the guest kernel's command line.
     pub kernel_arguments: Vec<String>,
-    /// Whether pods may connect to sockets of the host's servers that they bind: a way out of their machines.
+    /// Whether pods may connect to sockets of the host's servers that they bind: a way out of their
+    /// machines.
     pub host_sockets: bool,
+    /// Layers of the jails without which pods start on a host whose kernel lacks them.
+    pub accept_missing: Vec<Layer>,
     /// The file share.
     pub share: Share,
     /// Network interfaces.
     pub network: Network,
+    /// The audit log.
+    pub audit: Audit,
+    /// Where it was read, where that is not the default.
+    #[serde(skip)]
+    pub named: Option<PathBuf>,
+}
+
+/// Keys of the `[audit]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// The file of all pods of this node; empty: none is kept.
+    pub path: PathBuf,
+    /// How long it may become before the next one is begun, in bytes.
+    pub max_bytes: u64,
+    /// How many older ones are kept beside it, as `PATH.1` (the newest) and so on.
+    pub keep: u32,
 }
 
 /// Keys of the `[share]` table.
@@ -90,7 +122,8 @@ pub struct Share {
     pub entry_ms: u64,
     /// How long the guest may trust attributes, in milliseconds.
     pub attr_ms: u64,
-    /// Whether the guest keeps a file's data over an open while its size and mtime have not changed.
+    /// Whether the guest keeps a file's data over an open while its size and mtime have not
+    /// changed.
     pub keep_data: bool,
     /// Request queues.
     pub queues: u32,
@@ -154,22 +187,41 @@ impl Default for Config {
             kvm_device: "/dev/kvm".into(),
             memory_mib: 512,
             vcpus: 1,
+            max_vcpus: 0,
+            max_memory_mib: 0,
+            overhead_mib: 64,
+            host_overhead_mib: 64,
             boot_timeout_secs: 60,
-            // Above the ranges that login.defs (to 600,100,000), systemd (to 1,879,048,191) and SSSD for the accounts of a directory
-            // (to 2,000,200,000) hand out, and below 2^31, from which on some programs take a uid for negative.
+            // Above the ranges that login.defs (to 600,100,000), systemd (to 1,879,048,191) and
+            // SSSD for the accounts of a directory (to 2,000,200,000) hand out, and below 2^31,
+            // from which on some programs take a uid for negative.
             uid_base: 2_130_000_000,
             uid_count: 65_536,
             kernel_arguments: Vec::new(),
             host_sockets: false,
+            accept_missing: Vec::new(),
             share: Share::default(),
             network: Network::default(),
+            audit: Audit::default(),
+            named: None,
+        }
+    }
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Audit {
+            path: "/var/log/bulkhead/audit.jsonl".into(),
+            max_bytes: 16 << 20,
+            keep: 4,
         }
     }
 }
 
 impl Default for Share {
     fn default() -> Self {
-        // The pod's own share: the host changes it only through this shim, so a second of trust hides nothing for long.
+        // The pod's own share: the host changes it only through this shim, so a second of trust
+        // hides nothing for long.
         Share {
             entry_ms: 1000,
             attr_ms: 1000,
@@ -198,7 +250,10 @@ impl Config {
                 });
             }
         };
-        Config::parse(path, &text)
+        Ok(Config {
+            named: must_exist.then(|| path.into()),
+            ..Config::parse(path, &text)?
+        })
     }
 
     fn parse(path: &Path, text: &str) -> Result<Config, Error> {
@@ -224,17 +279,19 @@ impl Config {
             ("initramfs", self.initramfs.as_deref()),
             ("state_dir", Some(self.state_dir.as_path())),
             ("kvm_device", Some(self.kvm_device.as_path())),
+            // An empty one is none.
+            (
+                "audit.path",
+                Some(self.audit.path.as_path()).filter(|path| !path.as_os_str().is_empty()),
+            ),
         ];
         for (key, value) in absolute {
             if value.is_some_and(|value| !value.is_absolute()) {
                 return wrong(key, "must be an absolute path".into());
             }
         }
-        if self.memory_mib < MIN_MEMORY_MIB {
-            return wrong("memory_mib", format!("must be at least {MIN_MEMORY_MIB}"));
-        }
-        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
-            return wrong("vcpus", format!("must be 1 to {MAX_VCPUS}"));
+        if let Some((key, reason)) = self.wrong_size() {
+            return wrong(key, reason);
         }
         if self.boot_timeout_secs == 0 {
             return wrong("boot_timeout_secs", "must be at least 1".into());
@@ -249,7 +306,109 @@ impl Config {
         if self.share.queues == 0 {
             return wrong("share.queues", "must be at least 1".into());
         }
+        if self.audit.max_bytes < MIN_AUDIT_BYTES {
+            return wrong(
+                "audit.max_bytes",
+                format!("must be at least {MIN_AUDIT_BYTES}"),
+            );
+        }
+        if !(1..=MAX_AUDIT_FILES).contains(&self.audit.keep) {
+            return wrong("audit.keep", format!("must be 1 to {MAX_AUDIT_FILES}"));
+        }
         Ok(())
+    }
+
+    /// The first key about sizes that cannot work, and why.
+    fn wrong_size(&self) -> Option<(&'static str, String)> {
+        let machine = MIN_MEMORY_MIB..=MAX_MEMORY_MIB;
+        let (vcpus, most_vcpus) = (u64::from(self.vcpus), u64::from(self.most_vcpus()));
+        // Key, value, whether 0 stands for the most, what works.
+        let table = [
+            ("max_memory_mib", self.max_memory_mib, true, machine),
+            (
+                "memory_mib",
+                self.memory_mib,
+                false,
+                MIN_MEMORY_MIB..=self.most_memory_mib(),
+            ),
+            (
+                "max_vcpus",
+                self.max_vcpus.into(),
+                true,
+                1..=MAX_VCPUS.into(),
+            ),
+            ("vcpus", vcpus, false, 1..=most_vcpus),
+            (
+                "overhead_mib",
+                self.overhead_mib,
+                false,
+                0..=MAX_OVERHEAD_MIB,
+            ),
+            (
+                "host_overhead_mib",
+                self.host_overhead_mib,
+                false,
+                MIN_HOST_OVERHEAD_MIB..=MAX_OVERHEAD_MIB,
+            ),
+        ];
+        let works = |value, or_none: bool, range: &RangeInclusive<u64>| {
+            range.contains(&value) || or_none && value == 0
+        };
+        let mut rows = table.into_iter();
+        let (key, _, or_none, range) =
+            rows.find(|(_, value, or_none, range)| !works(*value, *or_none, range))?;
+        let or = if or_none { "0, or " } else { "" };
+        Some((
+            key,
+            format!("must be {or}{} to {}", range.start(), range.end()),
+        ))
+    }
+
+    /// Most MiB of a machine.
+    pub fn most_memory_mib(&self) -> u64 {
+        match self.max_memory_mib {
+            0 => MAX_MEMORY_MIB,
+            most => most,
+        }
+    }
+
+    /// Most vCPUs of a machine, whatever the host has.
+    pub fn most_vcpus(&self) -> u32 {
+        match self.max_vcpus {
+            0 => MAX_VCPUS,
+            most => most,
+        }
+    }
+
+    /// What the operator has chosen that changes how pods are contained, and by what: key and
+    /// value.
+    pub fn switches(&self) -> Vec<(&'static str, String)> {
+        let default = Config::default();
+        let path = |path: &PathBuf| path.display().to_string();
+        let paths = [
+            ("configuration", &self.named),
+            ("libexec_dir", &self.libexec_dir),
+            ("kernel", &self.kernel),
+            ("initramfs", &self.initramfs),
+        ];
+        let mut chosen: Vec<_> = paths
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, path(value.as_ref()?))))
+            .collect();
+        if self.kvm_device != default.kvm_device {
+            chosen.push(("kvm_device", path(&self.kvm_device)));
+        }
+        if !self.kernel_arguments.is_empty() {
+            chosen.push(("kernel_arguments", self.kernel_arguments.join(" ")));
+        }
+        if self.host_sockets {
+            chosen.push(("host_sockets", "true".into()));
+        }
+        if !self.accept_missing.is_empty() {
+            let layers = serde_json::to_string(&self.accept_missing);
+            chosen.push(("accept_missing", layers.expect("made of words")));
+        }
+        chosen
     }
 
     /// [`Config::boot_timeout_secs`] as a duration.
@@ -282,9 +441,20 @@ impl Config {
 }
 
 /// Smallest guest, in MiB (vmm-config).
-pub const MIN_MEMORY_MIB: u64 = 64;
+pub const MIN_MEMORY_MIB: u64 = 48;
+/// Largest guest, in MiB (vmm-config).
+pub const MAX_MEMORY_MIB: u64 = 256 << 10;
 /// Most vCPUs (vmm-config).
 pub const MAX_VCPUS: u32 = 32;
+/// Most overhead that makes sense, in MiB.
+const MAX_OVERHEAD_MIB: u64 = 64 << 10;
+/// What an idle pod takes of the host outside of its machine, and some, in MiB.
+const MIN_HOST_OVERHEAD_MIB: u64 = 16;
+
+/// Smallest file of the audit log, in bytes: several of the longest lines.
+const MIN_AUDIT_BYTES: u64 = 64 << 10;
+/// Most older files of it: each rotation looks at all of them.
+const MAX_AUDIT_FILES: u32 = 100;
 
 /// The files beside this program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -332,7 +502,7 @@ mod tests {
         assert_eq!(parse(example).unwrap(), Config::default());
         let table: toml::Table = toml::from_str(example).unwrap();
         let keys = |name: &str| table[name].as_table().unwrap().len();
-        assert_eq!((keys("share"), keys("network")), (6, 3));
+        assert_eq!((keys("share"), keys("network"), keys("audit")), (6, 3, 3));
         for key in ["libexec_dir", "kernel", "initramfs"] {
             assert!(example.contains(&format!("# {key} = \"/")), "{key}");
         }
@@ -348,7 +518,11 @@ mod tests {
             "a way out of the machine is opened by hand"
         );
         assert!(parse("host_sockets = true").unwrap().host_sockets);
+        let accepting = parse("accept_missing = [\"landlock\"]").unwrap();
+        assert_eq!(accepting.accept_missing, [Layer::Landlock]);
         assert_eq!(config.installed().unwrap().kernel, Path::new("/k"));
+        let silent = parse("[audit]\npath = \"\"\n").unwrap();
+        assert_eq!(silent.audit.path, Path::new(""));
     }
 
     #[test]
@@ -356,6 +530,11 @@ mod tests {
         let error = parse("vcpus = 2\nmemroy_mib = 256\n").unwrap_err();
         assert!(
             error.contains("line 2") && error.contains("`memroy_mib`"),
+            "{error}"
+        );
+        let error = parse("accept_missing = [\"landlok\"]").unwrap_err();
+        assert!(
+            error.contains("line 1") && error.contains("`landlok`"),
             "{error}"
         );
         let error = parse("[share]\nqueue = 2\n").unwrap_err();
@@ -368,7 +547,17 @@ mod tests {
     #[test]
     fn values_that_cannot_work_are_refused() {
         for (text, key) in [
-            ("memory_mib = 63", "memory_mib"),
+            ("memory_mib = 47", "memory_mib"),
+            ("memory_mib = 262145", "memory_mib"),
+            (
+                "memory_mib = 300\nmax_memory_mib = 299",
+                "memory_mib must be 48 to 299",
+            ),
+            ("max_memory_mib = 47", "max_memory_mib must be 0, or 48"),
+            ("max_vcpus = 33", "max_vcpus must be 0, or 1 to 32"),
+            ("vcpus = 3\nmax_vcpus = 2", "vcpus must be 1 to 2"),
+            ("overhead_mib = 65537", "overhead_mib"),
+            ("host_overhead_mib = 15", "host_overhead_mib must be 16"),
             ("vcpus = 33", "vcpus"),
             ("vcpus = 0", "vcpus"),
             ("boot_timeout_secs = 0", "boot_timeout_secs"),
@@ -377,6 +566,10 @@ mod tests {
             ("state_dir = \"run\"", "state_dir"),
             ("vcpus = \"two\"", "line 1"),
             ("memory_mib = -1", "line 1"),
+            ("[audit]\npath = \"audit\"", "audit.path"),
+            ("[audit]\nmax_bytes = 1000", "audit.max_bytes"),
+            ("[audit]\nkeep = 0", "audit.keep"),
+            ("[audit]\nkeep = 101", "audit.keep"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(key), "{text}: {error}");

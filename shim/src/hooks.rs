@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::Path, process::Stdio, time::Duration};
 use serde::Serialize;
 use tokio::{io::AsyncReadExt, io::AsyncWriteExt, process::Command};
 
-use crate::{logs::printable, oci::HostHook};
+use crate::{oci::HostHook, text::printable};
 
 /// Most of a hook's standard error that an error quotes, in bytes.
 const QUOTED: u64 = 1024;

@@ -8,13 +8,17 @@ use std::{
     io,
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     thread,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use linux::retry;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt},
+};
 use tokio::sync::oneshot;
 
 /// Bytes moved at once; also the size to which pipes are grown.
@@ -125,15 +129,6 @@ fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<usize> {
     }
 }
 
-fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
-    loop {
-        match call() {
-            Err(nix::errno::Errno::EINTR) => {}
-            other => return other,
-        }
-    }
-}
-
 /// The stream is non-blocking, and so may be what the caller gave us; which of them was not ready is not told.
 fn wait(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     wait_for(from, PollFlags::POLLIN)?;
@@ -153,20 +148,9 @@ fn is_pipe(fd: BorrowedFd<'_>) -> bool {
 pub fn stream() -> io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair()?;
     for end in [&ours, &theirs] {
-        for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
-            let size = CHUNK as libc::c_int;
-            // SAFETY: the descriptor is open and the option's value is a c_int of the given size. The kernel caps it; a
-            // failure leaves the default, which works too.
-            unsafe {
-                libc::setsockopt(
-                    end.as_raw_fd(),
-                    libc::SOL_SOCKET,
-                    option,
-                    (&raw const size).cast(),
-                    size_of::<libc::c_int>() as libc::socklen_t,
-                );
-            }
-        }
+        // The kernel caps it; a failure leaves the default, which works too.
+        let _ = setsockopt(end, sockopt::SndBuf, &CHUNK);
+        let _ = setsockopt(end, sockopt::RcvBuf, &CHUNK);
     }
     Ok((ours, theirs.into()))
 }

@@ -13,6 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::{
+    audit::{Audit, Event},
+    text::brief,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     net::unix::pipe,
@@ -109,9 +113,10 @@ pub fn pipe() -> io::Result<(OwnedFd, pipe::Receiver)> {
 pub fn follow(
     sandbox: &str,
     source: &'static str,
+    audit: &Audit,
     reader: impl AsyncRead + Send + Unpin + 'static,
 ) -> Tail {
-    let follower = Follower::new(sandbox, source);
+    let follower = Follower::new(sandbox, source, audit);
     let tail = follower.tail.clone();
     tokio::spawn(follower.run(reader));
     tail
@@ -120,6 +125,7 @@ pub fn follow(
 struct Follower {
     sandbox: String,
     source: &'static str,
+    audit: Audit,
     tail: Tail,
     bucket: Bucket,
     second: Instant,
@@ -129,11 +135,12 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(sandbox: &str, source: &'static str) -> Follower {
+    fn new(sandbox: &str, source: &'static str, audit: &Audit) -> Follower {
         let now = Instant::now();
         Follower {
             sandbox: sandbox.into(),
             source,
+            audit: audit.clone(),
             tail: Tail::default(),
             bucket: Bucket::full(BYTES, now),
             second: now,
@@ -187,6 +194,12 @@ impl Follower {
     fn tell_dropped(&mut self) {
         if self.dropped > 0 {
             tracing::warn!(sandbox = %self.sandbox, source = self.source, lines = self.dropped, bytes = self.dropped_bytes, "too many log lines: not all of them are passed on");
+            let detail = format!(
+                "log lines, {} bytes, that were not passed on",
+                self.dropped_bytes
+            );
+            self.audit
+                .tell(Event::limit(self.source, "log", Some(self.dropped), detail));
         }
         (self.dropped, self.dropped_bytes) = (0, 0);
     }
@@ -210,41 +223,8 @@ fn plain(bytes: &[u8]) -> String {
     }
 }
 
-/// Makes control characters visible, and those that change how others are shown or break lines (Unicode's format characters and
-/// separators), so that untrusted text can neither command a terminal nor pass for a line of its own.
-pub fn printable(text: &str) -> String {
-    let hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-    };
-    let mut shown = String::with_capacity(text.len());
-    for c in text.trim_end_matches('\r').chars() {
-        match c {
-            '\t' => shown.push(' '),
-            c if hidden(c) => shown.extend(c.escape_default()),
-            c => shown.push(c),
-        }
-    }
-    shown
-}
-
-/// The same in at most `limit` bytes (at least 64): of a longer one the beginning and the end, which has the cause of an error.
-pub fn brief(text: &str, limit: usize) -> String {
-    const MARK: usize = 32;
-    let whole = printable(text);
-    if whole.len() <= limit {
-        return whole;
-    }
-    let room = limit.saturating_sub(MARK);
-    let head = (0..=room - room / 4)
-        .rev()
-        .find(|at| whole.is_char_boundary(*at));
-    let tail = (whole.len() - room / 4..whole.len()).find(|at| whole.is_char_boundary(*at));
-    let (head, tail) = (head.unwrap_or(0), tail.unwrap_or(whole.len()));
-    let left_out = tail - head;
-    format!("{}[{left_out} bytes]{}", &whole[..head], &whole[tail..])
-}
+#[cfg(test)]
+mod fuzz;
 
 #[cfg(test)]
 mod tests {
@@ -256,7 +236,7 @@ mod tests {
         input.extend(b"first\n\x1b[31mred\r\n");
         input.extend(vec![b'x'; 1 << 20]);
         input.extend(b"\nlast without a newline");
-        let mut follower = Follower::new("s", "test");
+        let mut follower = Follower::new("s", "test", &Audit::default());
         follower.bucket.rate = u64::MAX;
         follower.passed = RATE - 1;
         let tail = follower.tail.clone();
@@ -321,7 +301,7 @@ mod tests {
             }
         }
         let read = Arc::default();
-        let tail = follow("s", "test", Flood(Arc::clone(&read)));
+        let tail = follow("s", "test", &Audit::default(), Flood(Arc::clone(&read)));
         let began = Instant::now();
         tokio::time::sleep(Duration::from_millis(300)).await;
         // The first second's worth at once, then what the time allows.
@@ -329,22 +309,5 @@ mod tests {
         let read = read.load(std::sync::atomic::Ordering::Relaxed);
         assert!((BYTES..=allowed).contains(&read), "{read} of {allowed}");
         assert_eq!(tail.lines()[0], "info: \\u{1b}");
-    }
-
-    #[test]
-    fn untrusted_text_stays_on_its_line_and_in_its_bounds() {
-        let forged =
-            "6.12\n2026-11-29T12:00:00Z ERROR containerd: node compromised\u{2028}x\u{202e}y";
-        let shown = brief(forged, 128);
-        assert!(!shown.contains(['\n', '\u{2028}', '\u{202e}']), "{shown}");
-        let long = format!("beginning {} the cause", "\u{1b}é".repeat(100_000));
-        let shown = brief(&long, 4096);
-        assert!(shown.len() <= 4096 && shown.len() > 4000, "{}", shown.len());
-        assert!(shown.starts_with("beginning ") && shown.ends_with(" the cause"));
-        assert!(shown.contains(" bytes]"), "{shown}");
-        assert_eq!(brief("short\ttext\r", 64), "short text");
-        for limit in 64..80 {
-            assert!(brief(&long, limit).len() <= limit);
-        }
     }
 }

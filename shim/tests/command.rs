@@ -1,4 +1,5 @@
-//! The `bulkhead` command where it fails before there is a machine: one clear line, its exit code, and nothing left behind.
+//! The `bulkhead` command where it fails before there is a machine: one clear line, its exit code,
+//! and nothing left behind.
 
 use std::{
     fs,
@@ -18,9 +19,10 @@ impl Place {
             fs::write(place.path(part), "\x7fELF").unwrap();
         }
         let config = format!(
-            "libexec_dir = {:?}\nstate_dir = {:?}\nkvm_device = \"/dev/null\"\n",
+            "libexec_dir = {:?}\nstate_dir = {:?}\nkvm_device = \"/dev/null\"\n[audit]\npath = {:?}\n",
             place.path(""),
-            place.path("state")
+            place.path("state"),
+            place.path("audit")
         );
         fs::write(place.path("config.toml"), config).unwrap();
         place.bundle(
@@ -82,8 +84,8 @@ fn arguments_that_cannot_work_are_refused() {
     assert!(place.failure(&[".."]).contains("begins with a dot"));
     assert!(
         place
-            .failure(&["--memory", "63", "x"])
-            .contains("at least 64 MiB")
+            .failure(&["--memory", "47", "x"])
+            .contains("at least 48")
     );
     assert!(place.failure(&["--vcpus", "33", "x"]).contains("1 to 32"));
     for option in ["--timeline-json", "--timeline-svg", "--serial"] {
@@ -116,7 +118,8 @@ fn missing_parts_come_with_a_remedy() {
 #[test]
 fn a_machine_that_cannot_start_leaves_nothing() {
     let place = Place::new();
-    // Here it ends at a host without cgroup v2, or without the right to mount, or at a VMM that is no program.
+    // Here it ends at a host without cgroup v2, or without the right to mount, or at a VMM that is
+    // no program.
     let error = place.failure(&["x"]);
     let reasons = ["cgroup v2", "bulkhead-vmm", "mount a tmpfs", "cgroup"];
     assert!(
@@ -138,6 +141,20 @@ fn an_unknown_key_of_the_configuration_stops_everything() {
         text.contains("line 1") && text.contains("`memory`"),
         "{text}"
     );
+}
+
+#[test]
+fn a_configuration_may_come_by_a_descriptor() {
+    let place = Place::new();
+    fs::write(place.path("config.toml"), "memory = 5\n").unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "exec \"$0\" --config /dev/fd/7 gc 7<config.toml"])
+        .arg(env!("CARGO_BIN_EXE_bulkhead"))
+        .current_dir(place.path(""))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("`memory`"), "{text}");
 }
 
 #[test]
@@ -188,8 +205,8 @@ fn check_tells_a_user_who_may_not_open_kvm_how_to_be_let() {
     fs::write(place.path("config.toml"), config).unwrap();
     // The build's directory need not be open to others.
     let program = place.path("bulkhead");
-    // By another process: a test that forks in another thread would keep our descriptor for writing, and the exec find
-    // the file busy.
+    // By another process: a test that forks in another thread would keep our descriptor for
+    // writing, and the exec find the file busy.
     let copied = Command::new("cp")
         .arg(env!("CARGO_BIN_EXE_bulkhead"))
         .arg(&program)
@@ -247,7 +264,7 @@ fn without_a_command_there_is_help() {
 #[test]
 fn a_command_that_there_is_not_is_told_in_one_line_without_a_guess() {
     let place = Place::new();
-    for verb in ["list", "state", "kill", "chek", "créate"] {
+    for verb in ["freeze", "checkpoint", "ru", "chek", "créate"] {
         let output = place.bulkhead(&[verb, "x"]);
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(125), "{text}");

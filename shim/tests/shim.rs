@@ -49,25 +49,34 @@ impl Shim {
             environment,
             &bytes,
         );
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{text}");
-        let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+        Shim::of(place, &output)
+    }
+
+    /// The daemon that a `start` has told of.
+    fn of(place: tempfile::TempDir, started: &Output) -> Shim {
+        let text = String::from_utf8_lossy(&started.stderr);
+        assert!(started.status.success(), "{text}");
+        let result = BootstrapResult::parse_from_bytes(&started.stdout).unwrap();
         let socket = PathBuf::from(result.address.strip_prefix("unix://").unwrap());
         let mut shim = Shim {
             place,
             socket,
             pid: 0,
         };
-        shim.pid = block_on(async {
-            let (_, tasks) = shim.services().await;
+        shim.pid = shim.ask_pid();
+        shim
+    }
+
+    fn ask_pid(&self) -> u32 {
+        block_on(async {
+            let (_, tasks) = self.services().await;
             let request = api::ConnectRequest {
                 id: ID.into(),
                 ..Default::default()
             };
             let connected = tasks.connect(context(), &request).await;
             connected.unwrap().shim_pid
-        });
-        shim
+        })
     }
 
     async fn client(&self) -> Client {
@@ -149,6 +158,59 @@ fn code<T>(answer: ttrpc::Result<T>) -> Code {
         Ok(_) => panic!("it was done"),
         Err(ttrpc::Error::RpcStatus(status)) => status.code(),
         Err(other) => panic!("{other}"),
+    }
+}
+
+/// Whoever starts it may have descriptors open, and a mask, that are not meant for it.
+#[test]
+fn the_daemon_has_nothing_that_it_did_not_choose() {
+    let place = tempfile::tempdir().unwrap();
+    let script = r#"umask 0000; exec 7</etc/passwd 9>&1; exec "$0" "$@""#;
+    let mut params = BootstrapParams {
+        instance_id: ID.into(),
+        namespace: "n".into(),
+        ..Default::default()
+    };
+    params.set_socket_dir(place.path().join("s").to_str().unwrap().into());
+    let mut child = Command::new("/bin/sh")
+        .args(["-c", script, SHIM, "-namespace", "n", "-id", ID, "start"])
+        .current_dir(place.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let bytes = params.write_to_bytes().unwrap();
+    child.stdin.take().unwrap().write_all(&bytes).unwrap();
+    // It ends with `start`: the daemon holds no copy of our pipe.
+    let output = child.wait_with_output().unwrap();
+    let shim = Shim::of(place, &output);
+    let status = fs::read_to_string(format!("/proc/{}/status", shim.pid)).unwrap();
+    let line = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name));
+        line.unwrap().split_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_eq!(line("Umask:"), "0022");
+    let set = |name: &str| u64::from_str_radix(&line(name), 16).unwrap();
+    assert_eq!((set("CapInh:"), set("CapAmb:")), (0, 0));
+    assert_eq!(set("CapEff:"), set("CapPrm:"));
+    // CAP_NET_RAW, CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_BPF.
+    for number in [13, 16, 17, 22, 25, 39] {
+        assert_eq!(set("CapEff:") & 1 << number, 0, "{number}");
+    }
+    for entry in fs::read_dir(format!("/proc/{}/fd", shim.pid)).unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(target) = fs::read_link(&path) else {
+            continue;
+        };
+        let target = target.to_str().unwrap();
+        assert!(
+            target == "/dev/null"
+                || ["socket:", "anon_inode:"]
+                    .iter()
+                    .any(|kind| target.starts_with(kind)),
+            "{}: {target}",
+            path.display()
+        );
     }
 }
 

@@ -114,6 +114,114 @@ fn what_cannot_be_honoured_is_refused_by_name() {
     );
 }
 
+/// The table of operations.md, field by field.
+#[test]
+fn limits_that_cannot_be_are_refused_by_field() {
+    for (resources, words) in [
+        (json!({"memory": {"limit": -5}}), ["memory.limit", "-5"]),
+        (
+            json!({"memory": {"reservation": -2}}),
+            ["memory.reservation", "-2"],
+        ),
+        (
+            json!({"memory": {"swap": 4096}}),
+            ["memory.swap", "memory.limit"],
+        ),
+        (
+            json!({"memory": {"kernel": 4096}}),
+            ["memory.kernel", "cgroup v2"],
+        ),
+        (
+            json!({"memory": {"kernelTCP": 4096}}),
+            ["memory.kernelTCP", "cgroup v2"],
+        ),
+        (
+            json!({"memory": {"swappiness": 60}}),
+            ["memory.swappiness", "cgroup v2"],
+        ),
+        (
+            json!({"memory": {"disableOOMKiller": true}}),
+            ["disableOOMKiller", "cgroup v2"],
+        ),
+        (
+            json!({"memory": {"useHierarchy": false}}),
+            ["useHierarchy", "cgroup v2"],
+        ),
+        (json!({"cpu": {"quota": 10}}), ["cpu.quota", "1000"]),
+        (
+            json!({"cpu": {"period": 10_000_000}}),
+            ["cpu.period", "1000000"],
+        ),
+        (json!({"cpu": {"idle": 7}}), ["cpu.idle", "0 or 1"]),
+        (
+            json!({"cpu": {"realtimeRuntime": 7}}),
+            ["realtimeRuntime", "cgroup v2"],
+        ),
+        (
+            json!({"cpu": {"quota": 5000, "burst": 6000}}),
+            ["cpu.burst", "5000"],
+        ),
+        (
+            json!({"cpu": {"cpus": "0-999"}}),
+            ["cpu.cpus", "which this host does not have"],
+        ),
+        (json!({"cpu": {"cpus": "zero"}}), ["cpu.cpus", "zero"]),
+        (json!({"cpu": {"mems": "1"}}), ["mems", "1"]),
+        (json!({"pids": {"limit": -9}}), ["pids.limit", "-9"]),
+        (
+            json!({"blockIO": {"weight": 5}}),
+            ["blockIO.weight", "10 to 1000"],
+        ),
+        (
+            json!({"blockIO": {"leafWeight": 50}}),
+            ["blockIO.leafWeight", "cgroup v2"],
+        ),
+        (
+            json!({"blockIO": {"throttleWriteBpsDevice": [{"major": 511, "minor": 7, "rate": 1}]}}),
+            ["io.max", "511:7"],
+        ),
+        (
+            json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 4096}]}),
+            ["hugepageLimits", "3MB"],
+        ),
+        (
+            json!({"hugepageLimits": [{"pageSize": "two", "limit": 4096}]}),
+            ["hugepageLimits", "two"],
+        ),
+        (
+            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 1_i64 << 50}]}),
+            ["hugepageLimits", "more memory"],
+        ),
+        (json!({"network": {"classID": 5}}), ["network", "cgroup v2"]),
+        (
+            json!({"rdma": {"mlx5_0": {"hcaHandles": 3}}}),
+            ["rdma", "no RDMA device"],
+        ),
+        (
+            json!({"unified": {"nothing.max": "1"}}),
+            ["unified", "no controller \"nothing\""],
+        ),
+        (
+            json!({"unified": {"memory.nothing": "1"}}),
+            ["unified", "memory.nothing"],
+        ),
+        (
+            json!({"unified": {"memory.max": "lots"}}),
+            ["unified", "memory.max to \"lots\""],
+        ),
+        (
+            json!({"unified": {"cgroup.kill": "1"}}),
+            ["unified", "cgroup.kill"],
+        ),
+        (
+            json!({"unified": {"../memory.max": "1"}}),
+            ["unified", "../memory.max"],
+        ),
+    ] {
+        refused_config(|config| config["linux"]["resources"] = resources, &words);
+    }
+}
+
 #[test]
 fn a_command_that_is_not_there_is_named() {
     let host = Host::now();
@@ -128,10 +236,51 @@ fn a_command_that_is_not_there_is_named() {
 #[test]
 fn sizes_that_cannot_boot_are_refused() {
     let bundle = || Bundle::busybox().args(&["/bin/true"]);
-    refused_words(bundle(), &["--memory", "32"], &["32", "64"]);
+    refused_words(bundle(), &["--memory", "32"], &["32", "48"]);
+    let small = ["--memory", "50", "--vcpus", "4"];
+    refused_words(bundle(), &small, &["50", "51"]);
     refused_words(bundle(), &["--vcpus", "0"], &["vcpus", "32"]);
     refused_words(bundle(), &["--vcpus", "33"], &["vcpus", "32"]);
     refused_words(bundle(), &["--memory", "999999999"], &["memory"]);
+}
+
+#[test]
+fn limits_that_no_machine_can_have_are_refused_by_their_names() {
+    for (resources, says) in [
+        (json!({"memory": {"limit": -5}}), &["memory.limit", "-5"]),
+        (json!({"cpu": {"quota": -5}}), &["cpu.quota", "-5"]),
+        (json!({"cpu": {"quota": 999}}), &["cpu.quota", "999"]),
+        (
+            json!({"cpu": {"quota": 1_u64 << 60}}),
+            &["cpu.quota", "no machine"],
+        ),
+        (json!({"cpu": {"period": 999}}), &["cpu.period", "999"]),
+        (json!({"cpu": {"cpus": "0-9999"}}), &["cpu.cpus", "0-9999"]),
+        (json!({"cpu": {"cpus": "4000"}}), &["cpu.cpus", "4000"]),
+    ] {
+        let change = |config: &mut Value| config["linux"]["resources"] = resources;
+        refused_config(change, says);
+    }
+    let dir = TempDir::new().expect("a temporary directory");
+    let config = dir.path().join("config.toml");
+    let path = config.to_str().expect("a plain path");
+    let limits = json!({"memory": {"limit": 20 << 20}, "cpu": {"quota": 200_000}});
+    let bundle = Bundle::busybox().edit(|config| config["linux"]["resources"] = limits);
+    bundle.write();
+    let root = bundle.path().to_str().expect("a plain path");
+    for (text, says) in [
+        ("overhead_mib = 0", &["memory.limit", "bytes are needed"]),
+        ("max_vcpus = 1", &["cpu.quota", "max_vcpus"]),
+        (
+            "max_memory_mib = 80\nmemory_mib = 80",
+            &["memory.limit", "max_memory_mib"],
+        ),
+        ("max_memory_mib = 32", &["max_memory_mib", "48"]),
+        ("max_vcpus = 64", &["max_vcpus", "32"]),
+    ] {
+        fs::write(&config, text).expect("writable");
+        refused(&["--config", path, "run", "--bundle", root, "x"], says);
+    }
 }
 
 #[test]

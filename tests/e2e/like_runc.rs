@@ -1,6 +1,8 @@
 //! The same bundle under runc and under Bulkhead: what the process sees of itself is the same.
 
 mod host_sockets;
+#[path = "like_runc/limits.rs"]
+mod limits;
 #[path = "like_runc/mounts.rs"]
 mod mounts;
 
@@ -255,7 +257,8 @@ fn start_hooks_run_in_the_container() {
     same(with(hook), "cat /tmp/hook");
 }
 
-/// Each hook adds its kind, the status that it was told and whether its pid lives; a failing one ends the start.
+/// Each hook adds its kind, the status that it was told and whether its pid lives; a failing one
+/// ends the start.
 #[test]
 fn host_hooks_run_in_order_with_the_state() {
     let log = tempfile::NamedTempFile::new().expect("a temporary file");
@@ -290,7 +293,8 @@ fn host_hooks_run_in_order_with_the_state() {
     assert_eq!(control.text(), "ran", "{control}");
     let (ours, told) = run(Runtime::Bulkhead, false);
     assert_eq!(ours.text(), "ran", "{ours}");
-    // runc 1.1 says "created" to poststart hooks, where runtime.md#lifecycle has the process running by then.
+    // runc 1.1 says "created" to poststart hooks, where runtime.md#lifecycle has the process
+    // running by then.
     let expected = expected.replace("started created", "started running");
     assert_eq!(told, expected);
     assert_eq!(
@@ -304,6 +308,27 @@ fn host_hooks_run_in_order_with_the_state() {
     ours.refused(&["createRuntime", "/bin/sh", "because"]);
     // OCI runtime.md#lifecycle: what was created is destroyed, poststop hooks included.
     assert!(told.starts_with("stopped "), "{told:?}");
+}
+
+/// The shim gives up what it does not use; a hook has it all the same.
+#[test]
+fn a_host_hook_has_the_capabilities_that_it_has_under_runc() {
+    let log = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = log.path().to_str().expect("a plain path");
+    let told = |runtime: Runtime| {
+        std::fs::write(path, "").expect("writable");
+        let script = format!("grep Cap /proc/self/status >> {path}; umask >> {path}");
+        let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"]}]);
+        let hooks = json!({"createRuntime": hook, "poststop": hook});
+        let bundle = Bundle::busybox()
+            .script("echo ran")
+            .edit(|config| config["hooks"] = hooks);
+        assert_eq!(bundle.run_with(runtime, &[]).ok(), "ran");
+        std::fs::read_to_string(path).expect("readable")
+    };
+    let expected = told(Runtime::Runc);
+    assert_eq!(expected.matches("CapEff:").count(), 2, "{expected}");
+    assert_eq!(told(Runtime::Bulkhead), expected);
 }
 
 /// The container is killed, long before its own end.

@@ -1,5 +1,7 @@
 //! `bulkhead run`: what goes in comes out, and the exit status is the container's.
 
+mod system_calls;
+
 use std::fs;
 use std::io::Write;
 use std::process::{ChildStdin, Command};
@@ -213,7 +215,7 @@ fn sigterm_reaches_the_container() {
 
 #[test]
 fn memory_and_vcpus_are_what_was_asked_for() {
-    for (vcpus, memory) in [("1", "64"), ("2", "256"), ("4", "3500")] {
+    for (vcpus, memory) in [("1", "48"), ("4", "64"), ("2", "256"), ("4", "3500")] {
         let bundle =
             Bundle::busybox().script("nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo");
         let ran = bundle.run_with(Runtime::Bulkhead, &["--vcpus", vcpus, "--memory", memory]);
@@ -229,6 +231,36 @@ fn memory_and_vcpus_are_what_was_asked_for() {
             "{seen_memory} MiB of {memory}"
         );
     }
+}
+
+#[test]
+fn memory_and_vcpus_follow_the_limits_where_nothing_was_asked_for() {
+    let bundle = Bundle::busybox()
+        .edit(|config| {
+            config["linux"]["resources"] = json!({
+                "memory": {"limit": 100 << 20}, "cpu": {"cpus": "0", "quota": 50_000},
+            });
+        })
+        .script(
+            "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; \
+             grep Cpus_allowed_list /proc/self/status | cut -f 2",
+        );
+    let text = bundle.run().ok();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((lines[0], lines[2]), ("1", "0"), "{text}");
+    let mib: u32 = lines[1].parse().expect("a number");
+    assert!((101..100 + 2 + 64).contains(&mib), "{text}");
+    // What is said on the command line counts.
+    let text = bundle
+        .run_with(Runtime::Bulkhead, &["--vcpus", "2", "--memory", "256"])
+        .ok();
+    let mib: u32 = text
+        .lines()
+        .nth(1)
+        .expect("three")
+        .parse()
+        .expect("a number");
+    assert!((200..256).contains(&mib), "{text}");
 }
 
 #[test]

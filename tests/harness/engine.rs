@@ -7,12 +7,12 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread;
 
 use crate::bundle::{busybox_root, debian_root, must};
-use crate::eventually;
 use crate::process::{Ran, Started, sha256};
+use crate::{eventually, failure};
 
 /// How containerd names the runtimes.
 pub const BULKHEAD: &str = "io.containerd.bulkhead.v1";
@@ -20,6 +20,8 @@ pub const BULKHEAD: &str = "io.containerd.bulkhead.v1";
 pub const RUNC: &str = "io.containerd.runc.v2";
 /// The image that [`Engine::get`] imports.
 pub const IMAGE: &str = "docker.io/library/busybox:test";
+
+static ENGINE: OnceLock<Engine> = OnceLock::new();
 
 /// A running containerd.
 pub struct Engine {
@@ -32,7 +34,7 @@ pub struct Engine {
 impl Engine {
     /// The one of this test program; started at the first call, with [`IMAGE`] imported.
     pub fn get() -> &'static Engine {
-        static ENGINE: OnceLock<Engine> = OnceLock::new();
+        failure::watch();
         ENGINE.get_or_init(|| {
             // overlayfs cannot lie on the lab's root, which is one itself: this place is a tmpfs there.
             let root = PathBuf::from(format!("/var/lib/containerd/test-{}", std::process::id()));
@@ -63,6 +65,28 @@ impl Engine {
         })
     }
 
+    /// The one of this test program, if there is one by now.
+    pub(crate) fn started() -> Option<&'static Engine> {
+        ENGINE.get()
+    }
+
+    /// Restarts containerd, which ends the tasks whose shims are gone, and removes the containers,
+    /// for the next test.
+    pub(crate) fn start_afresh(&self) {
+        // It failed in the middle of a restart: nothing here would help.
+        if matches!(self.daemon.try_lock(), Err(TryLockError::WouldBlock)) {
+            return;
+        }
+        self.restart();
+        for namespace in ["default", "k8s.io"] {
+            let words = |words: &[&str]| self.run(&[&["--namespace", namespace], words].concat());
+            for id in words(&["container", "ls", "-q"]).text().lines() {
+                words(&["task", "rm", "--force", id]);
+                words(&["container", "rm", id]);
+            }
+        }
+    }
+
     fn wait_until_it_serves(&self) {
         let serves = || self.run(&["version"]).status == 0;
         eventually("containerd serves", serves, || self.log());
@@ -79,7 +103,8 @@ impl Engine {
     }
 
     fn daemon(&self) -> MutexGuard<'_, Child> {
-        self.daemon.lock().expect("no panic while it is held")
+        // A test that failed meanwhile has left it as good as it was.
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What containerd, and with it the shims, have logged.
@@ -99,6 +124,8 @@ impl Engine {
             Some(programs) => Command::new(programs.join("ctr")),
         };
         command.arg("--address").arg(self.state.join("sock"));
+        // Twenty at once on the lab's one emulated processor need more than the usual 10 s.
+        command.args(["--connect-timeout", "300s"]);
         command.args(words);
         command
     }
@@ -225,8 +252,18 @@ state = {state:?}
         state.join("sock"),
         root.join("cni"),
         runtimes(cri)
-    )
+    ) + TIMEOUTS
 }
+
+/// containerd gives a shim 2 to 5 s for what costs it milliseconds: too little in an emulated lab
+/// on a busy machine.
+const TIMEOUTS: &str = "[timeouts]
+  \"io.containerd.timeout.metrics.shimstats\" = \"60s\"
+  \"io.containerd.timeout.shim.cleanup\" = \"60s\"
+  \"io.containerd.timeout.shim.load\" = \"60s\"
+  \"io.containerd.timeout.shim.shutdown\" = \"60s\"
+  \"io.containerd.timeout.task.state\" = \"60s\"
+";
 
 /// The same for containerd 2, whose plugins have other names.
 fn configuration2(root: &Path, state: &Path, sandboxer: &str) -> String {
@@ -247,7 +284,7 @@ state = {state:?}
         state.join("sock"),
         root.join("cni"),
         runtimes(cri)
-    )
+    ) + TIMEOUTS
 }
 
 /// The runtimes of both; what follows belongs to Bulkhead's.

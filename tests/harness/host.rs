@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use crate::failure;
+
 /// The host's processes, mounts, cgroups, sockets and Bulkhead's directories at one moment.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Host {
@@ -17,6 +19,7 @@ pub struct Host {
 impl Host {
     /// Looks.
     pub fn now() -> Host {
+        failure::watch();
         Host {
             processes: processes(),
             mounts: mounts(),

@@ -8,6 +8,7 @@ mod bundle;
 mod cni;
 pub mod cri;
 mod engine;
+mod failure;
 mod host;
 mod kubelet;
 mod netns;

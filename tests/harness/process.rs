@@ -60,6 +60,19 @@ pub struct Started {
     stdout: Output,
     stderr: Output,
     since: Instant,
+    end: EndOnPanic,
+}
+
+/// Ends a process group when a test fails that has not waited for it: what it left would disturb
+/// the tests after it.
+struct EndOnPanic(Option<Pid>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if let Some(group) = self.0.filter(|_| thread::panicking()) {
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
 }
 
 impl Started {
@@ -80,12 +93,14 @@ impl Started {
             .unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stdout = Output::read(child.stdout.take().expect("piped"));
         let stderr = Output::read(child.stderr.take().expect("piped"));
+        let group = Pid::from_raw(i32::try_from(child.id()).expect("a pid"));
         Started {
             name,
             child,
             stdout,
             stderr,
             since,
+            end: EndOnPanic(Some(group)),
         }
     }
 
@@ -168,7 +183,10 @@ impl Started {
         let mut child = self.child;
         thread::spawn(move || sender.send(child.wait()));
         let status = match ended.recv_timeout(life()) {
-            Ok(status) => status.expect("our own child"),
+            Ok(status) => {
+                self.end.0 = None;
+                status.expect("our own child")
+            }
             Err(_) => {
                 // Its own group, see `spawn`.
                 let _ = killpg(pid, Signal::SIGKILL);

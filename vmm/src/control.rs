@@ -3,21 +3,17 @@
 //! Both roles of the binary find their end as descriptor [`CONTROL_FD`] (the contract is in `bulkhead_vmm_config`). The peer
 //! is the shim, which is trusted; the checks here turn a version mix-up or a bug into a clear error instead of a guess.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use bulkhead_vmm_config::{CONTROL_FD, Fd, MAX_FDS, MAX_PACKET};
+use linux::packet;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockType, getsockopt, recvmsg, sendmsg, sockopt,
-};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-
-/// The kernel's limit of descriptors a packet (`SCM_MAX_FD`): with room for that many, none is ever cut off for want of space.
-const KERNEL_MAX_FDS: usize = 253;
 
 /// What can go wrong on a control socket. All but [`ControlError::Closed`] end the process.
 #[derive(Debug, Error)]
@@ -98,60 +94,32 @@ impl ControlSocket {
     pub fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
         // One byte more than allowed, so that a packet of exactly the limit is told from a longer one.
         let mut bytes = vec![0_u8; MAX_PACKET + 1];
-        let mut space = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
-        let (length, fds) = self.receive_raw(&mut bytes, &mut space)?;
-        if length == 0 {
-            return Err(ControlError::Closed);
-        }
-        if length > MAX_PACKET {
+        let packet = packet::receive(self.as_fd(), &mut bytes, packet::MOST_DESCRIPTORS).map_err(
+            |errno| {
+                match errno {
+                    // The peer died with packets of ours unread.
+                    Errno::ECONNRESET => ControlError::Closed,
+                    error => ControlError::Receive(error),
+                }
+            },
+        )?;
+        if packet.too_long || packet.length > MAX_PACKET {
             return Err(ControlError::TooLong);
         }
+        // There was room for as many as the kernel ever sends: the descriptor table is full.
+        if packet.lost {
+            return Err(ControlError::DescriptorsLost);
+        }
+        if packet.length == 0 {
+            return Err(ControlError::Closed);
+        }
+        let fds = packet.descriptors;
         if fds.len() > MAX_FDS {
             return Err(ControlError::TooManyDescriptors(fds.len()));
         }
         let value =
-            serde_json::from_slice(&bytes[..length]).map_err(ControlError::NotUnderstood)?;
+            serde_json::from_slice(&bytes[..packet.length]).map_err(ControlError::NotUnderstood)?;
         Ok((value, fds))
-    }
-
-    fn receive_raw(
-        &self,
-        bytes: &mut [u8],
-        space: &mut [u8],
-    ) -> Result<(usize, Vec<OwnedFd>), ControlError> {
-        let mut iov = [IoSliceMut::new(bytes)];
-        let message = loop {
-            match recvmsg::<()>(
-                self.0.as_raw_fd(),
-                &mut iov,
-                Some(&mut *space),
-                MsgFlags::MSG_CMSG_CLOEXEC,
-            ) {
-                Ok(message) => break message,
-                Err(Errno::EINTR) => {}
-                // The peer died with packets of ours unread.
-                Err(Errno::ECONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(ControlError::Receive(error)),
-            }
-        };
-        // There is room for as many as the kernel ever sends, so this says that the descriptor table is full.
-        let lost = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        let too_long = message.flags.contains(MsgFlags::MSG_TRUNC);
-        let mut fds = Vec::new();
-        for item in message.cmsgs().map_err(|_| ControlError::DescriptorsLost)? {
-            if let ControlMessageOwned::ScmRights(raw) = item {
-                // SAFETY: the kernel has just made these descriptors for us alone.
-                fds.extend(
-                    raw.into_iter()
-                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                );
-            }
-        }
-        match (too_long, lost) {
-            (true, _) => Err(ControlError::TooLong),
-            (_, true) => Err(ControlError::DescriptorsLost),
-            _ => Ok((message.bytes, fds)),
-        }
     }
 
     /// Sends one packet without descriptors.
@@ -179,23 +147,10 @@ impl ControlSocket {
             return Err(ControlError::TooManyDescriptors(fds.len()));
         }
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let beside = if raw.is_empty() { &[][..] } else { &rights[..] };
-        loop {
-            let iov = [IoSlice::new(&bytes)];
-            match sendmsg::<()>(
-                self.0.as_raw_fd(),
-                &iov,
-                beside,
-                MsgFlags::MSG_NOSIGNAL,
-                None,
-            ) {
-                Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(ControlError::Send(error)),
-            }
-        }
+        packet::send(self.as_fd(), &bytes, &raw).map_err(|errno| match errno {
+            Errno::EPIPE | Errno::ECONNRESET => ControlError::Closed,
+            error => ControlError::Send(error),
+        })
     }
 }
 
@@ -266,31 +221,16 @@ impl Descriptors {
 mod tests {
     use super::*;
     use bulkhead_vmm_config::{Event, Request};
-    use nix::sys::socket::{AddressFamily, SockFlag, socketpair};
     use std::fs::File;
     use std::io::{Read, Write};
 
     fn pair() -> (ControlSocket, ControlSocket) {
-        let (left, right) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (left, right) = packet::pair().unwrap();
         (ControlSocket::new(left), ControlSocket::new(right))
     }
 
     fn send_bytes(socket: &ControlSocket, bytes: &[u8], fds: &[RawFd]) {
-        let rights = [ControlMessage::ScmRights(fds)];
-        sendmsg::<()>(
-            socket.as_raw_fd(),
-            &[IoSlice::new(bytes)],
-            if fds.is_empty() { &[] } else { &rights },
-            MsgFlags::empty(),
-            None,
-        )
-        .unwrap();
+        packet::send(socket.as_fd(), bytes, fds).unwrap();
     }
 
     #[test]

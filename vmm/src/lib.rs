@@ -17,9 +17,22 @@ pub mod memory;
 pub mod metrics;
 pub mod ramoops;
 pub mod reports;
+pub mod seccomp;
 pub mod spec;
 pub mod supervisor;
 #[cfg(test)]
 mod test_kvm;
 pub mod vcpu;
 pub mod vm;
+
+#[cfg(test)]
+mod tests {
+    use std::hint::black_box;
+
+    /// Tests are built as what is shipped is: by the release profile.
+    #[test]
+    #[should_panic(expected = "attempt to add with overflow")]
+    fn arithmetic_is_checked_in_what_is_shipped() {
+        black_box(black_box(u8::MAX) + 1);
+    }
+}

@@ -11,23 +11,27 @@ use bulkhead_vmm::control::ControlSocket;
 use bulkhead_vmm::jail;
 use bulkhead_vmm::log::Log;
 use bulkhead_vmm::reports::monotonic_ns;
+use bulkhead_vmm::seccomp;
 use bulkhead_vmm::spec::VmSpec;
 use bulkhead_vmm::vm::Vm;
 use bulkhead_vmm_config::{CONTROL_FD, Event, ExitCode, GuestEnd, VmConfig};
 
 const HELP: &str = "\
-usage: bulkhead-vmm run | fs | --version | --help
+usage: bulkhead-vmm run | fs | calls | --version | --help
 
 Both roles are started by Bulkhead's shim, with a control socket as file descriptor 3:
   run        run one microVM
   fs         serve one directory tree to a microVM
 
+  calls      print the system calls that each thread of the two may make, and why
+
 exit codes: 0 power-off or stopped, 1 failed, 2 usage, 10 reboot, 11 guest kernel panic, 12 triple fault,
-            13 KVM error, 70 bug in this program
+            13 KVM error, 14 refused system call, 70 bug in this program
 ";
 
 fn main() {
     let started_ns = monotonic_ns();
+    seccomp::one_heap();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let word = match arguments.as_slice() {
         [word] => word.to_str().unwrap_or_default(),
@@ -36,6 +40,10 @@ fn main() {
     let code = match word {
         "run" => run(started_ns),
         "fs" => serve_files(),
+        "calls" => {
+            print!("{}", seccomp::calls::table());
+            ExitCode::Ok
+        }
         "--version" | "-V" => {
             println!(
                 "bulkhead-vmm {} build {}",
@@ -94,13 +102,14 @@ fn run_machine(control: &ControlSocket, started_ns: u64) -> Result<GuestEnd> {
     std::panic::set_hook(Box::new(move |info| bug(&hook_log, info)));
     let (uid, gid) = (spec.uid, spec.gid);
     let (file_limit, threads) = (spec.file_limit(), spec.thread_limit());
+    let accepted = spec.accept_missing.clone();
     let vm = Vm::build(spec, log)?;
     // From here on there are no paths, no privileges and no way back.
-    jail::enter(uid, gid, file_limit, threads)?;
+    let landlock = jail::enter((uid, gid), file_limit, threads, &accepted)?;
     let ours = control
         .try_clone()
         .context("copying the control socket failed")?;
-    Ok(vm.run(ours, started_ns)?)
+    Ok(vm.run(ours, started_ns, landlock)?)
 }
 
 /// A panic is a bug: say where, and end the process without unwinding into code that assumes there are none.

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bulkhead_vmm_config::{Phase, Stamp, port};
+use bulkhead_vmm_config::{MAX_RESETS, Phase, Stamp, port};
 use nix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,7 +18,8 @@ use crate::vcpu::VcpuEnd;
 /// How the guest stopped, before the ramoops region has been read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// The agent announced power-off. Nothing else of it would be seen: the kernel then halts, which is no exit.
+    /// The agent announced power-off. Nothing else of it would be seen: the kernel then halts,
+    /// which is no exit.
     PowerOff,
     /// A reset.
     Reset {
@@ -29,9 +30,15 @@ pub enum Ending {
     KvmError(String),
 }
 
+/// A device that needs a reset, and why.
+pub type Reset = (&'static str, &'static str);
+
 #[derive(Default)]
 struct State {
     stamps: Vec<Stamp>,
+    resets: Vec<Reset>,
+    /// Those that have been said, too.
+    known_resets: Vec<Reset>,
     seen: Vec<Phase>,
     reboot_announced: bool,
     ending: Option<Ending>,
@@ -69,12 +76,17 @@ impl Reports {
         &self.bell
     }
 
-    /// Takes the stamps since the last call and, once it is known, the guest's ending.
-    pub fn take(&self) -> (Vec<Stamp>, Option<Ending>) {
+    /// Takes the stamps and the resets since the last call and, once it is known, the guest's
+    /// ending.
+    pub fn take(&self) -> (Vec<Stamp>, Vec<Reset>, Option<Ending>) {
         // It may have been taken with an earlier ring.
         let _ = self.bell.read();
         let mut state = self.lock();
-        (std::mem::take(&mut state.stamps), state.ending.clone())
+        (
+            std::mem::take(&mut state.stamps),
+            std::mem::take(&mut state.resets),
+            state.ending.clone(),
+        )
     }
 
     /// Guests' faults by `device.fault`.
@@ -157,10 +169,21 @@ impl Reports {
                 // An error that borrows has no 'static causes to follow.
                 self.log.error(&format!("device {device} failed: {error}"));
             }
+            Notice::NeedsReset { device, reason } => self.needs_reset((device, reason)),
             Notice::Connected { port: port::AGENT } => {
                 self.reached(Phase::AgentDialled, monotonic_ns());
             }
             Notice::Connected { .. } => {}
+        }
+    }
+
+    /// A guest resets its devices as often as it wants: each reason is said once, and not too many.
+    fn needs_reset(&self, reset: Reset) {
+        let mut state = self.lock();
+        if state.known_resets.len() < MAX_RESETS && !state.known_resets.contains(&reset) {
+            state.known_resets.push(reset);
+            state.resets.push(reset);
+            self.ring();
         }
     }
 
@@ -210,7 +233,7 @@ mod tests {
         reports.observer()(Notice::Connected { port: 1024 });
         reports.observer()(Notice::Connected { port: 1026 });
         assert!(reports.bell().read().is_ok());
-        let (stamps, ending) = reports.take();
+        let (stamps, _, ending) = reports.take();
         let phases: Vec<Phase> = stamps.iter().map(|stamp| stamp.phase).collect();
         assert_eq!(phases, [Phase::Init, Phase::AgentDialled]);
         assert!(stamps[0].at_ns <= stamps[1].at_ns);
@@ -222,10 +245,31 @@ mod tests {
     fn the_first_ending_counts() {
         let reports = reports();
         reports.announced(Announcement::Reboot);
-        assert_eq!(reports.take().1, None);
+        assert_eq!(reports.take().2, None);
         reports.vcpu_ended(VcpuEnd::Shutdown);
         reports.announced(Announcement::PowerOff);
-        assert_eq!(reports.take().1, Some(Ending::Reset { announced: true }));
+        assert_eq!(reports.take().2, Some(Ending::Reset { announced: true }));
+    }
+
+    #[test]
+    fn a_guest_does_not_choose_how_often_it_is_told_of() {
+        let reports = reports();
+        let names: Vec<&'static str> = (0..100).map(|n| &*n.to_string().leak()).collect();
+        for _ in 0..1000 {
+            reports.observer()(Notice::NeedsReset {
+                device: "net",
+                reason: "ring",
+            });
+        }
+        assert_eq!(reports.take().1, [("net", "ring")]);
+        for reason in names {
+            reports.observer()(Notice::NeedsReset {
+                device: "rng",
+                reason,
+            });
+        }
+        assert_eq!(reports.take().1.len(), MAX_RESETS - 1);
+        assert!(reports.take().1.is_empty());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_vmm_config::{MAX_DEVICES, VmConfig, WIRE_VERSION};
+use bulkhead_vmm_config::{Layer, MAX_DEVICES, VmConfig, WIRE_VERSION};
 use kvm_ioctls::Kvm;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, UnixAddr, getsockname, getsockopt, sockopt,
@@ -138,6 +138,8 @@ pub struct VmSpec {
     pub uid: u32,
     /// Not 0.
     pub gid: u32,
+    /// Layers of the jail that may be missing.
+    pub accept_missing: Vec<Layer>,
 }
 
 impl VmSpec {
@@ -193,6 +195,7 @@ impl VmSpec {
             log: fds.take(config.log, "log")?.into(),
             uid: config.uid,
             gid: config.gid,
+            accept_missing: config.accept_missing,
             sandbox_id: config.sandbox_id,
         };
         fds.finish()?;
@@ -201,13 +204,11 @@ impl VmSpec {
 }
 
 impl VmSpec {
-    /// Most threads that the machine comes to: one for each vCPU and for each pair of queues of a network device, those that may
-    /// come later included, our own, and what KVM starts in the name of its user.
+    /// Most threads that the machine comes to: one for each vCPU and for each pair of queues that a network device may have, our
+    /// own, and what KVM starts in the name of its user.
     pub fn thread_limit(&self) -> u64 {
         const ROOM: u64 = 16;
-        let pairs: usize = self.net.iter().map(|net| net.taps.len()).sum();
-        let vcpus = u64::from(self.vcpus);
-        vcpus + pairs as u64 + self.net_slots as u64 * vcpus + ROOM
+        2 * u64::from(self.vcpus) + ROOM
     }
 
     /// The longest that a regular file may become: nothing, unless the shim wants log or console in one.

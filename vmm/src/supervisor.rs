@@ -65,13 +65,13 @@ impl Supervisor {
         }
     }
 
-    /// Tells the shim and lets the vCPUs run.
+    /// Tells the shim, and what the jail has of Landlock, and lets the vCPUs run.
     ///
     /// # Errors
     /// The shim has gone.
-    pub fn start(&mut self) -> Result<(), ControlError> {
+    pub fn start(&mut self, landlock: Option<u32>) -> Result<(), ControlError> {
         self.pass_reports();
-        self.control.send(&Event::Running)?;
+        self.control.send(&Event::Running { landlock })?;
         self.vcpus.resume();
         Ok(())
     }
@@ -86,9 +86,13 @@ impl Supervisor {
 
     /// Passes on what was reported, once more after the last queue was served.
     pub fn pass_reports(&mut self) {
-        let (stamps, ending) = self.reports.take();
+        let (stamps, resets, ending) = self.reports.take();
         for stamp in stamps {
             self.send(&Event::Reached(stamp));
+        }
+        for (device, reason) in resets {
+            let (device, reason) = (device.to_owned(), reason.to_owned());
+            self.send(&Event::NeedsReset { device, reason });
         }
         if let Some(ending) = ending {
             self.end(Outcome::Guest(ending));

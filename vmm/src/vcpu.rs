@@ -10,17 +10,19 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::slice;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::{self, JoinHandle};
-use std::{io, slice};
+use std::thread::JoinHandle;
 
+use bulkhead_vmm_config::Role;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::metrics::{KvmStatsOfAll, UserExit, UserExits};
+use crate::seccomp::{self, SeccompError};
 
 /// What a port or an address without a device reads, as on a PC's bus that nobody drives.
 const NOBODY: u8 = 0xff;
@@ -31,15 +33,9 @@ pub enum VcpuError {
     /// The signal that interrupts KVM_RUN.
     #[error("installing the signal handler of the vCPU threads failed")]
     Signal(#[source] vmm_sys_util::errno::Error),
-    /// No thread.
-    #[error("starting the thread of vCPU {id} failed; is the number of processes limited?")]
-    Thread {
-        /// Which vCPU.
-        id: usize,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The threads.
+    #[error(transparent)]
+    Thread(#[from] SeccompError),
 }
 
 /// Why a vCPU stopped by itself.
@@ -121,7 +117,7 @@ impl Gate {
 }
 
 struct Runner {
-    thread: Option<JoinHandle<VcpuFd>>,
+    thread: Option<JoinHandle<Option<VcpuFd>>>,
     /// `kvm_run.immediate_exit` of the vCPU, in the page that its descriptor has mapped.
     immediate_exit: *const AtomicU8,
 }
@@ -149,6 +145,8 @@ pub struct Vcpus {
     runners: Vec<Runner>,
     exits: Vec<Arc<UserExits>>,
     stats: KvmStatsOfAll,
+    /// So that no vCPU's thread is the last to hold them: devices end by system calls that it may not make.
+    _buses: Arc<Buses>,
 }
 
 impl Vcpus {
@@ -175,6 +173,7 @@ impl Vcpus {
             runners: Vec::new(),
             exits: Vec::new(),
             stats,
+            _buses: buses.clone(),
         };
         for (id, mut fd) in fds.into_iter().enumerate() {
             let immediate_exit: *mut u8 = &raw mut fd.get_kvm_run().immediate_exit;
@@ -187,10 +186,8 @@ impl Vcpus {
             };
             vcpus.exits.push(vcpu.exits.clone());
             let gate = vcpus.gate.clone();
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{id}"))
-                .spawn(move || vcpu.thread(&gate))
-                .map_err(|source| VcpuError::Thread { id, source })?;
+            let work = move |()| vcpu.thread(&gate);
+            let thread = seccomp::spawn(format!("vcpu{id}"), Role::Vcpu, || Ok(()), work)?;
             vcpus.runners.push(Runner {
                 thread: Some(thread),
                 immediate_exit: immediate_exit.cast(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  VmSpec ──► Vm::build ──────► jail ──► Vm::run ─────────────────────────────► End
-//!             memory, KVM,               vCPU threads parked
+//!             memory, KVM,               all threads, each with its filter; vCPUs parked
 //!             devices, kernel            Event::Running, vCPUs run ◄──┐
 //!                                        event loop ── Pause ──► parked, Resume
 //!                                           │ guest ended, Stop, shim gone
@@ -17,7 +17,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm_config::{Event, GuestEnd, Phase};
+use bulkhead_vmm_config::{Event, GuestEnd, Phase, Role};
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -26,7 +26,8 @@ use vmm_sys_util::epoll::EventSet;
 use crate::arch::x86_64::{cpu, cpuid, interrupts, layout};
 use crate::boot::{self, BootError, CmdlineError, Image};
 use crate::control::{ControlError, ControlSocket};
-use crate::devices::virtio::net::NetPorts;
+use crate::devices::virtio::activator::Activator;
+use crate::devices::virtio::net::{NetPorts, Workers};
 use crate::devices::virtio::vsock::Ports;
 use crate::event_loop::EventLoop;
 use crate::log::Log;
@@ -34,6 +35,7 @@ use crate::memory::{Memory, MemoryError};
 use crate::metrics::{KvmStats, KvmStatsOfAll};
 use crate::ramoops;
 use crate::reports::{Ending, Reports, monotonic_ns};
+use crate::seccomp::{self, SeccompError};
 use crate::spec::VmSpec;
 use crate::supervisor::{self, Outcome, Supervisor};
 use crate::vcpu::{Buses, VcpuError, Vcpus};
@@ -83,6 +85,9 @@ pub enum VmError {
     /// The threads.
     #[error(transparent)]
     Vcpus(#[from] VcpuError),
+    /// Their filters.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// The shim.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -106,6 +111,8 @@ pub struct Vm {
     events: EventLoop,
     ports: Ports,
     net: NetPorts,
+    net_workers: Workers,
+    activator: Activator,
     reports: Arc<Reports>,
     log: Log,
     _vm: Arc<VmFd>,
@@ -149,6 +156,8 @@ impl Vm {
             events,
             ports: board.ports,
             net: board.net,
+            net_workers: board.net_workers,
+            activator: board.activator,
             reports,
             log,
             _vm: vm,
@@ -157,15 +166,23 @@ impl Vm {
     }
 
     /// Runs the guest to its end, answering the shim on `control`, which hears of the end last. `started_ns` is when `main`
-    /// began.
+    /// began, `landlock` what the jail has of it.
     ///
     /// # Errors
     /// The host's; the guest's faults end the guest.
-    pub fn run(mut self, control: ControlSocket, started_ns: u64) -> Result<GuestEnd, VmError> {
+    pub fn run(
+        mut self,
+        control: ControlSocket,
+        started_ns: u64,
+        landlock: Option<u32>,
+    ) -> Result<GuestEnd, VmError> {
         let on_end = {
             let reports = self.reports.clone();
             Arc::new(move |end| reports.vcpu_ended(end))
         };
+        seccomp::report_blocked()?;
+        self.activator.start()?;
+        self.net_workers.start()?;
         let vcpus = Vcpus::start(self.vcpus, self.stats, self.buses, on_end)?;
         let poller = self.events.next_poller();
         poller.add(&control, supervisor::CONTROL, EventSet::IN)?;
@@ -180,11 +197,12 @@ impl Vm {
         )));
         self.events.attach(supervisor.clone());
         let lock = || supervisor.lock().expect("the supervisor does not panic");
+        seccomp::lock_down(Role::Vmm)?;
 
         self.reports.reached(Phase::VmmStart, started_ns);
         self.reports
             .reached(Phase::FirstInstruction, monotonic_ns());
-        lock().start()?;
+        lock().start(landlock)?;
         self.events.run(|| lock().outcome().is_some())?;
         lock().stop();
         // Nothing feeds the queues any more, so one quiet turn means that they are empty.

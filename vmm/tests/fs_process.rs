@@ -1,422 +1,26 @@
 //! `bulkhead-vmm fs` as the shim starts it, and a driver that speaks vhost-user to it. Needs root.
 
-use std::fs::{self, File};
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
 
-use bulkhead_vmm::control::ControlSocket;
-use bulkhead_vmm::fs::guard::{HEADER, REPLY_HEADER};
 use bulkhead_vmm::fs::wire::*;
-use bulkhead_vmm_config::{
-    CONTROL_FD, CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION,
-};
+use bulkhead_vmm_config::{FsEvent, FsRequest};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::Pid;
-use vhost::vhost_user::message::VhostUserVirtioFeatures;
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
-use vmm_sys_util::eventfd::EventFd;
+use vhost::VhostBackend;
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-/// How long a test waits for what must come.
-const PATIENCE: Duration = Duration::from_secs(60);
-const RAM: usize = 8 << 20;
-const QUEUE_SIZE: u16 = 16;
-const EVENT_IDX: u64 = 1 << 29;
+#[path = "fs_process/driver.rs"]
+mod driver;
+#[path = "fs_process/fallen.rs"]
+mod fallen;
+#[path = "fs_process/hostile.rs"]
+mod hostile;
 
-/// Waits until there is something to read.
-fn comes(what: &str, from: BorrowedFd<'_>) {
-    let mut polled = [PollFd::new(from, PollFlags::POLLIN)];
-    let patience = PollTimeout::try_from(PATIENCE).unwrap();
-    let came = poll(&mut polled, patience).unwrap();
-    assert_eq!(came, 1, "waited {PATIENCE:?} in vain for {what}");
-}
-
-fn seqpacket() -> (OwnedFd, OwnedFd) {
-    socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap()
-}
-
-/// The process in namespaces of its own, with descriptor 3 and nothing else.
-struct FsProcess {
-    pid: Pid,
-    control: Option<ControlSocket>,
-    log: File,
-}
-
-impl FsProcess {
-    fn start(share: &Path, socket: OwnedFd) -> FsProcess {
-        let (ours, theirs) = seqpacket();
-        let (log, log_end) = nix::unistd::pipe().unwrap();
-        let program = std::ffi::CString::new(env!("CARGO_BIN_EXE_bulkhead-vmm")).unwrap();
-        let arguments = [program.as_ptr(), c"fs".as_ptr(), std::ptr::null()];
-        let namespaces = libc::CLONE_NEWNS
-            | libc::CLONE_NEWPID
-            | libc::CLONE_NEWNET
-            | libc::CLONE_NEWIPC
-            | libc::CLONE_NEWUTS
-            | libc::CLONE_NEWCGROUP;
-        // SAFETY: fork(2) by clone(2) without a new stack; the child calls nothing but dup2, execv and _exit.
-        let pid = unsafe {
-            let pid = libc::syscall(libc::SYS_clone, namespaces | libc::SIGCHLD, 0, 0, 0, 0);
-            if pid == 0 {
-                libc::dup2(theirs.as_raw_fd(), CONTROL_FD);
-                libc::execv(program.as_ptr(), arguments.as_ptr());
-                libc::_exit(99);
-            }
-            Pid::from_raw(i32::try_from(pid).unwrap())
-        };
-        assert!(pid.as_raw() > 0, "namespaces need root");
-        let control = ControlSocket::new(ours);
-        let config = FsConfig {
-            version: WIRE_VERSION,
-            sandbox_id: "test".to_owned(),
-            share: share.to_str().unwrap().to_owned(),
-            socket: Fd(0),
-            queues: 1,
-            cache: CachePolicy {
-                entry_ms: 1000,
-                attr_ms: 1000,
-                keep_data: true,
-            },
-            max_inodes: 10_000,
-            max_handles: 2_000,
-            log: Fd(1),
-        };
-        control
-            .send_with(&config, &[socket.as_fd(), log_end.as_fd()])
-            .unwrap();
-        FsProcess {
-            pid,
-            control: Some(control),
-            log: File::from(log),
-        }
-    }
-
-    fn event(&self) -> FsEvent {
-        let control = self.control.as_ref().unwrap();
-        comes("an event", control.as_fd());
-        control.receive().unwrap().0
-    }
-
-    fn ask(&self, request: &FsRequest) -> FsEvent {
-        self.control.as_ref().unwrap().send(request).unwrap();
-        self.event()
-    }
-
-    fn detach(&self, tree: &str) -> (u64, u64) {
-        match self.ask(&FsRequest::Detach {
-            tree: tree.to_owned(),
-        }) {
-            FsEvent::Detached { inodes, handles } => (inodes, handles),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn status(&self, field: &str) -> String {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
-        let line = text.lines().find(|line| line.starts_with(field)).unwrap();
-        line.split_once(':').unwrap().1.trim().to_owned()
-    }
-
-    /// Lets go of the control socket; the exit code.
-    fn end(&mut self) -> i32 {
-        self.control = None;
-        let deadline = Instant::now() + PATIENCE;
-        while Instant::now() < deadline {
-            if let Ok(WaitStatus::Exited(_, code)) =
-                waitpid(self.pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
-            {
-                return code;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("the process outlives its control socket by {PATIENCE:?}");
-    }
-}
-
-/// A mount of its own that is shared, as the shim makes the share.
-struct Share(tempfile::TempDir);
-
-impl Share {
-    fn new() -> Share {
-        let dir = tempfile::tempdir().unwrap();
-        mount(
-            Some("share"),
-            dir.path(),
-            Some("tmpfs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .unwrap();
-        mount(
-            None::<&str>,
-            dir.path(),
-            None::<&str>,
-            MsFlags::MS_SHARED,
-            None::<&str>,
-        )
-        .unwrap();
-        Share(dir)
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
-    }
-}
-
-/// The smallest driver: one request at a time, on the first request queue.
-struct Driver {
-    frontend: Frontend,
-    memory: GuestMemoryMmap,
-    kick: EventFd,
-    call: EventFd,
-    sent: u16,
-}
-
-const TABLE: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const REQUEST: u64 = 0x10_0000;
-const REPLY: u64 = 0x40_0000;
-
-impl Driver {
-    fn new(socket: OwnedFd) -> Driver {
-        // SAFETY: the name is NUL-terminated and the descriptor returned is new.
-        let file =
-            unsafe { File::from_raw_fd(libc::memfd_create(c"ram".as_ptr(), libc::MFD_CLOEXEC)) };
-        file.set_len(RAM as u64).unwrap();
-        let region =
-            MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), RAM).unwrap();
-        let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
-        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let socket = UnixStream::from(socket);
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut frontend = Frontend::from_stream(socket, 2);
-        frontend.set_owner().unwrap();
-        let offered = frontend.get_features().unwrap();
-        let wanted = 1 << 32 | EVENT_IDX | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        assert_eq!(offered & wanted, wanted);
-        let protocol = frontend.get_protocol_features().unwrap();
-        frontend.set_protocol_features(protocol).unwrap();
-        assert_eq!(frontend.get_queue_num().unwrap(), 2);
-        frontend.set_features(wanted).unwrap();
-        let table = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: RAM as u64,
-            userspace_addr: 0x7000_0000,
-            mmap_offset: 0,
-            mmap_handle: file.as_raw_fd(),
-        };
-        frontend.set_mem_table(&[table]).unwrap();
-        // The VMM's eventfds are non-blocking.
-        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let call = EventFd::new(0).unwrap();
-        let mut driver = Driver {
-            frontend,
-            memory,
-            kick,
-            call,
-            sent: 0,
-        };
-        driver.start();
-        driver
-    }
-
-    fn start(&mut self) {
-        self.memory
-            .write_slice(&[0; 0x3000], GuestAddress(TABLE))
-            .unwrap();
-        self.sent = 0;
-        let address = |guest: u64| 0x7000_0000 + guest;
-        let rings = VringConfigData {
-            queue_max_size: QUEUE_SIZE,
-            queue_size: QUEUE_SIZE,
-            flags: 0,
-            desc_table_addr: address(TABLE),
-            used_ring_addr: address(USED),
-            avail_ring_addr: address(AVAILABLE),
-            log_addr: None,
-        };
-        let frontend = &mut self.frontend;
-        frontend.set_vring_num(1, QUEUE_SIZE).unwrap();
-        frontend.set_vring_addr(1, &rings).unwrap();
-        frontend.set_vring_base(1, 0).unwrap();
-        frontend.set_vring_call(1, &self.call).unwrap();
-        frontend.set_vring_kick(1, &self.kick).unwrap();
-        frontend.set_vring_enable(1, true).unwrap();
-    }
-
-    /// Makes raw descriptors available; the used length of the first.
-    fn submit(&mut self, descriptors: &[(u64, u32, u16)]) -> u32 {
-        for (index, (address, length, flags)) in descriptors.iter().enumerate() {
-            let last = index + 1 == descriptors.len();
-            let flags = flags | if last { 0 } else { 1 };
-            let at = GuestAddress(TABLE + index as u64 * 16);
-            let next = index as u16 + 1;
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&address.to_le_bytes());
-            bytes[8..12].copy_from_slice(&length.to_le_bytes());
-            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-            bytes[14..].copy_from_slice(&next.to_le_bytes());
-            self.memory.write_slice(&bytes, at).unwrap();
-        }
-        let memory = &self.memory;
-        let slot = u64::from(self.sent % QUEUE_SIZE);
-        memory
-            .write_obj(0_u16, GuestAddress(AVAILABLE + 4 + slot * 2))
-            .unwrap();
-        // used_event: interrupt for this one.
-        memory
-            .write_obj(
-                self.sent,
-                GuestAddress(AVAILABLE + 4 + u64::from(QUEUE_SIZE) * 2),
-            )
-            .unwrap();
-        self.sent = self.sent.wrapping_add(1);
-        memory
-            .store(
-                self.sent,
-                GuestAddress(AVAILABLE + 2),
-                std::sync::atomic::Ordering::SeqCst,
-            )
-            .unwrap();
-        self.kick.write(1).unwrap();
-        // SAFETY: `self.call` is open as long as this.
-        comes("a call", unsafe {
-            BorrowedFd::borrow_raw(self.call.as_raw_fd())
-        });
-        self.call.read().unwrap();
-        let used: u16 = memory
-            .load(GuestAddress(USED + 2), std::sync::atomic::Ordering::SeqCst)
-            .unwrap();
-        assert_eq!(used, self.sent);
-        memory
-            .read_obj(GuestAddress(USED + 4 + slot * 8 + 4))
-            .unwrap()
-    }
-
-    fn request(
-        &mut self,
-        opcode: u32,
-        node: u64,
-        args: &[&[u8]],
-        data: &[u8],
-        room: u32,
-    ) -> Result<Vec<u8>, i32> {
-        let args = args.concat();
-        let header = InHeader {
-            len: (HEADER + args.len() + data.len()) as u32,
-            opcode,
-            unique: 5,
-            nodeid: node,
-            ..Default::default()
-        };
-        let head = [header.as_slice(), &args].concat();
-        self.memory
-            .write_slice(&head, GuestAddress(REQUEST))
-            .unwrap();
-        self.memory
-            .write_slice(data, GuestAddress(REQUEST + 0x1000))
-            .unwrap();
-        let used = self.submit(&[
-            (REQUEST, head.len() as u32, 0),
-            (REQUEST + 0x1000, data.len() as u32, 0),
-            (REPLY, REPLY_HEADER as u32, 2),
-            (REPLY + 0x1000, room, 2),
-        ]);
-        let out: OutHeader = self.memory.read_obj(GuestAddress(REPLY)).unwrap();
-        assert_eq!(
-            (out.len, out.unique),
-            (used, 5),
-            "the used length is that of the reply"
-        );
-        let mut bytes = vec![0; used as usize - REPLY_HEADER];
-        self.memory
-            .read_slice(&mut bytes, GuestAddress(REPLY + 0x1000))
-            .unwrap();
-        if out.error == 0 {
-            Ok(bytes)
-        } else {
-            Err(-out.error)
-        }
-    }
-
-    fn init(&mut self) {
-        let init = InitIn {
-            major: 7,
-            minor: 38,
-            max_readahead: 0,
-            flags: init::SUBMOUNTS as u32,
-        };
-        self.request(Opcode::Init as u32, 0, &[init.as_slice()], b"", 4096)
-            .unwrap();
-    }
-
-    fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
-        let bytes = self.request(
-            Opcode::Lookup as u32,
-            parent,
-            &[name.as_bytes(), b"\0"],
-            b"",
-            4096,
-        )?;
-        Ok(take(&mut &bytes[..]).unwrap())
-    }
-
-    fn open(&mut self, node: u64, flags: i32) -> u64 {
-        let open = OpenIn {
-            flags: flags as u32,
-            fuse_flags: 0,
-        };
-        let bytes = self
-            .request(Opcode::Open as u32, node, &[open.as_slice()], b"", 4096)
-            .unwrap();
-        take::<OpenOut>(&mut &bytes[..]).unwrap().fh
-    }
-
-    fn read(&mut self, fh: u64, size: u32) -> Result<Vec<u8>, i32> {
-        let read = ReadIn {
-            fh,
-            size,
-            ..Default::default()
-        };
-        self.request(Opcode::Read as u32, ROOT_ID, &[read.as_slice()], b"", size)
-    }
-}
-
-fn started(share: &Share) -> (FsProcess, Driver) {
-    let (front, back) = socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap();
-    let process = FsProcess::start(share.0.path(), back);
-    assert_eq!(process.event(), FsEvent::Serving);
-    let mut driver = Driver::new(front);
-    driver.init();
-    (process, driver)
-}
+use driver::*;
 
 #[test]
 fn it_serves_from_a_jail_and_lets_go_of_trees() {
@@ -507,6 +111,112 @@ fn it_serves_from_a_jail_and_lets_go_of_trees() {
     assert!(log.lines().last().unwrap().contains("requests"), "{log}");
 }
 
+/// In its user namespace the process has no CAP_FSETID that the host's kernel asks for.
+#[test]
+fn set_id_bits_stay_or_go_as_the_guest_says() {
+    let share = Share::new();
+    let (mut process, mut driver) = started(&share);
+    fs::write(share.at("source"), "source").unwrap();
+    let source = driver.lookup(ROOT_ID, "source").unwrap().nodeid;
+    let source = driver.open(source, libc::O_RDONLY);
+
+    type Change = fn(&mut Driver, u64, u64, bool);
+    let ways: [(&str, bool, Change); 6] = [
+        ("write", true, |driver, node, _, clear| {
+            let fh = driver.open(node, libc::O_RDWR);
+            let write = WriteIn {
+                fh,
+                size: 1,
+                fuse_flags: if clear { WRITE_KILL_SUIDGID } else { 0 },
+                ..Default::default()
+            };
+            driver.ask(Opcode::Write as u32, node, write.as_slice(), b"x");
+        }),
+        ("open with O_TRUNC", true, |driver, node, _, clear| {
+            let flag = if clear { OPEN_KILL_SUIDGID } else { 0 };
+            driver.open_and(node, libc::O_RDWR | libc::O_TRUNC, flag);
+        }),
+        ("truncate", true, |driver, node, _, clear| {
+            let clear = if clear {
+                SetattrValid::KILL_SUIDGID.bits()
+            } else {
+                0
+            };
+            let change = SetattrIn {
+                valid: SetattrValid::SIZE.bits() | clear,
+                size: 3,
+                ..Default::default()
+            };
+            driver.ask(Opcode::Setattr as u32, node, change.as_slice(), b"");
+        }),
+        ("fallocate", false, |driver, node, _, _| {
+            let fh = driver.open(node, libc::O_RDWR);
+            let change = FallocateIn {
+                fh,
+                length: 4096,
+                ..Default::default()
+            };
+            driver.ask(Opcode::Fallocate as u32, node, change.as_slice(), b"");
+        }),
+        ("copy_file_range", false, |driver, node, source, _| {
+            let change = CopyFileRangeIn {
+                fh_in: source,
+                fh_out: driver.open(node, libc::O_RDWR),
+                nodeid_out: node,
+                len: 6,
+                ..Default::default()
+            };
+            driver.ask(Opcode::CopyFileRange as u32, node, change.as_slice(), b"");
+        }),
+        ("chown", false, |driver, node, _, _| {
+            let change = SetattrIn {
+                valid: SetattrValid::UID.bits(),
+                ..Default::default()
+            };
+            driver.ask(Opcode::Setattr as u32, node, change.as_slice(), b"");
+        }),
+    ];
+    for (way, has_flag, change) in ways {
+        for clear in [false, true] {
+            for (before, cleared) in [(0o6775, 0o775), (0o4755, 0o755), (0o2765, 0o2765)] {
+                if clear && !has_flag {
+                    continue;
+                }
+                fs::write(share.at("f"), "content").unwrap();
+                fs::set_permissions(share.at("f"), Permissions::from_mode(before)).unwrap();
+                std::os::unix::fs::chown(share.at("f"), None, Some(3000)).unwrap();
+                fs::set_permissions(share.at("f"), Permissions::from_mode(before)).unwrap();
+                let node = driver.lookup(ROOT_ID, "f").unwrap().nodeid;
+                change(&mut driver, node, source, clear);
+                let left = fs::metadata(share.at("f")).unwrap().mode() & 0o7777;
+                let goes = clear || way == "chown";
+                let expected = if goes { cleared } else { before };
+                assert_eq!(
+                    format!("{left:04o}"),
+                    format!("{expected:04o}"),
+                    "{before:04o}: {way}, clear: {clear}"
+                );
+                fs::remove_file(share.at("f")).unwrap();
+            }
+        }
+    }
+    // Bits that the guest sets are known at once, also of a file that had none a moment ago.
+    fs::write(share.at("f"), "content").unwrap();
+    let node = driver.lookup(ROOT_ID, "f").unwrap().nodeid;
+    let write = ways[0].2;
+    write(&mut driver, node, source, false);
+    let mode = SetattrIn {
+        valid: SetattrValid::MODE.bits(),
+        mode: 0o6775,
+        ..Default::default()
+    };
+    driver.ask(Opcode::Setattr as u32, node, mode.as_slice(), b"");
+    write(&mut driver, node, source, false);
+    let left = fs::metadata(share.at("f")).unwrap().mode() & 0o7777;
+    assert_eq!(format!("{left:04o}"), "6775");
+    assert_eq!(process.end(), 0);
+}
+
 #[test]
 fn chains_that_are_no_requests_are_counted_and_the_ring_goes_on() {
     let share = Share::new();
@@ -530,12 +240,22 @@ fn chains_that_are_no_requests_are_counted_and_the_ring_goes_on() {
     assert_eq!(driver.submit(&[(REQUEST, 10, 0), (REPLY, 16, 2)]), 16);
     assert_eq!(driver.submit(&[(REQUEST, 40, 0), (REPLY, 8, 2)]), 0);
     assert_eq!(driver.submit(&[(0, 4 << 20, 0), (REPLY, 4096, 2)]), 16);
+    // A whole request, and behind it what has the chain cut: a loop, and 4 GiB.
+    let good = driver.message(Opcode::Lookup as u32, ROOT_ID, &[b"f\0"], b"", 4096);
+    let [head, _, reply, room] = good;
+    assert_eq!(driver.submit(&[head, reply, room, (0, u32::MAX, WRITE)]), 0);
+    for (index, piece) in (0..).zip(good) {
+        driver.descriptor(index, (piece.0, piece.1, piece.2 | NEXT), index + 1);
+    }
+    driver.descriptor(4, (REPLY, 16, WRITE | NEXT), 4);
+    driver.publish(0);
+    assert_eq!(driver.kick_and_hear(), 0);
     let entry = driver.lookup(ROOT_ID, "f").unwrap();
     assert_eq!(entry.attr.size, 1);
     let FsEvent::Stats { guest_faults, .. } = process.ask(&FsRequest::Stats) else {
         panic!("no stats");
     };
-    assert_eq!(guest_faults["chain"], 4);
+    assert_eq!(guest_faults["chain"], 6);
     assert!(guest_faults.values().sum::<u64>() >= 8, "{guest_faults:?}");
 
     // A ring index from nowhere stops the ring, not the process; a reset starts it again.

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, RwLock};
 
 use bulkhead_agent_protocol::agent;
+use linux::process::Child;
 use tokio::sync::watch;
 
 use super::cgroup::{Cgroup, CgroupError};
@@ -16,9 +17,8 @@ use crate::log;
 use crate::reaper::Exit;
 use crate::stage::message::Failure;
 use crate::stage::mounts::{MountError, Sources};
-use crate::stage::plan::Plan;
+use crate::stage::plan::{CGROUP, Plan};
 use crate::stdio::{self, Ends, StdioError};
-use crate::sys::Spawned;
 use crate::{idmap, stage};
 
 /// Why a container or an exec process could not be made.
@@ -63,7 +63,7 @@ pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> CreateErro
 
 /// A stage that runs but is not ready yet. Whatever fails from here on must end it.
 pub(super) struct Newborn {
-    pub(super) spawned: Spawned,
+    pub(super) spawned: Child,
     pub(super) channel: Channel,
     pub(super) exit: watch::Receiver<Option<Exit>>,
 }
@@ -82,6 +82,18 @@ pub(crate) async fn create(
     let resources = Arc::clone(&request);
     let cgroup =
         blocking(move || Cgroup::create(&resources.spec.cgroup, &resources.spec.resources)).await?;
+    if plan.new_user() && runs_its_cgroups(&request.spec, plan) {
+        let namespaces = &request.spec.namespaces;
+        let root = |mappings| idmap::outside(mappings, 0).unwrap_or(0);
+        let (uid, gid) = (
+            root(&namespaces.uid_mappings),
+            root(&namespaces.gid_mappings),
+        );
+        if let Err(error) = cgroup.give_to(uid, gid) {
+            blocking(move || remove(&Arc::new(RwLock::new(cgroup)))).await;
+            return Err(error.into());
+        }
+    }
     let cgroup: SharedCgroup = Arc::new(RwLock::new(cgroup));
     match create_in(launcher, &request, plan, Arc::clone(&cgroup)).await {
         Ok(init) => Ok(Arc::new(Container {
@@ -97,6 +109,14 @@ pub(crate) async fn create(
             Err(error)
         }
     }
+}
+
+/// Whether it has a cgroup namespace of its own and can write to what it sees there.
+fn runs_its_cgroups(spec: &agent::Container, plan: Plan) -> bool {
+    let writable = |mount: &agent::Mount| {
+        matches!(mount.fstype.as_str(), "cgroup" | "cgroup2") && mount.flags & libc::MS_RDONLY == 0
+    };
+    plan.is_new(CGROUP) && spec.mounts.iter().any(writable)
 }
 
 /// Empties and removes the cgroup of a container that never was.
@@ -214,7 +234,7 @@ pub(super) fn oom_killed(cgroup: &Cgroup) -> bool {
 fn prepare_init(
     request: &agent::CreateContainerRequest,
     plan: Plan,
-    spawned: &Spawned,
+    spawned: &Child,
     launch: &Launch,
 ) -> Result<(), CreateError> {
     if plan.new_user() {

@@ -8,6 +8,7 @@ use std::path::{Component, Path};
 use std::sync::Arc;
 
 use bulkhead_agent_protocol::agent;
+use linux::process::Child;
 use tokio::sync::oneshot;
 
 use super::Container;
@@ -18,7 +19,6 @@ use super::process::{Launch, Process, watch_exit};
 use crate::reaper::Exit;
 use crate::stage;
 use crate::stdio::Ends;
-use crate::sys::Spawned;
 
 /// Where the guest's cgroup hierarchy is mounted.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -77,7 +77,7 @@ fn spawn(
     launcher: &Launcher,
     container: &Container,
     launch: &Launch,
-) -> Result<(Spawned, oneshot::Receiver<Exit>), CreateError> {
+) -> Result<(Child, oneshot::Receiver<Exit>), CreateError> {
     let pid_namespace = [Join {
         fd: container.init.pidfd().as_fd(),
         flag: libc::CLONE_NEWPID as u64,

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 
+use linux::process::{Child, Place, Program};
 use tokio::sync::oneshot;
 
 use super::namespaces::{Home, Join, SandboxNamespaces};
@@ -13,7 +14,6 @@ use super::process::Launch;
 use crate::reaper::{Exit, Reaper};
 use crate::stage;
 use crate::stream::Host;
-use crate::sys::{Child, Spawned};
 
 /// Makes processes.
 #[derive(Debug)]
@@ -62,20 +62,21 @@ impl Launcher {
         stage: &'static std::ffi::CStr,
         birth: &Birth<'_>,
         launch: &Launch,
-    ) -> io::Result<(Spawned, oneshot::Receiver<Exit>)> {
-        let fds = launch.fds();
-        // The child puts its descriptors at low numbers: the binary must not be where one of them goes.
-        let exe = launch.beyond(self.exe.as_fd())?;
+    ) -> io::Result<(Child, oneshot::Receiver<Exit>)> {
         let new_user = birth.namespaces & libc::CLONE_NEWUSER as u64 != 0;
-        let child = Child {
-            exe: exe.as_fd(),
-            stage,
-            fds: &fds,
-            wait_for_mappings: new_user.then(|| launch.control()),
+        let program = Program {
+            file: self.exe.as_fd(),
+            arguments: &[c"bulkhead-agent", stage],
+            descriptors: &launch.descriptors(),
+            mapped: new_user.then(|| launch.control()),
+            fresh: false,
+            report: None,
         };
-        let spawned = self
-            .home
-            .spawn_in(birth.joins, birth.namespaces, birth.cgroup, &child)?;
+        let place = Place {
+            namespaces: birth.namespaces,
+            cgroup: birth.cgroup,
+        };
+        let spawned = self.home.spawn_in(birth.joins, place, &program)?;
         let exit = self.reaper.track(spawned.pid);
         Ok((spawned, exit))
     }

@@ -7,6 +7,7 @@
 //!    Created ◄──────────────────────────────── Ready ──────
 //!    rlimits, Start ──────────────────────────────────────► hooks, capabilities, seccomp, execve
 //! ```
+#![forbid(unsafe_code)]
 
 pub(crate) mod cgroup;
 mod create;
@@ -20,6 +21,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use bulkhead_agent_protocol::agent;
+use linux::process::{open_pidfd, send_signal};
 
 pub(crate) use super::stage::message::FailureKind;
 pub(crate) use create::{CreateError, blocking, create};
@@ -30,8 +32,6 @@ pub(crate) use process::{Process, ProcessError};
 use crate::stage::plan::Plan;
 use cgroup::Cgroup;
 pub(crate) use cgroup::CgroupError;
-
-use crate::sys;
 
 /// A container's cgroup; only an update of its limits writes.
 pub(crate) type SharedCgroup = Arc<RwLock<Cgroup>>;
@@ -69,12 +69,12 @@ impl Container {
         // after it was opened is what it was before.
         let opened: Vec<_> = pids()?
             .into_iter()
-            .filter_map(|pid| Some((pid, sys::pidfd_open(pid as i32).ok()?)))
+            .filter_map(|pid| Some((pid, open_pidfd(pid as i32).ok()?)))
             .collect();
         let still = pids()?;
         for (_, pidfd) in opened.iter().filter(|(pid, _)| still.contains(pid)) {
             // It may have exited in the meantime.
-            let _ = sys::pidfd_send_signal(pidfd.as_fd(), signal);
+            let _ = send_signal(pidfd.as_fd(), signal as i32);
         }
         Ok(())
     }

@@ -13,8 +13,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::stage::plan::{IPC, PID, UTS};
-use crate::sys::{self, Child, Spawned};
+use linux::process::{self, Child, Place, Program};
+use nix::sched::{setns, unshare};
+
+use crate::stage::plan::{IPC, PID, UTS, clone_flags};
 
 /// Type and name in /proc/PID/ns of what a sandbox can share without a process in it.
 const UNSHARED_BY_THREAD: [(u64, &str); 2] = [(UTS, "uts"), (IPC, "ipc")];
@@ -51,29 +53,28 @@ impl Home {
     pub fn spawn_in(
         &self,
         joins: &[Join<'_>],
-        namespaces: u64,
-        cgroup: Option<BorrowedFd<'_>>,
-        child: &Child<'_>,
-    ) -> io::Result<Spawned> {
+        place: Place<'_>,
+        program: &Program<'_>,
+    ) -> io::Result<Child> {
         let mut visited = Vec::new();
         let mut result = Ok(());
         for join in joins {
-            result = sys::setns(join.fd, join.flag);
+            result = setns(join.fd, clone_flags(join.flag));
             if result.is_err() {
                 break;
             }
             visited.push(join.flag);
         }
-        let spawned = result.and_then(|()| sys::spawn(namespaces, cgroup, child));
+        let spawned = result.and_then(|()| process::spawn(place, program));
         for flag in visited {
             let home = self
                 .0
                 .get(&flag)
                 .expect("only shareable types are joined, and all of them are held");
-            sys::setns(home.as_fd(), flag)
+            setns(home, clone_flags(flag))
                 .expect("the way back to a namespace that the process belongs to is always open");
         }
-        spawned
+        Ok(spawned?)
     }
 }
 
@@ -115,7 +116,7 @@ impl SandboxNamespaces {
 /// A thread that unshares leaves its process' other threads where they are, and the descriptor outlives it.
 fn unshare_in_thread(flag: u64, name: &'static str) -> io::Result<OwnedFd> {
     let thread = std::thread::spawn(move || -> io::Result<OwnedFd> {
-        sys::unshare(flag)?;
+        unshare(clone_flags(flag))?;
         Ok(File::open(format!("/proc/thread-self/ns/{name}"))?.into())
     });
     thread

@@ -8,12 +8,14 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 
 use bulkhead_agent_protocol::agent;
+use linux::process::{Child, send_signal};
+use linux::{packet, schedule};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tokio::sync::{oneshot, watch};
 
 use crate::reaper::Exit;
@@ -22,10 +24,6 @@ use crate::stage::message::{Failure, FromStage};
 use crate::stage::terminal;
 use crate::stdio::Output;
 use crate::stream::Stream;
-use crate::sys;
-
-/// Numbers below this, and as many more as a stage gets sources, are the targets of its descriptors.
-const FIRST_FREE_FD: i32 = 10;
 
 /// Soft limit of open files that a process gets when its spec has none: more slows down programs that close them all.
 const DEFAULT_NOFILE: u64 = 1024;
@@ -45,39 +43,29 @@ pub struct Launch {
 impl Launch {
     /// Prepares descriptors 0 to 4 for a stage, and those from 5 on, which depend on the stage.
     pub fn new(stdio: &[OwnedFd; 3], spec: &[u8], more: &[BorrowedFd<'_>]) -> io::Result<Self> {
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )?;
+        let (ours, theirs) = packet::pair()?;
         let memfd = memfd_create(c"spec", MFdFlags::MFD_CLOEXEC)?;
         let mut file = std::fs::File::from(memfd);
         io::Write::write_all(&mut file, spec)?;
-        let lowest = FIRST_FREE_FD + more.len() as i32;
         let mut inherited = Vec::with_capacity(5 + more.len());
-        for fd in stdio.iter().chain([&theirs, &file.into()]) {
-            inherited.push(duplicate_from(lowest, fd.as_fd())?);
+        for fd in stdio {
+            inherited.push(fd.try_clone()?);
         }
+        inherited.extend([theirs, file.into()]);
         for fd in more {
-            inherited.push(duplicate_from(lowest, *fd)?);
+            inherited.push(fd.try_clone_to_owned()?);
         }
         Ok(Self { ours, inherited })
     }
 
-    /// The numbers to put at 0, 1, 2, …
-    pub fn fds(&self) -> Vec<i32> {
-        self.inherited.iter().map(AsRawFd::as_raw_fd).collect()
+    /// What becomes descriptors 0, 1, 2, …
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.inherited.iter().map(AsFd::as_fd).collect()
     }
 
-    /// Number of the socket's other end, which the child reads before it executes.
-    pub fn control(&self) -> i32 {
-        self.inherited[message::CONTROL_FD as usize].as_raw_fd()
-    }
-
-    /// A copy of `fd` whose number none of the targets has.
-    pub fn beyond(&self, fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-        duplicate_from(FIRST_FREE_FD + self.inherited.len() as i32, fd)
+    /// The socket's other end, which the child reads before it executes.
+    pub fn control(&self) -> BorrowedFd<'_> {
+        self.inherited[message::CONTROL_FD as usize].as_fd()
     }
 
     /// Sends the byte that the child of a user namespace waits for.
@@ -92,14 +80,6 @@ impl Launch {
     }
 }
 
-/// A copy whose number is not one of the targets.
-fn duplicate_from(lowest: i32, fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    let number = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(lowest))?;
-    // SAFETY: the duplicate that the kernel has just made belongs to nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
 /// The agent's end of a stage's socket.
 #[derive(Debug)]
 pub struct Channel(Stream);
@@ -109,7 +89,7 @@ impl Channel {
     pub async fn receive(&self) -> io::Result<FromStage> {
         loop {
             let mut guard = self.0.readiness().readable().await?;
-            if let Ok(result) = guard.try_io(|fd| message::receive_from_stage(fd.as_raw_fd())) {
+            if let Ok(result) = guard.try_io(|fd| message::receive_from_stage(fd.as_fd())) {
                 return match result {
                     // The stage died with a message of ours unread.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
@@ -141,7 +121,7 @@ impl Channel {
 
     /// Lets the process execute its program and waits until it does.
     async fn start(&self) -> Result<(), Failure> {
-        message::send_start(self.0.as_fd().as_raw_fd()).map_err(|error| {
+        message::send_start(self.0.as_fd()).map_err(|error| {
             Failure::internal(format!("the process ended before its start: {error}"))
         })?;
         match self.receive().await {
@@ -208,7 +188,7 @@ pub struct Process {
 impl Process {
     /// Takes over a stage that is ready.
     pub fn new(
-        spawned: sys::Spawned,
+        spawned: Child,
         channel: Channel,
         spec: &agent::Process,
         terminal: Option<OwnedFd>,
@@ -299,7 +279,8 @@ impl Process {
         {
             // The agent's own soft limit is higher. Where even this is refused (a test without CAP_SYS_RESOURCE),
             // the process keeps what it inherited.
-            let _ = sys::set_rlimit_of(self.pid, libc::RLIMIT_NOFILE, DEFAULT_NOFILE, MAX_NOFILE);
+            let _ =
+                schedule::set_limit_of(self.pid, libc::RLIMIT_NOFILE, DEFAULT_NOFILE, MAX_NOFILE);
         }
         for limit in rlimits {
             let what = format!(
@@ -308,8 +289,9 @@ impl Process {
                 limit.soft,
                 limit.hard
             );
-            sys::set_rlimit_of(self.pid, limit.resource, limit.soft, limit.hard)
-                .map_err(|error| Failure::internal(format!("{what}: {error}")))?;
+            schedule::set_limit_of(self.pid, limit.resource, limit.soft, limit.hard).map_err(
+                |errno| Failure::internal(format!("{what}: {}", io::Error::from(errno))),
+            )?;
         }
         Ok(())
     }
@@ -319,37 +301,35 @@ impl Process {
         if self.exited().is_some() {
             return Err(ProcessError::Exited);
         }
-        sys::pidfd_send_signal(self.pidfd.as_fd(), signal).map_err(|source| {
-            match source.raw_os_error() {
-                Some(libc::ESRCH) => ProcessError::Exited,
-                _ => ProcessError::System {
-                    what: "signal",
-                    pid: self.pid,
-                    source,
-                },
-            }
+        send_signal(self.pidfd.as_fd(), signal as i32).map_err(|errno| match errno {
+            Errno::ESRCH => ProcessError::Exited,
+            _ => ProcessError::System {
+                what: "signal",
+                pid: self.pid,
+                source: errno.into(),
+            },
         })
     }
 
     /// Sets the terminal's size.
     pub fn resize(&self, rows: u32, columns: u32) -> Result<(), ProcessError> {
         let terminal = self.terminal.as_ref().ok_or(ProcessError::NoTerminal)?;
-        sys::terminal_resize(
+        linux::terminal::resize(
             terminal.as_fd(),
             terminal::clamp(rows),
             terminal::clamp(columns),
         )
-        .map_err(|source| ProcessError::System {
+        .map_err(|errno| ProcessError::System {
             what: "resize the terminal of",
             pid: self.pid,
-            source,
+            source: errno.into(),
         })
     }
 
     /// Ends a stage that will never be a process, and waits for its end.
-    pub async fn abandon(spawned: sys::Spawned, mut exit: watch::Receiver<Option<Exit>>) {
+    pub async fn abandon(spawned: Child, mut exit: watch::Receiver<Option<Exit>>) {
         // Gone already is as good.
-        let _ = sys::pidfd_send_signal(spawned.pidfd.as_fd(), libc::SIGKILL as u32);
+        let _ = send_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
         // An error means that the watcher is gone, and the watcher ends with the process.
         let _ = exit.wait_for(Option::is_some).await;
     }

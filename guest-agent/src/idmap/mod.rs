@@ -1,6 +1,5 @@
 //! User and group id mappings: of a container's user namespace, and of idmapped mounts.
-
-mod sys;
+#![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -9,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::agent::IdMapping;
+use linux::process::Idle;
 
 /// The kernel's limit of lines in a map (user_namespaces(7)).
 const MAX_LINES: usize = 340;
@@ -54,7 +54,9 @@ pub fn write_maps(pid: i32, uids: &[IdMapping], gids: &[IdMapping]) -> Result<()
 
 /// A user namespace with these mappings and no process in it, for idmapped mounts.
 pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, IdMapError> {
-    let holder = sys::Holder::spawn().map_err(IdMapError::Namespace)?;
+    // Until the namespace is open, a process has to own it.
+    let holder = Idle::spawn(libc::CLONE_NEWUSER as u64)
+        .map_err(|errno| IdMapError::Namespace(errno.into()))?;
     write_maps(holder.pid(), uids, gids)?;
     let path = format!("/proc/{}/ns/user", holder.pid());
     File::open(path)

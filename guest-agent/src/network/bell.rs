@@ -12,9 +12,6 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-
 use crate::bpf::{self, Purpose, Ring, Wide, code, instruction, wide};
 use crate::stream::Stream;
 
@@ -43,7 +40,10 @@ impl Bell {
     pub(super) fn attach(cgroup: &Path) -> io::Result<Self> {
         let cgroup = std::fs::File::open(cgroup)?;
         let ring = Ring::new(SIZE)?;
-        let program = program(namespace_cookie()?, ring.as_fd().as_raw_fd() as u32);
+        let program = program(
+            linux::netlink::namespace_cookie()?,
+            ring.as_fd().as_raw_fd() as u32,
+        );
         let program = bpf::load(Purpose::Sockets, &program)?;
         let link = bpf::link(cgroup.as_fd(), Purpose::Sockets, program.as_fd())?;
         let rung = Stream::new(ring.as_fd().try_clone_to_owned()?)?;
@@ -70,29 +70,6 @@ impl Bell {
             return Ok((records.into_iter().map(event).collect(), all));
         }
     }
-}
-
-/// The kernel's name of the calling thread's network namespace.
-fn namespace_cookie() -> io::Result<u64> {
-    let socket = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    let mut cookie = 0u64;
-    let mut length = size_of_val(&cookie) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes into a number that outlives the call.
-    Errno::result(unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    })?;
-    Ok(cookie)
 }
 
 /// Registers: result, arguments, two that calls keep, the stack.

@@ -4,9 +4,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bulkhead_agent_protocol::agent;
+use linux::netlink::{HEADER, Netlink, Refusal, attributes, read_u32};
 use nix::sys::socket::SockProtocol;
-
-use super::netlink::{HEADER, Netlink, Refusal, attributes, read_u32};
 
 /// Most ports of a family that the host is told.
 const MAX_PORTS: usize = 1024;
@@ -35,17 +34,15 @@ struct Listener {
 
 impl Listener {
     /// Reads struct inet_diag_msg and the attributes after it.
-    fn read(message: &mut [u8], family: libc::c_int) -> Option<Self> {
-        let (message, rest) = message.split_at_mut_checked(ANSWER)?;
+    fn read(message: &[u8], family: libc::c_int) -> Option<Self> {
+        let (message, rest) = message.split_at_checked(ANSWER)?;
         let source = &message[8..24];
         let address = match family {
             libc::AF_INET => IpAddr::from(*source.first_chunk::<4>()?),
             _ => IpAddr::from(*source.first_chunk::<16>()?),
         };
         let cookie = u64::from(read_u32(message, 44)?) | u64::from(read_u32(message, 48)?) << 32;
-        let only_ipv6 = attributes(rest)
-            .map_while(Result::ok)
-            .any(|attribute| attribute.kind == ONLY_IPV6 && *attribute.value != [0]);
+        let only_ipv6 = attributes(rest).any(|(kind, value)| kind == ONLY_IPV6 && *value != [0]);
         Some(Self {
             address,
             port: u16::from_be_bytes([message[4], message[5]]),
@@ -86,8 +83,7 @@ pub(super) struct Snapshot {
 
 /// Asks the kernel what listens in the network namespace of the calling thread, and which of the sockets in `asked` do.
 pub(super) fn read(asked: &HashMap<u64, bool>) -> Result<Snapshot, Refusal> {
-    let mut kernel = Netlink::open(SockProtocol::NetlinkSockDiag)
-        .map_err(|error| nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+    let mut kernel = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let (mut ipv4, mut ipv6) = (BTreeSet::new(), BTreeSet::new());
     let mut listening = HashSet::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
@@ -97,8 +93,9 @@ pub(super) fn read(asked: &HashMap<u64, bool>) -> Result<Snapshot, Refusal> {
         request[HEADER] = family as u8;
         request[HEADER + 1] = libc::IPPROTO_TCP as u8;
         request[HEADER + 4..HEADER + 8].copy_from_slice(&(1u32 << LISTEN).to_ne_bytes());
-        kernel.dump(&mut request, |message| {
-            let Some(listener) = Listener::read(message, family) else {
+        // What changes meanwhile rings again.
+        kernel.dump(&mut request, |answer| {
+            let Some(listener) = Listener::read(answer.body, family) else {
                 return;
             };
             if asked.contains_key(&listener.cookie) {

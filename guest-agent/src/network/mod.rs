@@ -7,12 +7,14 @@
 //!  socket begins or ends to listen ── bell ──► watch ── listeners: what listens now ──► WatchListeners' answer
 //!  ConnectListener ── relay ──► loopback ◄── bytes ──► the host's vsock port
 //! ```
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
 use bulkhead_agent_protocol::agent;
+use linux::netlink::{Netlink, Refusal};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
@@ -21,7 +23,7 @@ use crate::machine;
 mod bell;
 mod devices;
 mod listeners;
-mod netlink;
+mod records;
 mod relay;
 mod request;
 mod watch;
@@ -29,7 +31,6 @@ mod watch;
 pub(crate) use relay::connect;
 pub(crate) use watch::Watch;
 
-use netlink::{Netlink, Refusal};
 use request::{Interfaces, Request, RequestError};
 
 /// Where the machine's devices are shown.
@@ -124,15 +125,15 @@ fn apply(network: &agent::Network, interfaces: &Interfaces) -> Result<(), Networ
         .take_while(|request| request.renames)
         .count();
     let mut kernel =
-        Netlink::open(SockProtocol::NetlinkRoute).map_err(|source| NetworkError::System {
+        Netlink::open(SockProtocol::NetlinkRoute).map_err(|errno| NetworkError::System {
             what: "speak rtnetlink to the kernel".to_owned(),
-            source,
+            source: errno.into(),
         })?;
     let mut number = 0;
     let mut make = |requests: &mut [Request]| {
         requests.iter_mut().try_for_each(|request| {
             number += 1;
-            match kernel.request(&mut request.message) {
+            match kernel.request(&mut request.message, |_| {}) {
                 Ok(()) => Ok(()),
                 Err(refusal) if refusal.errno == Errno::EEXIST => Ok(()),
                 Err(refusal) => Err(refused(number, &request.message, &refusal)),

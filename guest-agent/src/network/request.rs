@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::netlink::{Cut, HEADER, Records, attributes, read_u16, read_u32};
+use linux::netlink::{HEADER, read_u16, read_u32};
+
+use super::records::{Cut, Records, attributes};
 
 /// Index of lo in every network namespace.
 const LO: u32 = 1;

@@ -1,4 +1,5 @@
 //! startContainer hooks: run in the container's namespaces by its init, just before it executes its program.
+#![forbid(unsafe_code)]
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -8,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::agent;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use super::message::Failure;
 use super::step::Step;
-use crate::sys;
 
 /// How much of a failed hook's standard error is quoted, in bytes.
 const MAX_QUOTE: usize = 1024;
@@ -36,13 +38,7 @@ fn run_one(hook: &agent::Hook, state: &[u8]) -> Result<(), Failure> {
         .stderr(Stdio::piped());
     // The hook gets a group of its own, so that a timeout ends whatever it has started.
     command.process_group(0);
-    // SAFETY: only async-signal-safe calls between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            sys::reset_signals();
-            Ok(())
-        });
-    }
+    linux::process::default_signals(&mut command);
     let mut child = command
         .spawn()
         .step(|| format!("cannot run the startContainer hook {name}"))?;
@@ -52,8 +48,8 @@ fn run_one(hook: &agent::Hook, state: &[u8]) -> Result<(), Failure> {
     let errors = match result {
         Ok(errors) => errors,
         Err(error) => {
-            // SAFETY: a negative pid names the group that the child was started in; it is not reaped yet.
-            unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+            // The group that the child was started in; it is not reaped yet.
+            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
             let _ = child.wait();
             return Err(Failure::internal(format!(
                 "startContainer hook {name}: {error}"
@@ -74,7 +70,7 @@ fn run_one(hook: &agent::Hook, state: &[u8]) -> Result<(), Failure> {
 
 /// Feeds the state and collects standard error until the hook closes it or the deadline passes, whichever is first.
 fn converse(child: &mut Child, mut state: &[u8], deadline: Option<Instant>) -> io::Result<Vec<u8>> {
-    let pidfd = sys::pidfd_open(child.id() as i32)?;
+    let pidfd = linux::process::open_pidfd(child.id() as i32)?;
     let mut stdin = child.stdin.take();
     let mut stderr = child.stderr.take();
     for pipe in [

@@ -10,11 +10,12 @@
 //! ```
 //!
 //! One datagram of a SOCK_SEQPACKET socket each, so that nothing needs framing.
+#![forbid(unsafe_code)]
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use linux::packet;
 
 /// Descriptor of the socket in a stage.
 pub const CONTROL_FD: RawFd = 3;
@@ -99,7 +100,7 @@ const FAILED: u8 = b'F';
 const START: u8 = b'S';
 
 /// Sends a message to the agent; of the descriptors only the terminal is sent.
-pub fn send_to_agent(message: &FromStage) -> io::Result<()> {
+pub fn send_to_agent(agent: BorrowedFd<'_>, message: &FromStage) -> io::Result<()> {
     let mut bytes = Vec::new();
     let mut fds = Vec::new();
     match message {
@@ -115,54 +116,26 @@ pub fn send_to_agent(message: &FromStage) -> io::Result<()> {
         }
         FromStage::Closed => return Ok(()),
     }
-    let rights = [ControlMessage::ScmRights(&fds)];
-    let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
-    sendmsg::<()>(
-        CONTROL_FD,
-        &[IoSlice::new(&bytes)],
-        control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    Ok(())
+    Ok(packet::send(agent, &bytes, &fds)?)
 }
 
 /// Waits for the agent's Start; `false` when the agent has closed its end instead.
-pub fn wait_for_start() -> io::Result<bool> {
+pub fn wait_for_start(agent: BorrowedFd<'_>) -> io::Result<bool> {
     let mut byte = [0u8; 1];
-    loop {
-        match nix::sys::socket::recv(CONTROL_FD, &mut byte, MsgFlags::empty()) {
-            Ok(0) => return Ok(false),
-            Ok(_) => return Ok(byte[0] == START),
-            Err(nix::Error::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
+    let packet = packet::receive(agent, &mut byte, 0)?;
+    Ok(packet.length == 1 && byte[0] == START)
 }
 
 /// Receives one message from the agent's end.
-pub fn receive_from_stage(fd: RawFd) -> io::Result<FromStage> {
+pub fn receive_from_stage(stage: BorrowedFd<'_>) -> io::Result<FromStage> {
     let mut bytes = [0u8; MAX_TEXT + 2];
-    let mut space = nix::cmsg_space!(RawFd);
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let received = recvmsg::<()>(
-        fd,
-        &mut slices,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
-    let length = received.bytes;
-    let mut master = None;
-    for message in received.cmsgs().map_err(io::Error::from)? {
-        if let ControlMessageOwned::ScmRights(fds) = message {
-            for fd in fds {
-                // SAFETY: the kernel has just installed this descriptor for us; nobody else owns it.
-                master = Some(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-    }
+    let packet = packet::receive(stage, &mut bytes, 1)?;
+    let master = packet.descriptors.into_iter().next();
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed message from a stage");
-    match &bytes[..length] {
+    if packet.lost {
+        return Err(malformed());
+    }
+    match &bytes[..packet.length] {
         [] => Ok(FromStage::Closed),
         [TERMINAL] => master.map(FromStage::Terminal).ok_or_else(malformed),
         [READY] => Ok(FromStage::Ready),
@@ -180,13 +153,6 @@ pub fn receive_from_stage(fd: RawFd) -> io::Result<FromStage> {
 }
 
 /// Sends Start to a stage.
-pub fn send_start(fd: RawFd) -> io::Result<()> {
-    sendmsg::<()>(
-        fd,
-        &[IoSlice::new(&[START])],
-        &[],
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    Ok(())
+pub fn send_start(stage: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(packet::send(stage, &[START], &[])?)
 }

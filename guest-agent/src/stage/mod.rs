@@ -10,6 +10,8 @@
 //!   trusted with anything; what it says before, the agent takes from a bounded message.
 //! - The agent (`container`) calls the stage, never the other way.
 
+#[cfg(test)]
+mod fuzz;
 mod hooks;
 pub(crate) mod message;
 pub(crate) mod mounts;
@@ -25,10 +27,11 @@ pub(crate) mod terminal;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use bulkhead_agent_protocol::agent;
+use nix::sched::{setns, unshare};
 use protobuf::Message;
 
 use self::message::{Failure, FailureKind, FromStage};
@@ -37,7 +40,6 @@ use self::paths::Missing;
 use self::plan::Plan;
 use self::program::Program;
 use self::step::Step;
-use crate::sys;
 
 /// Argument that makes this binary the init of a container.
 pub const INIT: &CStr = c"init-stage";
@@ -45,6 +47,9 @@ pub const INIT: &CStr = c"init-stage";
 pub const EXEC: &CStr = c"exec-stage";
 /// Argument that makes it the process that holds the pod's pid namespace.
 pub const PAUSE: &CStr = c"pause-stage";
+
+/// Index of lo in every network namespace.
+const LO: u32 = 1;
 
 /// The umask of a process whose spec has none.
 const DEFAULT_UMASK: u32 = 0o022;
@@ -70,9 +75,9 @@ pub fn dispatch(name: &CStr) -> Option<Never> {
 /// Reports a failure and ends the process.
 fn give_up(failure: &Failure) -> ! {
     // The agent may be gone; then nobody is left to tell.
-    let _ = message::send_to_agent(&FromStage::Failed(failure.clone()));
-    // SAFETY: _exit has no precondition; nothing here needs a destructor, and after a panic none may run.
-    unsafe { libc::_exit(failure.exit_code()) }
+    let _ = message::send_to_agent(channel(), &FromStage::Failed(failure.clone()));
+    // Nothing here needs a destructor, and after a panic none may run.
+    linux::process::exit_now(failure.exit_code())
 }
 
 /// A stage never returns.
@@ -91,7 +96,15 @@ fn run_steps<T>(stage: &mut T, steps: &[NamedStep<T>]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The socket to the agent.
+#[allow(unsafe_code)] // a number becomes a descriptor
+fn channel() -> BorrowedFd<'static> {
+    // SAFETY: the agent has put it there before execve; nothing here owns it, and only the next execve closes it.
+    unsafe { BorrowedFd::borrow_raw(message::CONTROL_FD) }
+}
+
 /// Takes ownership of a descriptor that the agent has put at a fixed number; once for each.
+#[allow(unsafe_code)] // a number becomes a descriptor
 fn take_fd(fd: RawFd) -> OwnedFd {
     // SAFETY: the agent's dup2 before execve made this descriptor for the stage, and each number is taken once.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -127,14 +140,15 @@ fn enter_program(
     before: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<Never, Failure> {
     let program = Program::new(process)?;
-    message::send_to_agent(&FromStage::Ready).step(|| "cannot report to the agent")?;
-    if !message::wait_for_start().step(|| "cannot wait for the start")? {
+    program.look()?;
+    message::send_to_agent(channel(), &FromStage::Ready).step(|| "cannot report to the agent")?;
+    if !message::wait_for_start(channel()).step(|| "cannot wait for the start")? {
         return Err(Failure::internal(
             "the agent gave the process up before its start",
         ));
     }
     before()?;
-    sys::reset_signals();
+    linux::process::reset_signals();
     security::finish(process)?;
     Err(program.execute())
 }
@@ -224,13 +238,13 @@ fn run_exec() -> Result<Never, Failure> {
     let (joins, request): (u64, agent::CreateExecRequest) = read_spec()?;
     security::new_session()?;
     let init = take_fd(message::INIT_PIDFD);
-    sys::setns(init.as_fd(), joins)
+    setns(&init, plan::clone_flags(joins))
         .step(|| "cannot enter the container's namespaces, has its init exited?")?;
     drop(init);
     if joins & libc::CLONE_NEWUSER as u64 != 0 {
         // The agent's user is not mapped inside; what follows is done as the container's root.
-        sys::setgroups(&[]).step(|| "cannot leave the agent's groups")?;
-        sys::set_ids(0, 0).step(|| "cannot become root of the container's user namespace")?;
+        linux::thread::set_groups(&[]).step(|| "cannot leave the agent's groups")?;
+        security::set_ids(0, 0).step(|| "cannot become root of the container's user namespace")?;
     }
     let mut exec = Exec { request };
     run_steps(&mut exec, EXEC_STEPS)?;
@@ -241,7 +255,7 @@ fn unshare_if_new(plan: &Plan, flag: libc::c_int) -> Result<(), Failure> {
     if !plan.is_new(flag as u64) {
         return Ok(());
     }
-    sys::unshare(flag as u64).step(|| "cannot make the namespace")
+    unshare(plan::clone_flags(flag as u64)).step(|| "cannot make the namespace")
 }
 
 /// The offsets can be set only while no process is in the namespace: execve moves this one there (time_namespaces(7)).
@@ -275,12 +289,8 @@ fn host_name(init: &Init) -> Result<(), Failure> {
             .step(|| format!("cannot set host name \"{}\"", spec.hostname))?;
     }
     if !spec.domainname.is_empty() {
-        let name = spec.domainname.as_bytes();
-        // SAFETY: the kernel reads `len` bytes of a slice that outlives the call.
-        if unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) } != 0 {
-            return Err(io::Error::last_os_error())
-                .step(|| format!("cannot set domain name \"{}\"", spec.domainname));
-        }
+        linux::process::set_domain_name(&spec.domainname)
+            .step(|| format!("cannot set domain name \"{}\"", spec.domainname))?;
     }
     Ok(())
 }
@@ -289,7 +299,8 @@ fn loopback(init: &Init) -> Result<(), Failure> {
     if !init.plan.new_network() {
         return Ok(());
     }
-    sys::loopback_up().step(|| "cannot bring lo up")
+    linux::netlink::bring_up(LO)
+        .map_err(|refusal| Failure::internal(format!("cannot bring lo up: {refusal}")))
 }
 
 /// Through the agent's /proc, where no mount of the container can stand in the way; the kernel takes the namespace of the writer.
@@ -381,7 +392,7 @@ fn own_terminal(process: &agent::Process) -> Result<(), Failure> {
 
 /// Nothing but the streams and the control socket outlives this, and the socket ends with execve.
 fn close_descriptors() -> Result<(), Failure> {
-    sys::close_on_exec_from(message::CONTROL_FD).step(|| "cannot mark descriptors")
+    linux::descriptor::close_on_exec_from(message::CONTROL_FD).step(|| "cannot mark descriptors")
 }
 
 /// Ids and the working directory: entered as root first, because the user may not be able to reach it; as the user
@@ -413,7 +424,7 @@ fn enter_message(cwd: &str) -> String {
 
 /// A directory of another root (by a magic link in /proc) would be a way out of the container.
 fn inside_root(cwd: &str) -> Result<(), Failure> {
-    let path = sys::raw_getcwd().step(|| enter_message(cwd))?;
+    let path = linux::process::working_directory().step(|| enter_message(cwd))?;
     if path.first() != Some(&b'/') {
         return Err(Failure::invalid(format!(
             "the working directory \"{cwd}\" lies outside the container's root"

@@ -2,6 +2,7 @@
 //!
 //! A path is resolved to a descriptor with the container's root as "/" for every symbolic link and "..", and all
 //! work goes on with that descriptor: between the check and the use there is no name left that could be exchanged.
+#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};

@@ -1,6 +1,8 @@
 //! Which namespaces a container gets, and who makes each: clone3, the stage, or the pod, which has it already.
+#![forbid(unsafe_code)]
 
 use bulkhead_agent_protocol::agent;
+use nix::sched::CloneFlags;
 use protobuf::EnumOrUnknown;
 
 /// The namespace types of a container, as CLONE_NEW* masks.
@@ -22,6 +24,11 @@ pub(crate) const NETWORK: u64 = libc::CLONE_NEWNET as u64;
 pub(crate) const CGROUP: u64 = libc::CLONE_NEWCGROUP as u64;
 pub(crate) const USER: u64 = libc::CLONE_NEWUSER as u64;
 pub(crate) const TIME: u64 = libc::CLONE_NEWTIME as u64;
+
+/// A mask as setns(2) and unshare(2) take it.
+pub fn clone_flags(mask: u64) -> CloneFlags {
+    CloneFlags::from_bits_retain(mask as libc::c_int)
+}
 
 /// The types that the containers of a pod can share.
 const SHAREABLE: u64 = PID | UTS | IPC;

@@ -1,10 +1,14 @@
 //! The end of a stage: finds the program in the container's PATH and becomes it.
+#![forbid(unsafe_code)]
 
 use std::ffi::{CStr, CString};
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 
 use bulkhead_agent_protocol::agent;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sys::stat::stat;
+use nix::unistd::{AccessFlags, faccessat};
 
 use super::message::{Failure, FailureKind};
 
@@ -64,6 +68,23 @@ impl Program {
         })
     }
 
+    /// Looks for the program where [`Program::execute`] will, as the user that it will have: one
+    /// that is not there is told before anybody waits for a start.
+    pub fn look(&self) -> Result<(), Failure> {
+        let mut errno = nix::Error::ENOENT;
+        for path in &self.candidates {
+            let path = path.as_c_str();
+            match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
+                Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => {}
+                Ok(()) if is_directory(path) => errno = nix::Error::EACCES,
+                Err(nix::Error::EACCES) => errno = nix::Error::EACCES,
+                // What else there is, execve knows best.
+                Ok(()) | Err(_) => return Ok(()),
+            }
+        }
+        Err(failure(&self.name, errno))
+    }
+
     /// Executes the program; returns only when that failed.
     pub fn execute(&self) -> Failure {
         let mut errno = nix::Error::ENOENT;
@@ -112,6 +133,10 @@ fn failure(name: &str, errno: nix::Error) -> Failure {
         kind,
         text: format!("exec: \"{name}\": {reason}"),
     }
+}
+
+fn is_directory(path: &CStr) -> bool {
+    stat(path).is_ok_and(|found| found.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
 fn pointers(strings: &[CString]) -> Vec<&CStr> {
@@ -214,6 +239,30 @@ mod tests {
         );
         assert_eq!(missing.exit_code(), 127);
         assert_eq!(failure("/etc", nix::Error::EACCES).exit_code(), 126);
+    }
+
+    #[test]
+    fn a_program_is_found_before_it_is_executed() {
+        let look = |name: &str| {
+            let process = agent::Process {
+                args: vec![name.to_owned()],
+                env: vec!["PATH=/no/such:/bin".to_owned()],
+                ..Default::default()
+            };
+            Program::new(&process).unwrap().look()
+        };
+        for there in ["sh", "/bin/sh"] {
+            look(there).unwrap();
+        }
+        for (name, code) in [
+            ("no-such-program", 127),
+            ("/no/such", 127),
+            ("/bin/sh/x", 127),
+            ("/etc", 126),
+            ("/etc/passwd", 126),
+        ] {
+            assert_eq!(look(name).unwrap_err().exit_code(), code, "{name}");
+        }
     }
 
     #[test]

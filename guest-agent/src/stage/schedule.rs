@@ -1,12 +1,14 @@
 //! How a process is scheduled: policy, I/O priority, CPUs and personality.
+#![forbid(unsafe_code)]
 
 use bulkhead_agent_protocol::agent;
+use linux::process::set_personality;
+use linux::schedule;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use super::message::Failure;
 use super::step::Step;
-use crate::sys::{self, SchedAttr};
 
 /// ioprio_set(2): the class stands above the priority.
 const IOPRIO_CLASS_SHIFT: u32 = 13;
@@ -14,7 +16,7 @@ const IOPRIO_CLASS_SHIFT: u32 = 13;
 /// Applies everything that the spec sets; needs privileges (real-time policies, negative nice).
 pub fn apply(process: &agent::Process) -> Result<(), Failure> {
     if let Some(scheduler) = process.scheduler.as_ref() {
-        let attr = SchedAttr {
+        let attr = schedule::Attributes {
             policy: scheduler.policy,
             flags: scheduler.flags,
             nice: scheduler.nice,
@@ -22,9 +24,9 @@ pub fn apply(process: &agent::Process) -> Result<(), Failure> {
             runtime: scheduler.runtime_ns,
             deadline: scheduler.deadline_ns,
             period: scheduler.period_ns,
-            ..SchedAttr::default()
+            ..schedule::Attributes::default()
         };
-        sys::sched_setattr(attr).step(|| format!("cannot set the scheduler {attr:?}"))?;
+        schedule::set_attributes(attr).step(|| format!("cannot set the scheduler {attr:?}"))?;
     }
     if let Some(io) = process.io_priority.as_ref() {
         if io.class > 3 || io.priority > 7 {
@@ -33,7 +35,7 @@ pub fn apply(process: &agent::Process) -> Result<(), Failure> {
                 io.class, io.priority
             )));
         }
-        sys::ioprio_set(io.class << IOPRIO_CLASS_SHIFT | io.priority).step(|| {
+        schedule::set_io_priority(io.class << IOPRIO_CLASS_SHIFT | io.priority).step(|| {
             format!(
                 "cannot set I/O priority {} of class {}",
                 io.priority, io.class
@@ -47,8 +49,7 @@ pub fn apply(process: &agent::Process) -> Result<(), Failure> {
         sched_setaffinity(Pid::from_raw(0), &cpus).step(|| format!("cannot run on CPUs {list}"))?;
     }
     if let Some(personality) = process.personality {
-        sys::personality(personality)
-            .step(|| format!("cannot set personality {personality:#x}"))?;
+        set_personality(personality).step(|| format!("cannot set personality {personality:#x}"))?;
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
 //! How the steps of a stage fail: with what was tried, on what, and the system's reason.
+#![forbid(unsafe_code)]
 
 use std::fmt::Display;
 use std::io;

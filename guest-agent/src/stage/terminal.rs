@@ -1,7 +1,8 @@
 //! A process' terminal: a new pair from the container's own devpts, so that its name means something inside.
+#![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bulkhead_agent_protocol::agent;
 use nix::fcntl::{OFlag, open};
@@ -10,7 +11,6 @@ use nix::sys::statfs::fstatfs;
 
 use super::message::{self, Failure, FromStage};
 use super::step::Step;
-use crate::sys;
 
 /// DEVPTS_SUPER_MAGIC of statfs(2).
 const DEVPTS_MAGIC: i64 = 0x1cd1;
@@ -30,23 +30,18 @@ pub fn set_up(
     announce: impl FnOnce(BorrowedFd<'_>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let master = open_multiplexer()?;
-    sys::terminal_unlock(master.as_fd()).step(|| "cannot unlock the terminal")?;
-    let terminal = sys::terminal_peer(master.as_fd()).step(|| "cannot open the terminal")?;
+    linux::terminal::unlock(master.as_fd()).step(|| "cannot unlock the terminal")?;
+    let terminal = linux::terminal::peer(master.as_fd()).step(|| "cannot open the terminal")?;
     if process.rows != 0 || process.columns != 0 {
         let (rows, columns) = (clamp(process.rows), clamp(process.columns));
-        sys::terminal_resize(master.as_fd(), rows, columns)
+        linux::terminal::resize(master.as_fd(), rows, columns)
             .step(|| "cannot set the terminal's size")?;
     }
     announce(terminal.as_fd())?;
-    sys::terminal_control(terminal.as_fd()).step(|| "cannot take the controlling terminal")?;
-    for target in 0..=2 {
-        // SAFETY: dup2 onto the standard streams, which no object of this process owns.
-        if unsafe { libc::dup2(terminal.as_raw_fd(), target) } < 0 {
-            return Err(io::Error::last_os_error())
-                .step(|| format!("cannot make the terminal descriptor {target}"));
-        }
-    }
-    message::send_to_agent(&FromStage::Terminal(master))
+    linux::terminal::control(terminal.as_fd()).step(|| "cannot take the controlling terminal")?;
+    linux::descriptor::as_standard_streams(terminal.as_fd())
+        .step(|| "cannot make the terminal the standard streams")?;
+    message::send_to_agent(super::channel(), &FromStage::Terminal(master))
         .step(|| "cannot hand the terminal to the agent")
 }
 

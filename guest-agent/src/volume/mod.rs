@@ -5,6 +5,7 @@
 //!
 //! A container that may write to its volume is hostile. So the way to everything is walked by descriptors that never leave the
 //! volume and follow no link, and what is made is made anew.
+#![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -1,6 +1,7 @@
 use std::os::unix::fs::{MetadataExt, symlink};
 
-use bulkhead_agent_protocol::agent::Empty;
+use bulkhead_agent_protocol::agent::{self, Empty};
+use protobuf::Message as _;
 use tempfile::TempDir;
 
 use super::*;
@@ -174,4 +175,41 @@ fn a_link_that_a_container_planted_is_not_followed() {
         (after.mode(), after.mtime()),
         (before.mode(), before.mtime())
     );
+}
+
+/// Any changes of a volume that has links out of it: what is outside stays as it is.
+fn changes(data: &[u8]) {
+    let outside = tempfile::tempdir().unwrap();
+    let canary = outside.path().join("canary");
+    std::fs::write(&canary, "untouched").unwrap();
+    let path = outside.path().join("volume");
+    std::fs::create_dir_all(path.join("d")).unwrap();
+    symlink(outside.path(), path.join("out")).unwrap();
+    symlink("../..", path.join("d/up")).unwrap();
+    symlink("../canary", path.join("canary")).unwrap();
+    let before = std::fs::metadata(&canary).unwrap();
+    let Ok(request) = agent::ChangeVolumeRequest::parse_from_bytes(data) else {
+        return;
+    };
+    let fd = std::fs::File::open(&path).unwrap();
+    for change in &request.changes {
+        let _ = apply(fd.as_fd(), change);
+    }
+    let after = std::fs::metadata(&canary).unwrap();
+    assert_eq!(std::fs::read(&canary).unwrap(), b"untouched");
+    assert_eq!(
+        (after.ino(), after.mode(), after.uid(), after.ctime_nsec()),
+        (
+            before.ino(),
+            before.mode(),
+            before.uid(),
+            before.ctime_nsec()
+        )
+    );
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn fuzz_agent_volume() {
+    bulkhead_fuzz::run("agent_volume", changes);
 }

@@ -207,10 +207,22 @@ impl Guest {
             })
     }
 
-    /// Starts a process whose program cannot be executed: why.
-    pub async fn start_badly(&self, id: &str) -> (agent::ProgramProblem, String) {
-        let started = self.client.start_process(context(), &name(id, "")).await;
-        let response = started.unwrap();
+    /// Makes a container whose program is the problem: which, and in what words. Nothing of it is
+    /// left.
+    pub async fn create_badly(
+        &self,
+        id: &str,
+        spec: agent::Container,
+    ) -> (agent::ProgramProblem, String) {
+        let (stdio, _listeners) = self.stdio(spec.process.terminal);
+        let request = agent::CreateContainerRequest {
+            container_id: id.into(),
+            spec: Some(spec).into(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let created = self.client.create_container(context(), &request).await;
+        let response = created.unwrap();
         (response.problem.enum_value().unwrap(), response.reason)
     }
 

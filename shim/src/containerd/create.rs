@@ -14,19 +14,17 @@ use containerd_shim_protos::{
 
 use super::{Error, Exec, Guest, Phase, Process, Slot, Task, Tasks, metrics::Usage};
 use crate::{
+    audit,
     config::Config,
     containerd::{
         bootstrap,
         events::Event,
-        stdio::{Ends, Names, Owner, Streams},
+        stdio::{Ends, Handed, Names, Owner, Streams},
     },
     ids,
     oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
-    pod::{self, Container, Held, Order, Parts, Pod, Request, layers::Layer, memory_mib},
+    pod::{self, Container, Held, Order, Parts, Pod, Request, Size, layers::Layer},
 };
-
-/// Annotation of a pod's memory limit, in bytes (containerd's `internal/cri/annotations`).
-const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// What Create asks for.
 pub(super) struct Wanted {
@@ -81,6 +79,21 @@ impl Wanted {
         Ok(Config::load(Some(path))?)
     }
 
+    /// Reads the pids by which an engine knows the pod's processes as the one that stands for the
+    /// pod.
+    fn join_namespaces(&mut self, handed: &Handed, stub: i32) {
+        let linux = self.bundle.spec.linux_mut().as_mut();
+        let Some(linux) = linux else { return };
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in &mut namespaces {
+            let path = namespace.path().as_deref();
+            if let Some(path) = path.and_then(|path| handed.of_pod(path, stub)) {
+                namespace.set_path(Some(path));
+            }
+        }
+        linux.set_namespaces(Some(namespaces));
+    }
+
     fn plan(&self, pod: &PodPlan) -> Result<Plan, Error> {
         let root = match self.layers.is_empty() {
             true => RootFrom::Bundle,
@@ -101,7 +114,10 @@ impl Wanted {
 impl Tasks {
     /// Makes a task; its pod first, when it has none.
     pub(super) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
-        let wanted = Wanted::read(request)?;
+        let mut wanted = Wanted::read(request)?;
+        if let (Some(handed), Some(pod)) = (&self.place.handed, self.pod()) {
+            wanted.join_namespaces(handed, pod.pid);
+        }
         let id = wanted.id.clone();
         {
             let mut slots = self.slots();
@@ -112,24 +128,29 @@ impl Tasks {
             }
             slots.insert(id.clone(), Slot::Making);
         }
-        let mounts = wanted.mounts.clone();
-        match self.make(wanted).await {
+        let (mounts, config) = (wanted.mounts.clone(), wanted.config.clone());
+        let made = self.make(wanted).await;
+        match self.heed(config.as_deref(), &id, made) {
             Ok(task) => {
                 let task = Arc::new(task);
                 self.slots().insert(id, Slot::Made(task.clone()));
                 self.announce(&task, mounts);
+                self.leaving.send_modify(|_| ());
                 Ok(task.pid())
             }
             Err(error) => {
                 self.slots().remove(&id);
+                self.leaving.send_modify(|_| ());
                 Err(error)
             }
         }
     }
 
     fn announce(self: &Arc<Self>, task: &Arc<Task>, rootfs: Vec<Mount>) {
-        // For `delete` after our own death: which pid was this?
-        let _ = std::fs::write(task.bundle.join("init.pid"), task.pid().to_string());
+        if self.place.handed.is_none() {
+            // For `delete` after our own death: which pid was this?
+            let _ = std::fs::write(task.bundle.join("init.pid"), task.pid().to_string());
+        }
         let names = &task.init.names;
         let io = events_wire::TaskIO {
             stdin: names.stdin.clone(),
@@ -156,6 +177,11 @@ impl Tasks {
 
     async fn make(&self, wanted: Wanted) -> Result<Task, Error> {
         let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
+        if let (Some(group), Some(pod)) = (annotations.get(oci::GROUP), self.pod()) {
+            let (name, value) = (oci::GROUP.into(), group.clone());
+            let audit = pod.access.audit();
+            audit.tell_of(Some(&wanted.id), audit::Event::Switch { name, value });
+        }
         match (oci::role(&annotations, &wanted.id), self.pod()) {
             (Role::Member(sandbox), Some(pod)) if pod.id == sandbox => {
                 let mut plan = pod.plan.clone();
@@ -197,7 +223,7 @@ impl Tasks {
     }
 
     /// Whether another container than this one is in the guest, or about to be.
-    fn has_another(&self, id: &str) -> bool {
+    pub(super) fn has_another(&self, id: &str) -> bool {
         let slots = self.slots();
         let mut others = slots.iter().filter(|(other, _)| *other != id);
         others.any(|(_, slot)| match slot {
@@ -211,10 +237,7 @@ impl Tasks {
         let config = wanted.config(self.place.config.as_deref())?;
         oci::check_sandbox(&wanted.bundle)?;
         let plan = oci::pod_plan(&wanted.bundle)?;
-        let annotations = wanted.bundle.spec.annotations().clone().unwrap_or_default();
-        let memory = annotations
-            .get(POD_MEMORY)
-            .and_then(|text| text.parse().ok());
+        let limits = oci::limits::of_sandbox(&wanted.bundle)?;
         let linux = wanted.bundle.spec.linux().as_ref();
         let parts = Parts::open(&config)?;
         let order = Order {
@@ -224,9 +247,9 @@ impl Tasks {
                 namespace: &self.place.namespace,
                 id: &wanted.id,
                 cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
+                joins: true,
                 host_limits: &[],
-                vcpus: config.vcpus,
-                memory_mib: memory_mib(&config, memory.filter(|bytes| *bytes > 0)),
+                size: Size::of(&limits, &config).map_err(pod::Error::from)?,
                 network: plan.paths.network.as_deref(),
                 net_slots: plan.later_interfaces(),
                 serial: None,
@@ -244,14 +267,18 @@ impl Tasks {
         let config = wanted.config(self.place.config.as_deref())?;
         let mut pod_plan = oci::pod_plan(&wanted.bundle)?;
         // Shared memory comes from config.json's own tmpfs or volume, sysctls are the container's own.
-        pod_plan.shm_bytes = 0;
-        pod_plan.paths.shm = None;
+        if self.place.handed.is_none() || !is_engines_memory(pod_plan.paths.shm.as_deref()) {
+            pod_plan.shm_bytes = 0;
+            pod_plan.paths.shm = None;
+        }
         pod_plan.paths.alone = true;
         pod_plan.paths.has_guest = true;
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
+        let limits = oci::limits::of_container(&wanted.bundle)?;
+        let size = Size::of(&limits, &config).map_err(pod::Error::from)?;
         let cgroups_path = plan.cgroups_path.clone();
-        let host_limits = plan.host_limits.clone();
+        let host_limits = oci::limits::of_host(&mut plan, size.vcpus);
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let parts = Parts::open(&config)?;
         let order = Order {
@@ -261,9 +288,9 @@ impl Tasks {
                 namespace: &self.place.namespace,
                 id: &wanted.id,
                 cgroups_path: cgroups_path.as_deref(),
+                joins: true,
                 host_limits: &host_limits,
-                vcpus: config.vcpus,
-                memory_mib: memory_mib(&config, memory_limit(&wanted.bundle)),
+                size,
                 network: pod_plan.paths.network.as_deref(),
                 net_slots: pod_plan.later_interfaces(),
                 serial: None,
@@ -291,11 +318,17 @@ impl Tasks {
             }
         };
         let pod = Arc::new(pod);
+        // Not before: a boot takes all that it gets, and there is nobody in the guest yet to bound.
+        let bounded = pod.bound_time(&plan.container.resources);
         // Nobody is there yet who could have it.
         let _ = pod.enter_guest(&container.id, &plan.container.namespaces);
         let spec = std::mem::take(&mut plan.container);
         let process = spec.process.clone().unwrap_or_default();
-        match container.create(&pod, spec, stdio).await {
+        let created = match bounded {
+            Ok(()) => container.create(&pod, spec, stdio).await,
+            Err(error) => Err(error),
+        };
+        match created {
             Ok(()) => {
                 self.set_pod(Some(pod.clone()));
                 let guest = Guest { process, container };
@@ -320,10 +353,22 @@ impl Tasks {
             files.add_to(&mut wanted.bundle.spec, &pod_plan.paths);
         }
         let mut plan = wanted.plan(pod_plan)?;
+        if pod.is_paused() {
+            let pod = &pod.id;
+            return Err(Error::State(format!(
+                "the pod {pod:?} is paused; resume it first"
+            )));
+        }
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let process = plan.container.process.clone().unwrap_or_default();
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         pod.admit(&container.id, &plan.container.namespaces)?;
+        if pod.plan.paths.alone {
+            pod.free_time()?;
+        }
+        let limits = pod
+            .limit(&plan.host_limits)
+            .inspect_err(|_| pod.leave(&container.id))?;
         let made = async {
             let (stdio, streams) = {
                 let mut held = pod.held().await;
@@ -333,7 +378,11 @@ impl Tasks {
             };
             container.run_create_hooks(Some(pod.pid)).await?;
             container.create(&pod, plan.container, stdio).await?;
-            Ok(streams)
+            match pod.is_ending() {
+                // The ends of all who were there have been told.
+                true => Err(pod.ended().into()),
+                false => Ok(streams),
+            }
         };
         match made.await {
             Ok(streams) => {
@@ -341,6 +390,7 @@ impl Tasks {
                 Ok(task(wanted, pod, Some(guest), false, streams))
             }
             Err(error) => {
+                limits.undo();
                 container.remove(&pod).await;
                 container.run_stopped_hooks().await;
                 Err(error)
@@ -352,12 +402,16 @@ impl Tasks {
         Owner {
             namespace: &self.place.namespace,
             container,
+            handed: self.place.handed.as_deref(),
         }
     }
 
     /// Lets a created init exec.
     pub(super) async fn start_init(&self, task: &Arc<Task>) -> Result<u32, Error> {
         let init = &task.init;
+        if task.guest.is_some() && init.phase() == Phase::Created {
+            task.awake("start")?;
+        }
         init.step(&[Phase::Created], Phase::Starting)
             .map_err(|phase| init.refuse("start", phase))?;
         if let Some(guest) = &task.guest {
@@ -444,10 +498,14 @@ pub(super) async fn join(held: &mut Held, ends: Ends) -> Result<(wire::Stdio, St
     Ok((stdio, streams))
 }
 
-fn memory_limit(bundle: &Bundle) -> Option<u64> {
-    let linux = bundle.spec.linux().as_ref()?;
-    let memory = linux.resources().as_ref()?.memory().as_ref()?;
-    memory.limit().and_then(|limit| u64::try_from(limit).ok())
+/// Whether a directory is the tmpfs that Podman and Docker make for a container's /dev/shm, beside
+/// its bundle.
+fn is_engines_memory(path: Option<&Path>) -> bool {
+    path.is_some_and(|path| {
+        let found = nix::sys::statfs::statfs(path);
+        path.ends_with("shm")
+            && found.is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
+    })
 }
 
 fn oom_score_adj(bundle: &Bundle) -> i32 {

@@ -12,7 +12,7 @@ use crate::{
 
 impl Tasks {
     /// Forgets an exec process.
-    pub(super) async fn delete_exec(&self, task: &Arc<Task>, exec_id: &str) -> Result<Exit, Error> {
+    pub(crate) async fn delete_exec(&self, task: &Arc<Task>, exec_id: &str) -> Result<Exit, Error> {
         let exec = task.exec(exec_id)?;
         let exit = match exec.process.phase() {
             Phase::Stopped(exit) => {
@@ -21,17 +21,23 @@ impl Tasks {
                 let _ = promptly(task.pod.agent().delete_process(&task.id, exec_id)).await;
                 exit
             }
-            Phase::Added => Exit::now(0),
+            Phase::Added => exec.never_run()?,
             phase => return Err(exec.process.refuse("delete", phase)),
         };
-        match task.execs().remove(exec_id) {
-            Some(_) => Ok(exit),
-            None => task.exec(exec_id).map(|_| exit),
+        let mut execs = task.execs();
+        // Another Delete may have been quicker, and another process of this id may have come since.
+        if !execs
+            .get(exec_id)
+            .is_some_and(|there| Arc::ptr_eq(there, &exec))
+        {
+            return Err(Error::NotFound("process already deleted".into()));
         }
+        execs.remove(exec_id);
+        Ok(exit)
     }
 
     /// Forgets a container that has ended, or one that was never started, with all that it held.
-    pub(super) async fn delete(&self, id: &str) -> Result<(u32, Exit), Error> {
+    pub(crate) async fn delete(&self, id: &str) -> Result<(u32, Exit), Error> {
         let task = self.task(id)?;
         let _one = task.deletion.lock().await;
         // Whoever waited for another Delete finds nothing left.
@@ -45,6 +51,7 @@ impl Tasks {
         let execs: Vec<_> = task.execs().values().cloned().collect();
         for exec in execs {
             exec.process.disconnect();
+            let _ = exec.never_run();
         }
         if task.holds_pod {
             task.pod.begin_end();
@@ -55,6 +62,7 @@ impl Tasks {
         } else if let Some(guest) = &task.guest {
             guest.container.remove(&task.pod).await;
         }
+        self.leaving.send_modify(|leaving| *leaving += 1);
         self.slots().remove(id);
         self.events.publish(Event::Delete(events_wire::TaskDelete {
             container_id: id.into(),
@@ -66,6 +74,7 @@ impl Tasks {
         if let Some(guest) = &task.guest {
             guest.container.run_stopped_hooks().await;
         }
+        self.leaving.send_modify(|leaving| *leaving -= 1);
         Ok((task.pid(), exit))
     }
 

@@ -3,6 +3,7 @@
 use ttrpc::Code;
 
 use crate::{
+    audit::Event,
     config,
     containerd::stdio,
     error::line,
@@ -63,6 +64,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the audit log has of it, if it refuses what a container in a machine is not given.
+    pub(super) fn refusal(&self) -> Option<Event> {
+        match self {
+            Error::Oci(error) => error.refusal(),
+            Error::Pod(error) => error.refusal(),
+            Error::Cri(cri::Error::Unsupported { field, reason }) => Some(Event::Refused {
+                field: Some((*field).into()),
+                reason: reason.clone(),
+            }),
+            _ => None,
+        }
+    }
+
     fn code(&self) -> Code {
         match self {
             Error::NotFound(_) => Code::NOT_FOUND,
@@ -97,7 +111,7 @@ impl From<agent::Error> for Error {
 fn pod_code(error: &pod::Error) -> Code {
     match error {
         pod::Error::Ended(_) | pod::Error::GuestTaken(_) => Code::FAILED_PRECONDITION,
-        pod::Error::PrivatePids => Code::INVALID_ARGUMENT,
+        pod::Error::PrivatePids | pod::Error::Size(_) => Code::INVALID_ARGUMENT,
         pod::Error::Socket(error) if error.is_refusal() => Code::INVALID_ARGUMENT,
         pod::Error::Hung(_) => Code::DEADLINE_EXCEEDED,
         pod::Error::Agent(agent::Error::Program { .. }) => Code::INVALID_ARGUMENT,

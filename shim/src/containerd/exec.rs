@@ -31,7 +31,8 @@ impl Tasks {
         if !matches!(phase, Phase::Created | Phase::Starting | Phase::Running) {
             return Err(task.init.refuse("add a process to it", phase));
         }
-        let mut spec = oci::exec_process(&request.spec.value, &guest.process)?;
+        let spec = oci::exec_process(&request.spec.value, &guest.process).map_err(Error::from);
+        let mut spec = self.heed(None, &task.id, spec)?;
         spec.terminal = request.terminal;
         let names = Names {
             stdin: request.stdin,
@@ -69,6 +70,7 @@ impl Tasks {
         if !matches!(init, Phase::Running) {
             return Err(task.init.refuse("start a process in it", init));
         }
+        task.awake("start a process")?;
         exec.process
             .step(&[Phase::Added], Phase::Starting)
             .map_err(|phase| exec.process.refuse("start", phase))?;

@@ -14,11 +14,11 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_protocol::agent::CgroupFile;
+use bulkhead_agent_protocol::{CGROUP_STATS, agent::CgroupFile};
 use containerd_shim_protos::{
     cgroups_v2::metrics::{
-        CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
-        RdmaStat,
+        CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData,
+        PSIStats, PidsStat, RdmaStat,
     },
     protobuf::MessageField,
 };
@@ -35,23 +35,15 @@ const FIRST: Duration = Duration::from_millis(1500);
 const MAX_DEVICES: usize = 256;
 /// Files without which an answer is none: of a cgroup that has gone, or has not come, nothing is there.
 const NEEDED: &[&str] = &["cpu.stat", "memory.current", "pids.current"];
-/// What is read of a pod's cgroup on the host.
-const POD_FILES: &[&str] = &[
-    "cpu.stat",
-    "memory.current",
-    "memory.events",
-    "memory.max",
-    "memory.peak",
-    "memory.stat",
-    "memory.swap.current",
-    "memory.swap.max",
-    "memory.swap.peak",
-    "memory.pressure",
-    "cpu.pressure",
-    "io.stat",
-    "io.pressure",
-    "pids.current",
-    "pids.max",
+/// Sizes of huge pages, by their names in these files.
+const HUGE_PAGES: [&str; 2] = ["2MB", "1GB"];
+/// What containerd 2 has beside the fields that the crate's messages know (cgroups v3.1,
+/// `MemoryStat`), by field number.
+const LATER_FIELDS: [(u32, &str); 4] = [
+    (39, "workingset_refault_anon"),
+    (40, "workingset_refault_file"),
+    (41, "workingset_activate_anon"),
+    (42, "workingset_activate_file"),
 ];
 
 /// A container's last known use.
@@ -78,21 +70,25 @@ impl Usage {
         self.out_of_memory.store(true, Ordering::Relaxed);
     }
 
-    /// Asks the guest, waits a moment, and answers with what is known then.
+    /// Asks the guest, waits a moment, and answers with what is known then. Of a container that is
+    /// `alone` in its pod the host knows the block devices, which the guest does not have.
     ///
     /// # Errors
     /// The guest has not said anything yet.
-    pub async fn metrics(&self, pod: &Pod, container: &str) -> Result<Metrics, Error> {
+    pub async fn metrics(&self, pod: &Pod, container: &str, alone: bool) -> Result<Metrics, Error> {
         let agent = pod.agent().clone();
         let id = container.to_string();
         let question = async move { agent.stats(&id).await };
-        self.ask_and_wait(question, pod.memory_bytes)
-            .await
-            .ok_or_else(|| {
-                Error::Unavailable(format!(
-                    "the guest has not told yet what container {container:?} uses"
-                ))
-            })
+        let told = self.ask_and_wait(question, pod.memory_bytes).await;
+        let Some(mut metrics) = told else {
+            let text = format!("the guest has not told yet what container {container:?} uses");
+            return Err(Error::Unavailable(text));
+        };
+        if alone && let Ok(text) = std::fs::read_to_string(pod.cgroup.join("io.stat")) {
+            let io = metrics.io.mut_or_insert_default();
+            io.usage.extend(devices(&text));
+        }
+        Ok(metrics)
     }
 
     async fn ask_and_wait(
@@ -122,6 +118,18 @@ impl Usage {
     pub async fn refresh(&self, pod: &Pod, container: &str) {
         let answer = pod.agent().stats(container).await;
         take(&self.last, answer, pod.memory_bytes);
+    }
+
+    /// The same of a container that has just ended, before that is told: whoever hears of the end
+    /// may ask what it has used, and is answered with this until it is deleted. A guest that is
+    /// slow holds the end up for no longer than an answer, and is heard later.
+    pub async fn settle(&self, pod: &Arc<Pod>, container: &str) {
+        let (last, pod, id) = (self.last.clone(), pod.clone(), container.to_string());
+        let asked = tokio::spawn(async move {
+            let answer = pod.agent().stats(&id).await;
+            take(&last, answer, pod.memory_bytes);
+        });
+        let _ = tokio::time::timeout(FRESH, asked).await;
     }
 
     /// The same of a pod's own container, which only the host counts.
@@ -175,7 +183,7 @@ pub fn of_pod(pod: &Pod) -> Option<Metrics> {
 }
 
 fn of_cgroup(cgroup: &Path, memory_bytes: u64) -> Option<Metrics> {
-    let files = POD_FILES.iter().filter_map(|name| {
+    let files = CGROUP_STATS.iter().filter_map(|name| {
         let value = std::fs::read_to_string(cgroup.join(name)).ok()?;
         Some(CgroupFile {
             name: (*name).into(),
@@ -222,6 +230,10 @@ fn convert(files: &[CgroupFile], memory_bytes: u64) -> Metrics {
             psi: pressure(text("io.pressure")),
             ..IOStat::default()
         }),
+        hugetlb: HUGE_PAGES
+            .into_iter()
+            .filter_map(|size| huge_pages(size, text))
+            .collect(),
         // Present, as runc has it, and empty: no such device comes into a guest.
         rdma: MessageField::some(RdmaStat::default()),
         ..Metrics::default()
@@ -269,7 +281,7 @@ fn memory(text: &str) -> MemoryStat {
     // The guest's numbers: any.
     let sum =
         |name: &str| get(&format!("{name}_anon")).saturating_add(get(&format!("{name}_file")));
-    MemoryStat {
+    let mut stat = MemoryStat {
         anon: get("anon"),
         file: get("file"),
         kernel_stack: get("kernel_stack"),
@@ -302,7 +314,25 @@ fn memory(text: &str) -> MemoryStat {
         thp_fault_alloc: get("thp_fault_alloc"),
         thp_collapse_alloc: get("thp_collapse_alloc"),
         ..MemoryStat::default()
+    };
+    let later = stat.special_fields.mut_unknown_fields();
+    for (field, name) in LATER_FIELDS {
+        later.add_varint(field, get(name));
     }
+    stat
+}
+
+/// Of `hugetlb.SIZE.*`, where the kernel has this size.
+fn huge_pages<'a>(size: &str, text: impl Fn(&str) -> &'a str) -> Option<HugeTlbStat> {
+    let text = |name: &str| text(&format!("hugetlb.{size}.{name}"));
+    let current = text("current");
+    (!current.is_empty()).then(|| HugeTlbStat {
+        current: limit(current),
+        max: limit(text("max")),
+        pagesize: size.into(),
+        failcnt: table(text("events"))("max"),
+        ..HugeTlbStat::default()
+    })
 }
 
 /// Of a cgroup's `memory.events`.
@@ -432,6 +462,24 @@ mod tests {
             (metrics.io.usage[0].major, metrics.io.usage[0].wios),
             (8, 4)
         );
+    }
+
+    #[test]
+    fn huge_pages_and_later_fields_are_told() {
+        let metrics = convert_here(&[
+            file("hugetlb.2MB.current", "4194304\n"),
+            file("hugetlb.2MB.max", "max\n"),
+            file("hugetlb.2MB.events", "max 3\n"),
+            file("memory.stat", "workingset_refault_file 300\n"),
+        ]);
+        let huge = &metrics.hugetlb[0];
+        assert_eq!(metrics.hugetlb.len(), 1, "the guest has one size");
+        assert_eq!((huge.pagesize.as_str(), huge.current), ("2MB", 4_194_304));
+        assert_eq!((huge.max, huge.failcnt), (u64::MAX, 3));
+        // Field 40 as a varint: (40 << 3) is 0xc0 0x02, 300 is 0xac 0x02.
+        let bytes = protobuf::Message::write_to_bytes(&*metrics.memory).unwrap();
+        let later = [0xc0, 0x02, 0xac, 0x02];
+        assert!(bytes.windows(4).any(|window| window == later), "{bytes:x?}");
     }
 
     #[test]

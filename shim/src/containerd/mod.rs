@@ -8,42 +8,52 @@
 //! - Events are put into their queue at the moment of the change that they tell, so that their order is that of the changes. An
 //!   init's exit comes after those of its exec processes.
 //! - What changes something runs to its end, even when the client that asked goes away.
+#![forbid(unsafe_code)]
 
 pub mod bootstrap;
+mod connections;
 mod create;
 mod delete;
 mod error;
 pub mod events;
 mod exec;
 mod metrics;
+mod offers;
 mod process;
 mod sandbox;
 mod sandbox_service;
+mod server;
 pub mod stdio;
 mod task_service;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use bulkhead_agent_protocol::agent as wire;
 use containerd_shim_protos::events::task as events_wire;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 pub use create::CONFIG_NAME;
 pub use error::Error;
 pub use process::{Exit, Phase, Process};
+pub use server::Server;
 pub use task_service::services;
 
 use self::{
     events::{Event, Events, timestamp},
     metrics::Usage,
     sandbox::ApiPod,
+    stdio::Handed,
 };
 use crate::{
+    audit::Audit,
+    config::Config,
     machine::agent,
     pod::{self, Container, KILLED_PATIENCE, Pod, Trouble, promptly},
 };
@@ -52,12 +62,14 @@ use crate::{
 const STRAGGLERS: Duration = Duration::from_secs(5);
 
 /// Where the shim is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Place {
     /// containerd's namespace.
     pub namespace: String,
     /// Another configuration file than the default one.
     pub config: Option<PathBuf>,
+    /// Of a daemon that no containerd has started: what its clients hand over for streams to be.
+    pub handed: Option<Arc<Handed>>,
 }
 
 /// A container as containerd's task.
@@ -95,10 +107,31 @@ struct Exec {
     spec: wire::Process,
 }
 
+impl Exec {
+    /// Ends one that was never started: whoever waits for it learns that it never will be.
+    fn never_run(&self) -> Result<Exit, Error> {
+        let exit = Exit::now(0);
+        let ended = self.process.step(&[Phase::Added], Phase::Stopped(exit));
+        ended.map_err(|phase| self.process.refuse("delete", phase))?;
+        Ok(exit)
+    }
+}
+
 impl Task {
     /// The pid that stands for it on the host.
     pub fn pid(&self) -> u32 {
         self.pod.pid.unsigned_abs()
+    }
+
+    /// Refuses what needs an answer of a guest that stands still.
+    fn awake(&self, verb: &str) -> Result<(), Error> {
+        match self.pod.is_paused() {
+            true => Err(Error::State(format!(
+                "cannot {verb}: the pod {:?} is paused; resume it first",
+                self.pod.id
+            ))),
+            false => Ok(()),
+        }
     }
 
     fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Exec>>> {
@@ -111,6 +144,35 @@ impl Task {
             let text = format!("no exec process {exec_id:?} in container {:?}", self.id);
             Error::NotFound(text)
         })
+    }
+
+    /// Waits for the end of the init, or of an exec process; `None`: there is no such process.
+    pub async fn ended(&self, exec_id: &str) -> Option<Exit> {
+        match exec_id {
+            "" => Some(self.init.ended().await),
+            exec_id => Some(self.exec(exec_id).ok()?.process.ended().await),
+        }
+    }
+
+    /// Whether a process runs, once it is not on its way to its exec any more.
+    pub async fn runs(&self, exec_id: &str) -> bool {
+        let runs = async |process: &Process| {
+            process.settled().await;
+            matches!(process.phase(), Phase::Running | Phase::Paused)
+        };
+        match exec_id {
+            "" => runs(&self.init).await,
+            exec_id => match self.exec(exec_id) {
+                Ok(exec) => runs(&exec.process).await,
+                Err(_) => false,
+            },
+        }
+    }
+
+    /// Takes no more input for a process that has ended.
+    pub fn stop_input(&self, exec_id: &str) {
+        // One that is not there has none.
+        let _ = self.with(exec_id, Process::stop_input);
     }
 
     /// Runs `act` on the init, or on an exec process when `exec_id` names one.
@@ -139,6 +201,8 @@ pub struct Tasks {
     /// When the pod was made by the sandbox service.
     api_pod: Mutex<Option<Arc<ApiPod>>>,
     shutdown: Notify,
+    /// How many are deleted and have hooks to run yet; sent also when one was made or could not be.
+    leaving: watch::Sender<usize>,
 }
 
 impl Tasks {
@@ -151,6 +215,7 @@ impl Tasks {
             pod: Mutex::default(),
             api_pod: Mutex::default(),
             shutdown: Notify::new(),
+            leaving: watch::Sender::new(0),
         })
     }
 
@@ -163,6 +228,33 @@ impl Tasks {
             Some(Slot::Made(task)) => Ok(task.clone()),
             Some(Slot::Making) => Err(Error::State(format!("container {id:?} is being made"))),
             None => Err(Error::NotFound(format!("no container {id:?}"))),
+        }
+    }
+
+    /// Waits until `holds` says so of the number of containers; those that are being made or
+    /// deleted count.
+    pub async fn until(&self, mut holds: impl FnMut(usize) -> bool) {
+        let mut news = self.leaving.subscribe();
+        loop {
+            let leaving = *news.borrow_and_update();
+            if holds(self.slots().len() + leaving) {
+                return;
+            }
+            // The sender is in `self`.
+            let _ = news.changed().await;
+        }
+    }
+
+    /// Waits until a container has been made, or is not there.
+    pub async fn made(&self, id: &str) -> Option<Arc<Task>> {
+        let mut news = self.leaving.subscribe();
+        loop {
+            news.mark_unchanged();
+            match self.task(id) {
+                Ok(task) => return Some(task),
+                Err(Error::State(_)) => drop(news.changed().await),
+                Err(_) => return None,
+            }
         }
     }
 
@@ -181,6 +273,30 @@ impl Tasks {
 
     fn set_pod(&self, pod: Option<Arc<Pod>>) {
         *self.pod.lock().expect("no panic while it is held") = pod;
+    }
+
+    /// What is told of the pod, or of the one that a container would have made.
+    fn audit(&self, config: Option<&Path>, id: &str) -> Audit {
+        match self.pod() {
+            Some(pod) => pod.access.audit().clone(),
+            None => {
+                let config = Config::load(config.or(self.place.config.as_deref()));
+                Audit::of(&config.unwrap_or_default(), &self.place.namespace, id)
+            }
+        }
+    }
+
+    /// Passes a result on, and tells of it if it refuses something of a container.
+    fn heed<T>(
+        &self,
+        config: Option<&Path>,
+        id: &str,
+        result: Result<T, Error>,
+    ) -> Result<T, Error> {
+        if let Some(event) = result.as_ref().err().and_then(Error::refusal) {
+            self.audit(config, id).tell_of(Some(id), event);
+        }
+        result
     }
 
     /// Waits until containerd has let the shim go.
@@ -212,7 +328,7 @@ impl Tasks {
     }
 
     /// Sends a signal. A process that has ended is not found, whatever the signal.
-    async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let task = self.task(id)?;
         let phase = task.with(exec_id, Process::phase)?;
         match phase {
@@ -221,8 +337,17 @@ impl Tasks {
             _ => {}
         }
         if task.guest.is_none() {
-            self.kill_holder(&task, signal);
+            self.kill_holder(&task, signal).await;
             return Ok(());
+        }
+        match signal == libc::SIGKILL as u32 {
+            // As a frozen container dies of it, too.
+            true if self.wake(&task.pod).await.is_err() => {
+                task.pod.access.kill();
+                return Ok(());
+            }
+            true => {}
+            false => task.awake("signal")?,
         }
         let agent = task.pod.agent();
         let all = all && exec_id.is_empty();
@@ -248,16 +373,30 @@ impl Tasks {
     }
 
     /// The pod's own container behaves like the pause program: it ends by SIGINT and SIGTERM in peace.
-    fn kill_holder(&self, task: &Arc<Task>, signal: u32) {
+    async fn kill_holder(&self, task: &Arc<Task>, signal: u32) {
         let status = match signal as i32 {
             libc::SIGKILL => 137,
             libc::SIGINT | libc::SIGTERM => 0,
             _ => return,
         };
+        if let Err(error) = self.wake(&task.pod).await {
+            tracing::warn!(error = %error, "the pod still stands still");
+        }
         self.finish(task, &task.init, Exit::now(status), false);
     }
 
-    /// Pauses or resumes.
+    /// Lets a pod go on that stands still, without a word: what follows is told.
+    async fn wake(&self, pod: &Pod) -> Result<(), Error> {
+        if pod.is_paused() {
+            pod.resume().await?;
+            let holder = self.all().into_iter().find(|task| task.holds_pod);
+            let _ = holder.map(|task| task.init.step(&[Phase::Paused], Phase::Running));
+        }
+        Ok(())
+    }
+
+    /// Pauses or resumes: a container's processes, or by the container that only holds a pod the
+    /// pod.
     async fn set_paused(&self, id: &str, paused: bool) -> Result<(), Error> {
         let task = self.task(id)?;
         let (from, to, verb) = match paused {
@@ -269,10 +408,15 @@ impl Tasks {
             return Err(task.init.refuse(verb, phase));
         }
         let container_id = id.to_string();
-        if task.guest.is_some() {
-            match paused {
-                true => promptly(task.pod.agent().pause(id)).await?,
-                false => promptly(task.pod.agent().resume(id)).await?,
+        match (&task.guest, paused) {
+            (None, true) => task.pod.pause().await?,
+            (None, false) => task.pod.resume().await?,
+            (Some(_), _) => {
+                task.awake(verb)?;
+                match paused {
+                    true => promptly(task.pod.agent().pause(id)).await?,
+                    false => promptly(task.pod.agent().resume(id)).await?,
+                }
             }
         }
         task.init
@@ -292,7 +436,13 @@ impl Tasks {
     }
 
     /// Sets a terminal's size; nothing happens where there is none.
-    async fn resize(&self, id: &str, exec_id: &str, rows: u16, columns: u16) -> Result<(), Error> {
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        rows: u16,
+        columns: u16,
+    ) -> Result<(), Error> {
         let task = self.task(id)?;
         let (terminal, phase) = task.with(exec_id, |process| {
             process.set_size(rows, columns);
@@ -305,6 +455,8 @@ impl Tasks {
             // An exec process has no terminal before its start, which will look.
             Phase::Added | Phase::Stopped(_) => Ok(()),
             Phase::Starting if !exec_id.is_empty() => Ok(()),
+            // Remembered, and not worth an error.
+            _ if task.pod.is_paused() => Ok(()),
             _ => {
                 let agent = task.pod.agent();
                 Ok(promptly(agent.resize_process(id, exec_id, rows, columns)).await?)
@@ -315,16 +467,31 @@ impl Tasks {
     /// Sets new limits.
     async fn update(&self, id: &str, json: &[u8]) -> Result<(), Error> {
         let task = self.task(id)?;
-        let (resources, host) = crate::oci::new_limits(json)?;
+        let limits = crate::oci::new_limits(json).map_err(Error::from);
+        let (mut resources, mut host) = self.heed(None, id, limits)?;
         if let Some(exit) = task.init.exit() {
             return Err(task.init.refuse("update", Phase::Stopped(exit)));
         }
         if task.guest.is_none() {
             // Kubernetes resizes a pod: what its containers may use is set on each of them.
-            return Ok(task.pod.limit(&host)?);
+            return Ok(task.pod.limit(&host).map(drop)?);
         }
-        promptly(task.pod.agent().update(id, resources)).await?;
-        Ok(task.pod.limit(&host)?)
+        task.awake("update")?;
+        if task.holds_pod {
+            let vcpus = task.pod.vcpus;
+            host.extend(crate::oci::limits::host_files(&mut resources, vcpus));
+        }
+        let limits = task.pod.limit(&host)?;
+        if let Err(error) = promptly(task.pod.agent().update(id, resources.clone())).await {
+            limits.undo();
+            return Err(error.into());
+        }
+        if task.holds_pod && !self.has_another(id) {
+            task.pod.bound_time(&resources)?;
+        }
+        // Whoever asks next is told of these limits, if the guest is quick.
+        task.usage.settle(&task.pod, id).await;
+        Ok(())
     }
 
     /// Ends a process and tells of it, once.
@@ -374,7 +541,7 @@ impl Tasks {
     /// Watches the pod until its end, and tells of it when nobody wanted it.
     async fn guard(self: Arc<Self>, pod: Arc<Pod>) {
         let trouble: Trouble = pod.trouble().await;
-        if pod.is_ending() {
+        if !pod.begin_end() {
             return;
         }
         tracing::error!(reason = %trouble.reason, "the pod cannot go on");
@@ -400,11 +567,17 @@ impl Tasks {
         };
         if tokio::time::timeout(STRAGGLERS, stragglers).await.is_err() {
             tracing::warn!(container = %task.id, "exec processes outlive their container's init");
-            self.end_execs(&task, 137);
         }
-        task.init.heard(&answer).await;
+        tokio::join!(
+            task.init.heard(&answer),
+            task.usage.settle(&task.pod, &task.id)
+        );
+        // Some of them may have come since.
+        self.end_execs(&task, 137);
+        if answer.oom_killed {
+            task.pod.access.tell_memory(&task.id);
+        }
         self.finish(&task, &task.init, exit, answer.oom_killed);
-        task.usage.refresh(&task.pod, &task.id).await;
     }
 
     /// The same for an exec process.
@@ -414,7 +587,6 @@ impl Tasks {
             return;
         };
         let exit = Exit::now(answer.exit_status & 0xff);
-        exec.process.settled().await;
         exec.process.heard(&answer).await;
         self.finish(&task, &exec.process, exit, false);
     }

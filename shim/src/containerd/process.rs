@@ -179,6 +179,11 @@ impl Process {
         plumbing.streams.close_input();
     }
 
+    /// Takes no more input from its client.
+    pub fn stop_input(&self) {
+        self.plumbing().streams.stop_input();
+    }
+
     /// Remembers a terminal's size for the start.
     pub fn set_size(&self, rows: u16, columns: u16) {
         self.plumbing().size = Some((rows, columns));

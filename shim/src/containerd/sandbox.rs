@@ -24,7 +24,7 @@ use crate::{
     containerd::stdio::Names,
     ids,
     oci::{PodFiles, PodPlan, cri},
-    pod::{Order, Parts, Pod, Request, memory_mib},
+    pod::{self, Order, Parts, Pod, Request, Size},
 };
 
 /// How long the guest of a pod that nobody knows any more may take to end.
@@ -38,7 +38,7 @@ pub(super) struct ApiPod {
     config: Config,
     plan: PodPlan,
     cgroups_path: Option<PathBuf>,
-    memory: Option<u64>,
+    size: Size,
     /// Its phases are those of a process, and whoever waits for its end waits in the same way.
     life: Process,
     pod: Mutex<Option<Arc<Pod>>>,
@@ -48,9 +48,15 @@ pub(super) struct ApiPod {
     ending: tokio::sync::Mutex<()>,
 }
 
+/// The configuration that its runtime options have named, in a file of the bundle.
+fn bundle_config(bundle: &Path) -> Option<PathBuf> {
+    let named = std::fs::read_to_string(bundle.join(CONFIG_NAME)).ok();
+    named.map(PathBuf::from)
+}
+
 impl ApiPod {
     /// Checks what is asked for and writes the files that the containers will share. Nothing else is taken.
-    fn read(request: &CreateSandboxRequest, otherwise: Option<&Path>) -> Result<ApiPod, Error> {
+    fn read(request: &CreateSandboxRequest, config: Option<&Path>) -> Result<ApiPod, Error> {
         let asked = cri::parse(request.options.as_ref())?;
         cri::check(&asked)?;
         let bundle = Path::new(&request.bundle_path);
@@ -58,9 +64,8 @@ impl ApiPod {
             let text = format!("the bundle's path {bundle:?} is not absolute");
             return Err(Error::Invalid(text));
         }
-        // Its runtime options came with `start`.
-        let named = std::fs::read_to_string(bundle.join(CONFIG_NAME)).ok();
-        let config = Config::load(named.as_deref().map(Path::new).or(otherwise))?;
+        let config = Config::load(config)?;
+        let size = Size::of(&cri::limits(&asked)?, &config).map_err(pod::Error::from)?;
         let id = &request.sandbox_id;
         let files = PodFiles::beneath(bundle);
         let plan = cri::plan(&asked, id, &request.netns_path, files.clone());
@@ -71,7 +76,7 @@ impl ApiPod {
             config,
             plan,
             cgroups_path: cri::cgroups_path(&asked, id),
-            memory: cri::memory(&asked),
+            size,
             life: Process::new("", Names::default(), Phase::Created),
             pod: Mutex::default(),
             used: Mutex::default(),
@@ -111,7 +116,7 @@ impl ApiPod {
         }
         if let Some(pod) = self.pod().as_ref() {
             info.push(("cgroup", pod.cgroup.display().to_string()));
-            info.push(("vcpus", self.config.vcpus.to_string()));
+            info.push(("vcpus", pod.vcpus.to_string()));
             info.push(("memory_bytes", pod.memory_bytes.to_string()));
         }
         let pairs = info.into_iter();
@@ -194,7 +199,10 @@ impl Tasks {
             return Err(Error::Exists(text));
         }
         // Nothing waits from the question to the answer: no other request comes between.
-        let pod = ApiPod::read(request, self.place.config.as_deref())?;
+        // Its runtime options came with `start`.
+        let named = bundle_config(Path::new(&request.bundle_path));
+        let config = named.as_deref().or(self.place.config.as_deref());
+        let pod = self.heed(config, id, ApiPod::read(request, config))?;
         self.set_api_pod(Some(Arc::new(pod)));
         Ok(())
     }
@@ -224,9 +232,9 @@ impl Tasks {
                 namespace: &self.place.namespace,
                 id,
                 cgroups_path: sandbox.cgroups_path.as_deref(),
+                joins: true,
                 host_limits: &[],
-                vcpus: sandbox.config.vcpus,
-                memory_mib: memory_mib(&sandbox.config, sandbox.memory),
+                size: sandbox.size,
                 network: sandbox.plan.paths.network.as_deref(),
                 net_slots: sandbox.plan.later_interfaces(),
                 serial: None,
@@ -254,7 +262,7 @@ impl Tasks {
     async fn guard_sandbox(self: Arc<Self>, sandbox: Arc<ApiPod>, pod: Arc<Pod>) {
         let trouble = pod.trouble().await;
         let _one = sandbox.ending.lock().await;
-        if pod.is_ending() {
+        if !pod.begin_end() {
             return;
         }
         tracing::error!(reason = %trouble.reason, "the pod cannot go on");
@@ -262,6 +270,7 @@ impl Tasks {
         self.end_all(trouble.status, trouble.out_of_memory);
         sandbox.life.stop(Exit::now(trouble.status));
         pod.destroy().await;
+        self.set_pod(None);
     }
 
     /// StopSandbox: ends the machine, and with it all that runs in it. What has ended can still be asked about and deleted.

@@ -264,7 +264,10 @@ impl TaskService for Front {
     ) -> ttrpc::Result<api::StatsResponse> {
         let task = self.0.task(&request.id)?;
         let metrics = match task.guest {
-            Some(_) => task.usage.metrics(&task.pod, &task.id).await?,
+            Some(_) => {
+                let usage = &task.usage;
+                usage.metrics(&task.pod, &task.id, task.holds_pod).await?
+            }
             // By the host alone.
             None => task.usage.metrics_of_pod(&task.pod)?,
         };

@@ -1,7 +1,7 @@
-//! The sockets of a pod: who has them, and the task that follows the host.
+//! The sockets of a pod, and the task that follows the host.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard},
@@ -16,21 +16,22 @@ use nix::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{Notify, Semaphore, watch},
+    sync::Notify,
     task::AbortHandle,
+    time::Instant,
 };
 
 use super::{
-    Error, check,
-    dial::{Kind, probe},
-    place::{Found, Look, Place},
-    relay,
+    Error, Offers, check,
+    dial::Kind,
+    look::Looked,
+    place::{Found, Place},
+    table::{Noted, Table, Target, Watcher},
 };
 use crate::{
     error::line,
     machine::agent::{self, Agent},
     oci::{GUEST_SHARE, HostBind, Plan},
-    pod::Access,
     sys,
 };
 
@@ -38,7 +39,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long we rest after a look: a guest that makes many files is seen now and then.
 const PAUSE: Duration = Duration::from_millis(100);
-/// When sockets without a listener are asked again: a server binds before it listens, and nothing tells when it does.
+/// When sockets without a listener are asked again: a server binds before it listens, and nothing
+/// tells when it does.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 
@@ -56,65 +58,13 @@ struct Shared {
     /// Who dials, and whose instance of inotify it is.
     uid: u32,
     allowed: bool,
+    /// How long the guest trusts what it knows of a name.
+    trust: Duration,
     table: Mutex<Table>,
     /// Held over a look and what follows from it.
     turn: tokio::sync::Mutex<()>,
-    /// Some server has gone.
+    /// Some server has gone, or another one has come in its place.
     lost: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    watcher: Option<Watcher>,
-    relay: Option<AbortHandle>,
-    last: u64,
-    mounts: Vec<Mounted>,
-    placed: Vec<Placed>,
-}
-
-#[derive(Debug)]
-struct Watcher {
-    inotify: Arc<Inotify>,
-    task: AbortHandle,
-}
-
-/// A mount of the share that is or may have sockets.
-#[derive(Debug)]
-struct Mounted {
-    number: u64,
-    place: Arc<Place>,
-    watches: HashSet<WatchDescriptor>,
-    served: BTreeMap<String, Served>,
-    /// Some socket has no listener.
-    silent: bool,
-    /// The guest has been told of a socket.
-    told: bool,
-    /// Its connections end with it.
-    alive: watch::Sender<()>,
-}
-
-#[derive(Debug)]
-struct Served {
-    socket: u64,
-    inode: (u64, u64),
-    kind: Kind,
-    /// Datagrams are one connection at a time.
-    single: Arc<Semaphore>,
-}
-
-#[derive(Debug)]
-struct Placed {
-    container: String,
-    numbers: Vec<u64>,
-}
-
-/// Where a connection goes.
-pub(super) struct Target {
-    pub(super) place: Arc<Place>,
-    pub(super) path: String,
-    pub(super) kind: Kind,
-    pub(super) single: Arc<Semaphore>,
-    pub(super) alive: watch::Receiver<()>,
 }
 
 impl Drop for Owner {
@@ -132,12 +82,13 @@ impl Drop for Owner {
 }
 
 impl Owner {
-    /// None yet.
-    pub fn new(agent: Agent, uid: u32, allowed: bool) -> Owner {
+    /// None yet. `trust` is how long the guest trusts a name of the share.
+    pub fn new(agent: Agent, uid: u32, allowed: bool, trust: Duration) -> Owner {
         Owner(Sockets(Arc::new(Shared {
             agent,
             uid,
             allowed,
+            trust,
             table: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             lost: Notify::new(),
@@ -172,7 +123,8 @@ impl Sockets {
         )
     }
 
-    /// Notes the mounts of a container, each with its number in the share. After an error, [`Sockets::leave`] undoes it.
+    /// Notes the mounts of a container, each with its number in the share. After an error,
+    /// [`Sockets::leave`] undoes it.
     pub fn place<'a>(
         &self,
         container: &str,
@@ -181,62 +133,31 @@ impl Sockets {
         if !self.0.allowed {
             return Ok(());
         }
-        let mut table = self.table();
-        table.placed.push(Placed {
-            container: container.into(),
-            numbers: Vec::new(),
-        });
-        for (number, bind) in binds {
-            if !table.mounts.iter().any(|mounted| mounted.number == number) {
-                let place = Place::of(&bind.source).map_err(|source| Error::Look {
-                    path: bind.source.clone(),
-                    source,
-                })?;
-                let Some(place) = place else {
-                    continue;
-                };
-                table.mounts.push(Mounted {
-                    number,
-                    place: Arc::new(place),
-                    watches: HashSet::new(),
-                    served: BTreeMap::new(),
-                    silent: false,
-                    told: false,
-                    alive: watch::Sender::new(()),
-                });
-            }
-            let placed = table.placed.last_mut().expect("just pushed");
-            placed.numbers.push(number);
-        }
-        Ok(())
+        self.table().place(container, binds)
     }
 
-    /// Has the guest listen at the sockets of a container's mounts. The guest is ready, the container not yet made.
-    pub async fn fill(&self, container: &str, access: &Access) -> Result<(), Error> {
-        let numbers: Vec<u64> = {
-            let table = self.table();
-            let mut placed = table.placed.iter();
-            let placed = placed.find(|placed| placed.container == container);
-            placed.map_or(Vec::new(), |placed| placed.numbers.clone())
-        };
+    /// Has the guest listen at the sockets of a container's mounts. The guest is ready, the
+    /// container not yet made.
+    pub async fn fill(&self, container: &str, offers: &impl Offers) -> Result<(), Error> {
+        let numbers = self.table().numbers_of(container);
         if numbers.is_empty() {
             return Ok(());
         }
-        self.start(access)?;
+        self.watch()?;
+        self.relay(offers);
         for number in numbers {
             self.refresh(number).await?;
         }
         Ok(())
     }
 
-    fn start(&self, access: &Access) -> Result<(), Error> {
-        self.watch()?;
-        let mut table = self.table();
-        if table.relay.is_none() {
-            let serve = relay::serve(self.clone(), access.clone());
-            table.relay = Some(tokio::spawn(serve).abort_handle());
-        }
-        Ok(())
+    /// Notes the task that takes connections, unless there is one.
+    pub(super) fn relay_by(&self, start: impl FnOnce() -> AbortHandle) {
+        self.table().relay.get_or_insert_with(start);
+    }
+
+    pub(super) fn agent(&self) -> &Agent {
+        &self.0.agent
     }
 
     pub(super) fn watch(&self) -> Result<(), Error> {
@@ -265,7 +186,7 @@ impl Sockets {
     /// Makes what the guest serves of a mount what the host has.
     pub(super) async fn refresh(&self, number: u64) -> Result<(), Error> {
         let _turn = self.0.turn.lock().await;
-        let Some((place, known, inotify)) = self.known(number) else {
+        let Some((place, known, inotify)) = self.table().known(number) else {
             return Ok(());
         };
         let path = place.path().to_path_buf();
@@ -284,50 +205,33 @@ impl Sockets {
                     source,
                 },
             })?;
-        for socket in self.forget_gone(number, &looked) {
+        let Noted { gone, replaced } = self.table().note(number, &looked, self.0.trust);
+        for socket in gone {
             self.call(&place, self.0.agent.stop_socket(socket)).await?;
         }
         for (found, kind) in looked.new {
             self.serve(number, &place, found, kind).await?;
         }
+        if replaced {
+            self.0.lost.notify_one();
+        }
         Ok(())
     }
 
-    fn known(&self, number: u64) -> Option<(Arc<Place>, Vec<Found>, Arc<Inotify>)> {
-        let table = self.table();
-        let inotify = table.watcher.as_ref()?.inotify.clone();
-        let mounted = table.mounts.iter().find(|m| m.number == number)?;
-        let known = mounted.served.iter().map(|(path, served)| Found {
-            path: path.clone(),
-            inode: served.inode,
-        });
-        Some((mounted.place.clone(), known.collect(), inotify))
+    /// Stops those that are not found by their name any more.
+    async fn retire(&self) {
+        let _turn = self.0.turn.lock().await;
+        let due = self.table().take_due(Instant::now());
+        for (place, socket) in due {
+            self.stop(&place, socket).await;
+        }
     }
 
-    /// Notes what a look has given; the numbers of the sockets that are not there any more.
-    fn forget_gone(&self, number: u64, looked: &Looked) -> Vec<u64> {
-        let mut table = self.table();
-        let mut mounts = table.mounts.iter_mut();
-        let Some(mounted) = mounts.find(|mounted| mounted.number == number) else {
-            return Vec::new();
-        };
-        mounted.silent = looked.silent;
-        let watches = looked.look.watches.iter().copied().collect();
-        let old = std::mem::replace(&mut mounted.watches, watches);
-        let is_there = |path: &str, inode| {
-            let mut sockets = looked.look.sockets.iter();
-            sockets.any(|found| found.path == path && found.inode == inode)
-        };
-        let mut gone = Vec::new();
-        mounted.served.retain(|path, served| {
-            let stays = is_there(path, served.inode);
-            if !stays {
-                gone.push(served.socket);
-            }
-            stays
-        });
-        table.unwatch(&old);
-        gone
+    async fn stop(&self, place: &Place, socket: u64) {
+        let stopped = self.call(place, self.0.agent.stop_socket(socket)).await;
+        if let Err(error) = stopped {
+            tracing::debug!(error = %line(&error), "a socket of the host is still listened at in the guest");
+        }
     }
 
     async fn serve(
@@ -338,29 +242,12 @@ impl Sockets {
         kind: Kind,
     ) -> Result<(), Error> {
         let name = place.path().join(&found.path);
-        let (socket, request) = {
-            let mut table = self.table();
-            table.last += 1;
-            let socket = table.last;
-            let request = request(number, place, socket, &found, kind);
-            // Before the guest is told: a connection may come before its answer.
-            if let Some(mounted) = table.mounts.iter_mut().find(|m| m.number == number) {
-                mounted.told = true;
-                let served = Served {
-                    socket,
-                    inode: found.inode,
-                    kind,
-                    single: Arc::new(Semaphore::new(1)),
-                };
-                mounted.served.insert(found.path, served);
-            }
-            (socket, request)
-        };
+        // Before the guest is told: a connection may come before its answer.
+        let socket = self.table().add(number, &found, kind);
+        let request = request(number, place, socket, &found, kind);
         let answer = self.call(place, self.0.agent.serve_socket(&request)).await;
         if answer.is_err() {
-            for mounted in &mut self.table().mounts {
-                mounted.served.retain(|_, served| served.socket != socket);
-            }
+            self.table().remove(socket);
         }
         match answer {
             // A name that is too long for the agent, or one that has just gone.
@@ -393,37 +280,18 @@ impl Sockets {
 
     /// Where connections to a socket go, by the number that the guest says.
     pub(super) fn target(&self, socket: u64) -> Option<Target> {
-        let table = self.table();
-        table.mounts.iter().find_map(|mounted| {
-            let mut served = mounted.served.iter();
-            let (path, served) = served.find(|(_, served)| served.socket == socket)?;
-            Some(Target {
-                place: mounted.place.clone(),
-                path: path.clone(),
-                kind: served.kind,
-                single: served.single.clone(),
-                alive: mounted.alive.subscribe(),
-            })
-        })
+        self.table().target(socket)
     }
 
     /// Nobody listens at a socket any more: so does nobody in the guest, until somebody does again.
     pub(super) async fn lost(&self, socket: u64) {
         let _turn = self.0.turn.lock().await;
-        let place = {
-            let mut table = self.table();
-            table.mounts.iter_mut().find_map(|mounted| {
-                let before = mounted.served.len();
-                mounted.served.retain(|_, served| served.socket != socket);
-                mounted.silent |= mounted.served.len() < before;
-                (mounted.served.len() < before).then(|| mounted.place.clone())
-            })
-        };
+        let place = self.table().remove(socket).map(|mounted| {
+            mounted.silent = true;
+            mounted.place.clone()
+        });
         if let Some(place) = place {
-            let stopped = self.call(&place, self.0.agent.stop_socket(socket)).await;
-            if let Err(error) = stopped {
-                tracing::debug!(error = %line(&error), "a socket of the host is still listened at in the guest");
-            }
+            self.stop(&place, socket).await;
             self.0.lost.notify_one();
         }
     }
@@ -435,17 +303,7 @@ impl Sockets {
         }
         // A look at a file system that does not answer must not keep a container from going.
         let _turn = tokio::time::timeout(PATIENCE, self.0.turn.lock()).await;
-        let unused: Vec<Mounted> = {
-            let mut table = self.table();
-            table.placed.retain(|placed| placed.container != container);
-            let Table { mounts, placed, .. } = &mut *table;
-            let is_used = |number| placed.iter().any(|p| p.numbers.contains(&number));
-            let unused: Vec<Mounted> = mounts.extract_if(.., |m| !is_used(m.number)).collect();
-            for mounted in &unused {
-                table.unwatch(&mounted.watches);
-            }
-            unused
-        };
+        let unused = self.table().leave(container);
         for mounted in unused {
             if !mounted.told {
                 continue;
@@ -473,14 +331,16 @@ impl Sockets {
     async fn follow(self, readable: AsyncFd<OwnedFd>, inotify: Arc<Inotify>) {
         let mut retry = FIRST_RETRY;
         loop {
-            let is_silent = self.table().mounts.iter().any(|mounted| mounted.silent);
-            let again = async move {
-                match is_silent && retry <= LAST_RETRY {
-                    true => tokio::time::sleep(retry).await,
-                    false => std::future::pending().await,
-                }
+            let (is_silent, due) = {
+                let table = self.table();
+                (table.is_silent(), table.next_due())
             };
+            let again = (is_silent && retry <= LAST_RETRY).then(|| Instant::now() + retry);
             let news = tokio::select! {
+                () = until(due) => {
+                    self.retire().await;
+                    continue;
+                }
                 ready = readable.readable() => {
                     let Ok(mut ready) = ready else {
                         return;
@@ -500,12 +360,13 @@ impl Sockets {
                     retry = FIRST_RETRY;
                     News::default()
                 }
-                () = again => {
+                () = until(again) => {
                     retry *= 2;
                     News::default()
                 }
             };
-            for number in self.concerned(&news) {
+            let concerned = self.table().concerned(&news.changed, news.lost);
+            for number in concerned {
                 match self.refresh(number).await {
                     Ok(()) => {}
                     Err(Error::Agent {
@@ -520,27 +381,13 @@ impl Sockets {
             tokio::time::sleep(PAUSE).await;
         }
     }
-
-    fn concerned(&self, news: &News) -> Vec<u64> {
-        let table = self.table();
-        let concerned = table
-            .mounts
-            .iter()
-            .filter(|m| m.silent || news.lost || !m.watches.is_disjoint(&news.changed));
-        concerned.map(|mounted| mounted.number).collect()
-    }
 }
 
-impl Table {
-    /// Ends those watches that no mount has.
-    fn unwatch(&self, watches: &HashSet<WatchDescriptor>) {
-        let is_used = |watch| self.mounts.iter().any(|m| m.watches.contains(watch));
-        for watch in watches.iter().filter(|watch| !is_used(watch)) {
-            if let Some(watcher) = &self.watcher {
-                // One that the kernel has taken away before is no error.
-                let _ = watcher.inotify.rm_watch(*watch);
-            }
-        }
+/// For ever, when there is no such time.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -570,50 +417,6 @@ fn request(
         name: name + LISTEN_SUFFIX,
         datagrams: kind == Kind::Datagrams,
         ..wire::ServeSocketRequest::default()
-    }
-}
-
-/// A look at a place, with what is new in it.
-#[derive(Debug)]
-pub(super) struct Looked {
-    pub(super) look: Look,
-    pub(super) new: Vec<(Found, Kind)>,
-    pub(super) silent: bool,
-}
-
-impl Looked {
-    /// Those in `known` are not asked again whether somebody listens.
-    pub(super) fn at(
-        place: &Place,
-        inotify: &Inotify,
-        known: &[Found],
-        uid: u32,
-    ) -> io::Result<Looked> {
-        let look = match place.look(inotify) {
-            Ok(look) => look,
-            // The host has removed it, or put another one in its place.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::ENOENT | libc::ENOTDIR | libc::ESTALE)
-                ) =>
-            {
-                Look::default()
-            }
-            Err(error) => return Err(error),
-        };
-        let (mut new, mut silent) = (Vec::new(), false);
-        for found in look.sockets.iter().filter(|found| !known.contains(found)) {
-            let socket = place.socket(&found.path);
-            match socket.ok().and_then(|socket| probe(uid, &socket)) {
-                Some(Kind::Packets) => {
-                    tracing::debug!(path = %found.path, "a SOCK_SEQPACKET socket is not served");
-                }
-                Some(kind) => new.push((found.clone(), kind)),
-                None => silent = true,
-            }
-        }
-        Ok(Looked { look, new, silent })
     }
 }
 

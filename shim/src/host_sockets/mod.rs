@@ -9,16 +9,20 @@
 //!
 //! It is a way out of the virtual machine, and so the operator's to allow (`host_sockets` in the configuration). The guest names
 //! no path: it names the number of a socket that it was told of.
+#![forbid(unsafe_code)]
 
 mod dial;
 mod follow;
+mod look;
 mod place;
 mod relay;
+mod table;
 #[cfg(test)]
 mod tests;
 
 use std::{
     io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
 };
 
@@ -31,6 +35,15 @@ use self::{
     place::Place,
 };
 use crate::{machine::agent, oci::HostBind};
+
+/// Where streams to the guest come from: the pod, which offers their ports.
+pub trait Offers: Clone + Send + Sync + 'static {
+    /// A stream that the guest may dial: its port, and our end.
+    fn stream(&self) -> impl Future<Output = io::Result<(u32, UnixStream)>> + Send;
+
+    /// Takes back one that the guest has not dialled.
+    fn withdraw(&self, port: u32) -> impl Future<Output = ()> + Send;
+}
 
 /// Why a socket is not served.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +132,6 @@ fn check(binds: &[HostBind], mounts: &[Mount], allowed: bool, uid: u32) -> Resul
 /// What listens at a path now.
 fn kind_of(path: &Path, uid: u32) -> Option<Kind> {
     let place = Place::of(path).ok()??;
-    let socket = place.socket(place.only()?).ok()?;
+    let (socket, _) = place.socket(place.only()?).ok()?;
     probe(uid, &socket)
 }

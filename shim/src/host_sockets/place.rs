@@ -109,12 +109,13 @@ impl Place {
         }
     }
 
-    /// A socket, by its name at this moment. Whatever the guest has put on the way, nothing outside of the place is reached.
-    pub(super) fn socket(&self, path: &str) -> io::Result<OwnedFd> {
+    /// A socket, by its name at this moment, and its inode. Whatever the guest has put on the way,
+    /// nothing outside of the place is reached.
+    pub(super) fn socket(&self, path: &str) -> io::Result<(OwnedFd, (u64, u64))> {
         let socket = beneath(&self.open()?, path, OFlag::O_PATH)?;
-        let kind = stat::fstat(&socket)?.st_mode & SFlag::S_IFMT.bits();
-        match kind == SFlag::S_IFSOCK.bits() {
-            true => Ok(socket),
+        let found = stat::fstat(&socket)?;
+        match found.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFSOCK.bits() {
+            true => Ok((socket, (found.st_dev, found.st_ino))),
             false => Err(Errno::ENOTSOCK.into()),
         }
     }

@@ -12,14 +12,11 @@ use tokio::{
 };
 
 use super::{
-    Sockets,
+    Offers, Sockets,
     dial::{Kind, dial},
-    follow::Target,
+    table::Target,
 };
-use crate::{
-    error::line,
-    pod::{Access, Error},
-};
+use crate::{error::line, machine::agent::Agent};
 
 /// Most connections of a pod at once; more wait in the guest.
 const MOST_CONNECTIONS: usize = 256;
@@ -30,13 +27,22 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 << 10;
 
-/// Takes connections until it is aborted, or the guest is gone. Those that it has taken end with their mount.
-pub(super) async fn serve(sockets: Sockets, access: Access) {
+impl Sockets {
+    /// Has connections taken from now on, if they are not yet.
+    pub(super) fn relay(&self, offers: &impl Offers) {
+        let serve = || tokio::spawn(serve(self.clone(), offers.clone())).abort_handle();
+        self.relay_by(serve);
+    }
+}
+
+/// Takes connections until it is aborted, or the guest is gone. Those that it has taken end with
+/// their mount.
+async fn serve(sockets: Sockets, offers: impl Offers) {
     let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
         let room = room.clone().acquire_owned().await;
         let permit = room.expect("nobody closes the semaphore");
-        let told = match access.agent().next_connection().await {
+        let told = match sockets.agent().next_connection().await {
             Ok(told) => told,
             // The pod's end is for others to tell.
             Err(error) => {
@@ -45,15 +51,15 @@ pub(super) async fn serve(sockets: Sockets, access: Access) {
         };
         let Some(target) = sockets.target(told.socket) else {
             // The server has just gone, or the guest makes it up.
-            refuse(&access, told.connection).await;
+            refuse(sockets.agent(), told.connection).await;
             sleep(PAUSE).await;
             continue;
         };
-        let (sockets, access) = (sockets.clone(), access.clone());
+        let (sockets, offers) = (sockets.clone(), offers.clone());
         tokio::spawn(async move {
             let mut alive = target.alive.clone();
             tokio::select! {
-                () = join(&sockets, &access, &target, told.socket, told.connection) => {}
+                () = join(&sockets, &offers, &target, told.socket, told.connection) => {}
                 // The mount has gone: nothing is ever sent, so that a change is the sender's end.
                 _ = alive.changed() => {}
             }
@@ -62,26 +68,32 @@ pub(super) async fn serve(sockets: Sockets, access: Access) {
     }
 }
 
-async fn refuse(access: &Access, connection: u64) {
-    let refused = access.agent().answer_connection(connection, 0);
+async fn refuse(agent: &Agent, connection: u64) {
+    let refused = agent.answer_connection(connection, 0);
     // A guest that does not want to hear it keeps its own client waiting.
     let _ = timeout(PATIENCE, refused).await;
 }
 
 /// Joins a connection with one to the host's server.
-async fn join(sockets: &Sockets, access: &Access, target: &Target, socket: u64, connection: u64) {
+async fn join(
+    sockets: &Sockets,
+    offers: &impl Offers,
+    target: &Target,
+    socket: u64,
+    connection: u64,
+) {
     let _single = match target.kind {
         Kind::Datagrams => match target.single.clone().try_acquire_owned() {
             Ok(permit) => Some(permit),
-            Err(_) => return refuse(access, connection).await,
+            Err(_) => return refuse(sockets.agent(), connection).await,
         },
         _ => None,
     };
-    let host = match reach(sockets.uid(), target).await {
-        Ok(host) => host,
+    let (host, inode) = match reach(sockets.uid(), target).await {
+        Ok(reached) => reached,
         Err(error) => {
             tracing::debug!(path = %target.path, %error, "a socket of the host does not answer");
-            refuse(access, connection).await;
+            refuse(sockets.agent(), connection).await;
             // Full is not gone.
             if error.kind() != io::ErrorKind::WouldBlock {
                 sockets.lost(socket).await;
@@ -89,21 +101,32 @@ async fn join(sockets: &Sockets, access: &Access, target: &Target, socket: u64, 
             return;
         }
     };
+    // The client came by a name that the guest remembers. From now on the guest may look the name
+    // up at any moment: what it finds must be listened at before this client is answered, or the
+    // next one would be refused by a server that is there.
+    if inode != target.inode
+        && let Err(error) = sockets.refresh(target.number).await
+    {
+        tracing::debug!(path = %target.path, error = %line(&error), "a server that has started again is not followed yet");
+    }
     let joined = async {
-        let inside = answer(access, connection).await?;
-        copy(inside, host, target.kind).await.map_err(Error::Stream)
+        let inside = answer(sockets.agent(), offers, connection).await?;
+        copy(inside, host, target.kind).await
     };
     if let Err(error) = joined.await {
-        tracing::debug!(path = %target.path, error = %line(&error), "a connection to a socket of the host has broken");
+        tracing::debug!(path = %target.path, %error, "a connection to a socket of the host has broken");
     }
 }
 
-/// By the socket's name at this moment, which may be a later server's.
-async fn reach(uid: u32, target: &Target) -> io::Result<OwnedFd> {
+/// By the socket's name at this moment, which may be a later server's; with the inode found.
+async fn reach(uid: u32, target: &Target) -> io::Result<(OwnedFd, (u64, u64))> {
     let since = Instant::now();
     loop {
         let (place, path, kind) = (target.place.clone(), target.path.clone(), target.kind);
-        let dialled = move || dial(uid, &place.socket(&path)?, kind);
+        let dialled = move || {
+            let (socket, inode) = place.socket(&path)?;
+            dial(uid, &socket, kind).map(|host| (host, inode))
+        };
         let dialled = tokio::task::spawn_blocking(dialled).await;
         match dialled.expect("dialling does not panic") {
             Err(error)
@@ -117,20 +140,20 @@ async fn reach(uid: u32, target: &Target) -> io::Result<OwnedFd> {
     }
 }
 
-async fn answer(access: &Access, connection: u64) -> Result<UnixStream, Error> {
-    let (port, inside) = access.stream().await?;
-    let answered = access.agent().answer_connection(connection, port);
+async fn answer(agent: &Agent, offers: &impl Offers, connection: u64) -> io::Result<UnixStream> {
+    let (port, inside) = offers.stream().await?;
+    let answered = agent.answer_connection(connection, port);
     let refused = match timeout(PATIENCE, answered).await {
         Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(error.into()),
-        Err(_) => Some(Error::Stream(io::ErrorKind::TimedOut.into())),
+        Ok(Err(error)) => Some(io::Error::other(line(&error))),
+        Err(_) => Some(io::ErrorKind::TimedOut.into()),
     };
     if let Some(error) = refused {
-        access.withdraw(port).await;
+        offers.withdraw(port).await;
         return Err(error);
     }
-    inside.set_nonblocking(true).map_err(Error::Stream)?;
-    UnixStream::from_std(inside).map_err(Error::Stream)
+    inside.set_nonblocking(true)?;
+    UnixStream::from_std(inside)
 }
 
 async fn copy(mut inside: UnixStream, host: OwnedFd, kind: Kind) -> io::Result<()> {
@@ -142,7 +165,8 @@ async fn copy(mut inside: UnixStream, host: OwnedFd, kind: Kind) -> io::Result<(
     Ok(())
 }
 
-/// Each datagram comes after its length (agent.proto). A server that takes none stops the guest's senders.
+/// Each datagram comes after its length (agent.proto). A server that takes none stops the guest's
+/// senders.
 pub(super) async fn pass_datagrams(mut inside: UnixStream, host: UnixDatagram) -> io::Result<()> {
     let mut bytes = Vec::new();
     loop {

@@ -26,10 +26,12 @@ use nix::sys::{
 use tokio::io::AsyncWriteExt;
 
 use super::{dial::dial, relay::pass_datagrams, *};
-use crate::{machine::agent::Agent, oci::HostPropagation};
+use crate::{audit::Audit, machine::agent::Agent, oci::HostPropagation};
 
 /// Nobody's.
 const UID: u32 = 1_900_000_007;
+/// How long the guest trusts a name.
+const TRUST: Duration = Duration::from_millis(100);
 
 fn host_bind(source: &Path) -> HostBind {
     HostBind {
@@ -138,7 +140,7 @@ fn a_server_sees_the_pods_uid_and_no_root() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let place = Place::of(&path).unwrap().unwrap();
-    let target = place.socket("s").unwrap();
+    let (target, _) = place.socket("s").unwrap();
     let _client = dial(UID, &target, Kind::Stream).unwrap();
     let (client, _) = server.accept().unwrap();
     let peer = getsockopt(&client, sockopt::PeerCredentials).unwrap();
@@ -152,7 +154,7 @@ fn who_listens_is_asked_by_kind() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let place = Place::of(dir.path()).unwrap().unwrap();
-    let kind = |name: &str| probe(UID, &place.socket(name).unwrap());
+    let kind = |name: &str| probe(UID, &place.socket(name).unwrap().0);
     let stream = UnixListener::bind(at("stream")).unwrap();
     let _datagrams = UnixDatagram::bind(at("datagrams")).unwrap();
     let _packets = packets_socket(&at("packets"));
@@ -275,6 +277,16 @@ impl Guest {
         all
     }
 
+    fn number_of(&self, path: &str) -> u64 {
+        let served = self.0.lock().unwrap();
+        let name = format!("{path}{}", bulkhead_vmm_config::LISTEN_SUFFIX);
+        let is = |request: &wire::ServeSocketRequest| {
+            format!("{}/{}", request.directory, request.name) == name
+        };
+        let mut found = served.iter().filter(|(_, request)| is(request));
+        *found.next_back().unwrap().0
+    }
+
     fn numbers(&self) -> Vec<u64> {
         self.0.lock().unwrap().keys().copied().collect()
     }
@@ -308,8 +320,8 @@ async fn pod(dir: &Path) -> (Owner, Guest, ttrpc::r#async::Server) {
         .unwrap()
         .register_service(create_agent(Arc::new(guest.clone())));
     server.start().await.unwrap();
-    let agent = Agent::new(UnixStream::connect(&path).unwrap()).unwrap();
-    let owner = Owner::new(agent, UID, true);
+    let agent = Agent::new(UnixStream::connect(&path).unwrap(), &Audit::default()).unwrap();
+    let owner = Owner::new(agent, UID, true, TRUST);
     owner.sockets().watch().unwrap();
     (owner, guest, server)
 }
@@ -355,6 +367,18 @@ async fn the_guest_serves_what_listens_on_the_host_and_nothing_else() {
     let again = UnixListener::bind(volume.join("s")).unwrap();
     guest.expect(&all).await;
     assert_ne!(guest.numbers(), before);
+    // One that takes the name over at once: as long as the guest may still find the old socket by
+    // that name, it is listened at, and leads to the new server.
+    let old = guest.number_of(s);
+    let next = UnixListener::bind(volume.join("next")).unwrap();
+    fs::rename(volume.join("next"), volume.join("s")).unwrap();
+    let both = [s, s, late, by_itself, by_itself].map(|path| (path, false));
+    let both = [&[(log, true)], &both[..]].concat();
+    guest.expect(&both).await;
+    assert_eq!(sockets.target(old).unwrap().path, "s");
+    guest.expect(&all).await;
+    assert!(sockets.target(old).is_none());
+    drop(next);
     // A server that has died is found out by the next connection, and heard of when it listens again.
     drop(server);
     let number = *guest.numbers().last().unwrap();
@@ -376,9 +400,13 @@ async fn the_guest_serves_what_listens_on_the_host_and_nothing_else() {
 async fn nothing_is_looked_at_that_is_not_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let (owner, guest, _server) = pod(dir.path()).await;
-    let agent = Agent::new(UnixStream::connect(dir.path().join("agent")).unwrap()).unwrap();
+    let agent = Agent::new(
+        UnixStream::connect(dir.path().join("agent")).unwrap(),
+        &Audit::default(),
+    )
+    .unwrap();
     drop(owner);
-    let owner = Owner::new(agent, UID, false);
+    let owner = Owner::new(agent, UID, false, TRUST);
     let bind = host_bind(dir.path());
     owner
         .sockets()

@@ -7,6 +7,7 @@
 //! ```
 //!
 //! Nothing wakes up while nothing changes, and nothing of what the guest answers reaches the host's volume.
+#![forbid(unsafe_code)]
 
 mod changes;
 mod follow;

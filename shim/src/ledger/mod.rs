@@ -11,12 +11,15 @@
 //! The live owner holds an flock on the file, which the kernel drops when it dies, however it dies. [`gc`](collect) takes
 //! over the ledgers whose lock is free and replays them: processes first, else in reverse order, past errors, without following a mount or a
 //! symbolic link, without a recursive delete, and without a lazy unmount. What cannot be undone stays in the ledger.
+#![forbid(unsafe_code)]
 
 mod gc;
 mod list;
 mod record;
 mod teardown;
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;
 
@@ -282,7 +285,7 @@ impl Ledger {
         // Processes first, then the cgroup that may hold ones not yet recorded: what they had open makes mounts busy.
         let order = |entry: &Entry| match entry.resource {
             Resource::Process { .. } => 0,
-            Resource::Cgroup { shared: false, .. } => 1,
+            Resource::Cgroup { shared: false, .. } | Resource::ShimCgroup { .. } => 1,
             _ => 2,
         };
         let mut entries: Vec<&Entry> = self.held.iter().rev().collect();
@@ -381,8 +384,14 @@ fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error>
             .mode(0o711)
             .create(&path);
         match made {
-            // The last pod to go has tidied away the one above it, in the middle of this.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && races < RACES => {
+            // The last pod to go has tidied away the one above it, in the middle of this; or this one, after mkdir(2) had found it
+            // and before the standard library has looked what it is.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+                ) && races < RACES =>
+            {
                 races += 1;
                 continue;
             }
@@ -392,7 +401,7 @@ fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error>
             // Another process has just tidied it away.
             continue;
         };
-        nix_flock(&directory, libc::LOCK_EX).map_err(io_error("lock", &path))?;
+        flock(&directory, libc::LOCK_EX).map_err(io_error("lock", &path))?;
         if is_same(&directory, &path) {
             return Ok(NamespaceLock(directory));
         }
@@ -412,7 +421,7 @@ fn remove_if_empty(state: &Path, namespace: &str) {
     let Ok(directory) = File::open(&path) else {
         return;
     };
-    if nix_flock(&directory, libc::LOCK_EX).is_ok() && is_same(&directory, &path) {
+    if flock(&directory, libc::LOCK_EX).is_ok() && is_same(&directory, &path) {
         let _ = fs::remove_dir(&path);
     }
     let _ = fs::remove_dir(state.join(record::CLAIMS));
@@ -421,23 +430,13 @@ fn remove_if_empty(state: &Path, namespace: &str) {
 
 /// `false`: another process holds the lock.
 fn try_lock(file: &File) -> io::Result<bool> {
-    match nix_flock(file, libc::LOCK_EX | libc::LOCK_NB) {
+    match flock(file, libc::LOCK_EX | libc::LOCK_NB) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-fn nix_flock(file: &File, operation: i32) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    loop {
-        // SAFETY: flock on an open descriptor.
-        if unsafe { libc::flock(file.as_fd().as_raw_fd(), operation) } == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
+fn flock(file: &File, operation: i32) -> io::Result<()> {
+    Ok(linux::descriptor::lock(file.as_fd(), operation)?)
 }

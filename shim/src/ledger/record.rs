@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{network::Redirect, sys::process::ProcessId};
+use crate::{netns::Redirect, sys::process::ProcessId};
 
 /// Directory, beneath the state directory, of claims on numbers that must be unique on the host.
 pub const CLAIMS: &str = ".claims";
@@ -47,6 +47,13 @@ pub enum Resource {
         /// Other pods live beneath it too: it goes with the last of them, and nothing in it is killed.
         shared: bool,
     },
+    /// The cgroup of a shim beneath its pod's; who is in it goes back to the shim's home.
+    ShimCgroup {
+        /// Absolute.
+        path: PathBuf,
+        /// Absolute.
+        home: PathBuf,
+    },
     /// A process.
     Process {
         /// Which.
@@ -79,6 +86,10 @@ impl Resource {
                 beneath(path, directory)
             }
             Resource::Cgroup { path, .. } => beneath(path, Path::new(crate::cgroup::ROOT)),
+            Resource::ShimCgroup { path, home } => {
+                let root = Path::new(crate::cgroup::ROOT);
+                beneath(path, root) && (home == root || beneath(home, root))
+            }
             Resource::Process { id, .. } => id.pid > 1,
             Resource::Claim { path, .. } => beneath(path, &state.join(CLAIMS)),
             Resource::Redirect(redirect) => redirect.is_plausible(),
@@ -93,6 +104,7 @@ impl fmt::Display for Resource {
             Resource::File { path } => write!(f, "file {}", path.display()),
             Resource::Mount { path } => write!(f, "mount {}", path.display()),
             Resource::Cgroup { path, .. } => write!(f, "cgroup {}", path.display()),
+            Resource::ShimCgroup { path, .. } => write!(f, "cgroup {} (shim)", path.display()),
             Resource::Process { id, role } => write!(f, "process {} ({role})", id.pid),
             Resource::Claim { path, .. } => write!(f, "claim {}", path.display()),
             Resource::Redirect(redirect) => redirect.fmt(f),

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::record::Resource;
 use crate::{
     error::line,
-    network,
+    netns,
     sys::{
         files::Entry,
         mount,
@@ -49,10 +49,11 @@ pub(super) fn undo(resource: &Resource, patience: Duration) -> io::Result<()> {
         Resource::File { path } => gone(Entry::open(path).and_then(|e| e.remove_file())),
         Resource::Mount { path } => unmount_tree(path, patience),
         Resource::Cgroup { path, shared } => crate::cgroup::remove(path, *shared),
+        Resource::ShimCgroup { path, home } => crate::cgroup::stay::leave(path, home),
         Resource::Process { id, .. } => kill(*id),
         Resource::Claim { path, holder } => give_up_claim(path, holder),
         Resource::Redirect(redirect) => {
-            network::give_back(redirect).map_err(|error| io::Error::other(line(&error)))
+            netns::give_back(redirect).map_err(|error| io::Error::other(line(&error)))
         }
     }
 }
@@ -110,7 +111,7 @@ fn kill(id: ProcessId) -> io::Result<()> {
         ));
     }
     // Collect it when it is a child of ours; otherwise its parent does.
-    process::reap(pidfd.as_fd());
+    process::collect(pidfd.as_fd());
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 use std::{fs, os::unix::fs::symlink, process::Command};
 
 use super::*;
-use crate::network::Redirect;
+use crate::netns::Redirect;
 
 fn state() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();

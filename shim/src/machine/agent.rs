@@ -6,6 +6,8 @@
 //! happens in the guest.
 
 mod answer;
+#[cfg(test)]
+mod attack_tests;
 mod line;
 
 use std::{os::unix::net::UnixStream, time::Duration};
@@ -22,14 +24,15 @@ use bulkhead_agent_protocol::{
         VolumeRequest, WaitProcessResponse,
     },
 };
-use protobuf::Message;
+use protobuf::{EnumOrUnknown, Message};
+use tokio::io::{AsyncRead, AsyncWrite};
 use ttrpc::r#async::{Client, transport::Socket};
 
 use self::{
     answer::Answer,
     line::{Line, State},
 };
-use crate::logs::brief;
+use crate::{audit::Audit, text::brief};
 
 /// The service's name in agent.proto.
 const SERVICE: &str = "bulkhead.agent.v1.Agent";
@@ -97,6 +100,20 @@ impl std::fmt::Debug for Agent {
     }
 }
 
+/// Whether a process' program can be executed.
+fn runs(problem: EnumOrUnknown<ProgramProblem>, reason: &str) -> Result<(), Error> {
+    let status = match problem.enum_value() {
+        Ok(ProgramProblem::NONE) => return Ok(()),
+        Ok(ProgramProblem::NOT_FOUND) => 127,
+        // A number that our agent does not say is a problem all the same.
+        Ok(ProgramProblem::NOT_EXECUTABLE) | Err(_) => 126,
+    };
+    Err(Error::Program {
+        status,
+        message: brief(reason, MAX_TEXT),
+    })
+}
+
 /// Names one process of a container: its init when `exec` is empty.
 fn process(container: &str, exec: &str) -> ProcessRequest {
     ProcessRequest {
@@ -122,12 +139,20 @@ fn volume(number: u64) -> VolumeRequest {
 
 impl Agent {
     /// Takes the host's end of the connection; the guest need not have dialled yet.
-    pub fn new(stream: UnixStream) -> Result<Agent, Error> {
+    pub fn new(stream: UnixStream, audit: &Audit) -> Result<Agent, Error> {
         stream.set_nonblocking(true).map_err(Error::Connect)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(Error::Connect)?;
-        let (line, state) = Line::new(stream);
+        Ok(Agent::over(stream, audit))
+    }
+
+    /// The same for any connection.
+    pub(crate) fn over(
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
+        audit: &Audit,
+    ) -> Agent {
+        let (line, state) = Line::new(stream, audit);
         let client = Client::new(Socket::new(line));
-        Ok(Agent { client, state })
+        Agent { client, state }
     }
 
     /// Waits until the connection cannot be used any more: an error that tells why.
@@ -157,6 +182,7 @@ impl Agent {
             payload,
             ..ttrpc::Request::default()
         };
+        self.state.ask();
         // No deadline for the agent: it would give up halfway.
         let answered = self.client.request(request);
         let answered = match limit {
@@ -179,7 +205,7 @@ impl Agent {
         answer::decode(&response.payload).map_err(|refusal| {
             let reason = format!("its answer to {method} is not understood: {refusal}");
             // As for a frame that is not: nothing that it says is worth anything now.
-            self.state.end(&reason);
+            self.state.refuse("answer", &reason);
             lost(reason)
         })
     }
@@ -256,16 +282,15 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..CreateContainerRequest::default()
         };
-        self.call::<CreateProcessResponse>("CreateContainer", &request, Some(LONG))
-            .await?;
-        Ok(())
+        let answer: CreateProcessResponse =
+            self.call("CreateContainer", &request, Some(LONG)).await?;
+        runs(answer.problem, &answer.reason)
     }
 
     /// Adds a process to a running container, up to the point before exec.
     pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), Error> {
-        self.call::<CreateProcessResponse>("CreateExec", request, Some(LONG))
-            .await?;
-        Ok(())
+        let answer: CreateProcessResponse = self.call("CreateExec", request, Some(LONG)).await?;
+        runs(answer.problem, &answer.reason)
     }
 
     /// Lets a container's init exec.
@@ -277,16 +302,7 @@ impl Agent {
     pub async fn start_process(&self, container: &str, exec: &str) -> Result<(), Error> {
         let request = process(container, exec);
         let answer: StartProcessResponse = self.call("StartProcess", &request, Some(LONG)).await?;
-        let status = match answer.problem.enum_value() {
-            Ok(ProgramProblem::NONE) => return Ok(()),
-            Ok(ProgramProblem::NOT_FOUND) => 127,
-            // A number that our agent does not say is a problem all the same.
-            Ok(ProgramProblem::NOT_EXECUTABLE) | Err(_) => 126,
-        };
-        Err(Error::Program {
-            status,
-            message: brief(&answer.reason, MAX_TEXT),
-        })
+        runs(answer.problem, &answer.reason)
     }
 
     /// Answers when a container's init has exited.
@@ -496,6 +512,9 @@ impl Agent {
 }
 
 #[cfg(test)]
+mod fuzz;
+
+#[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
 
@@ -530,7 +549,7 @@ mod tests {
     #[tokio::test]
     async fn a_guest_that_is_silent_is_not_waited_for() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let agent = Agent::new(ours).unwrap();
+        let agent = Agent::new(ours, &Audit::default()).unwrap();
         let limit = Some(Duration::from_millis(100));
         let asked = soon(agent.call::<Empty>("Nothing", &Empty::default(), limit)).await;
         assert!(matches!(asked, Err(Error::Lost { .. })), "{asked:?}");
@@ -542,7 +561,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_with_more_than_it_has_is_the_end_of_the_guest() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let agent = Agent::new(ours).unwrap();
+        let agent = Agent::new(ours, &Audit::default()).unwrap();
         let mut response = ttrpc::Response::new();
         // Field 7, a number.
         response.payload = [0x38, 1].repeat(1000);
@@ -559,7 +578,7 @@ mod tests {
     #[tokio::test]
     async fn the_words_of_a_guest_are_printable_and_cut() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let agent = Agent::new(ours).unwrap();
+        let agent = Agent::new(ours, &Audit::default()).unwrap();
         let words = format!(
             "forged\n2026-11-29 ERROR {}: permission denied",
             "x".repeat(100_000)
@@ -579,7 +598,7 @@ mod tests {
         // The last one is a number that our agent does not say.
         for (problem, status) in [(1, 127), (2, 126), (9, 126)] {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let agent = Agent::new(ours).unwrap();
+            let agent = Agent::new(ours, &Audit::default()).unwrap();
             let answer = StartProcessResponse {
                 problem: protobuf::EnumOrUnknown::from_i32(problem),
                 reason: format!("exec: {}\nforged", "x".repeat(100_000)),
@@ -598,7 +617,7 @@ mod tests {
     #[tokio::test]
     async fn a_release_that_is_a_log_line_is_none() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let agent = Agent::new(ours).unwrap();
+        let agent = Agent::new(ours, &Audit::default()).unwrap();
         let hostile = StartSandboxResponse {
             kernel_release: format!("6.12\nERROR containerd: {}", "x".repeat(100_000)),
             ..StartSandboxResponse::default()

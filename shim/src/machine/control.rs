@@ -1,14 +1,13 @@
 //! Our end of the control socket of `bulkhead-vmm`: one JSON value a packet, descriptors beside it.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
 use bulkhead_vmm_config::{MAX_FDS, MAX_PACKET};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
+use linux::packet;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -41,7 +40,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the other side has closed its end. Every other failure leaves it as it was: its end does not follow.
+    /// Whether the other side has closed its end. Every other failure leaves it as it was: its end
+    /// does not follow.
     pub fn is_closed(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
         let Error::Io { source, .. } = self else {
@@ -61,41 +61,29 @@ pub struct Control(AsyncFd<OwnedFd>);
 
 /// Our end, and the one to hand to the process.
 pub fn pair() -> Result<(Control, OwnedFd), Error> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .map_err(|errno| io_error("make a pair")(errno.into()))?;
-    let flags = nix::fcntl::OFlag::O_NONBLOCK;
-    nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(flags))
-        .map_err(|errno| io_error("set up")(errno.into()))?;
-    let ours = watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(io_error("watch"))?;
-    Ok((Control(ours), theirs))
+    let (ours, theirs) = packet::pair().map_err(|errno| io_error("make a pair")(errno.into()))?;
+    Ok((Control::of(ours)?, theirs))
 }
 
 impl Control {
+    /// Takes an end, which does not block from then on.
+    fn of(end: OwnedFd) -> Result<Control, Error> {
+        let flags = nix::fcntl::OFlag::O_NONBLOCK;
+        nix::fcntl::fcntl(&end, nix::fcntl::FcntlArg::F_SETFL(flags))
+            .map_err(|errno| io_error("set up")(errno.into()))?;
+        let end = watch(end, Interest::READABLE | Interest::WRITABLE).map_err(io_error("watch"))?;
+        Ok(Control(end))
+    }
+
     /// Sends one packet.
     pub async fn send<T: Serialize>(&self, value: &T, fds: &[RawFd]) -> Result<(), Error> {
         let bytes = serde_json::to_vec(value)?;
         if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
             return Err(Error::TooLarge(bytes.len(), fds.len()));
         }
-        let rights = [ControlMessage::ScmRights(fds)];
-        let messages: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
         loop {
             let mut ready = self.0.writable().await.map_err(io_error("wait"))?;
-            let sent = ready.try_io(|socket| {
-                sendmsg::<()>(
-                    socket.as_raw_fd(),
-                    &[IoSlice::new(&bytes)],
-                    messages,
-                    MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
-                    None,
-                )
-                .map_err(io::Error::from)
-            });
+            let sent = ready.try_io(|socket| Ok(packet::send(socket.as_fd(), &bytes, fds)?));
             match sent {
                 Ok(result) => return result.map(drop).map_err(io_error("send")),
                 Err(_would_block) => {}
@@ -103,11 +91,18 @@ impl Control {
         }
     }
 
+    /// The same of a process that has gone: what it has left. Somebody whom it has handed its end
+    /// to may hold it open for ever.
+    pub async fn receive_rest<T: DeserializeOwned>(&self) -> Result<Option<T>, Error> {
+        let received = tokio::time::timeout(AT_HAND, self.receive()).await;
+        received.unwrap_or(Ok(None))
+    }
+
     /// Receives one packet; `None` when the other side has closed.
     pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, Error> {
         loop {
             let mut ready = self.0.readable().await.map_err(io_error("wait"))?;
-            match ready.try_io(|socket| receive(socket.as_raw_fd())) {
+            match ready.try_io(|socket| receive(socket.as_fd())) {
                 Ok(Ok(Packet::End)) => return Ok(None),
                 Ok(Ok(Packet::Truncated)) => return Err(Error::Truncated),
                 Ok(Ok(Packet::WithDescriptors)) => return Err(Error::Descriptors),
@@ -123,6 +118,9 @@ impl Control {
     }
 }
 
+/// How long a packet that is there already may take to be seen.
+const AT_HAND: Duration = Duration::from_millis(200);
+
 enum Packet {
     Bytes(Vec<u8>),
     Truncated,
@@ -130,46 +128,44 @@ enum Packet {
     End,
 }
 
-fn receive(socket: RawFd) -> io::Result<Packet> {
+fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
     let mut bytes = vec![0; MAX_PACKET];
-    // The other side has no business sending descriptors. Without room for them the kernel makes none for us, and says so:
-    // however many they are, there is nothing that we could forget to close.
-    let (length, flags) = {
-        let mut slices = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<()>(
-            socket,
-            &mut slices,
-            None,
-            MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
-        )?;
-        (message.bytes, message.flags)
-    };
-    if flags.contains(MsgFlags::MSG_CTRUNC) {
-        return Ok(Packet::WithDescriptors);
-    }
-    if flags.contains(MsgFlags::MSG_TRUNC) {
-        return Ok(Packet::Truncated);
-    }
-    if length == 0 {
-        return Ok(Packet::End);
-    }
-    bytes.truncate(length);
-    Ok(Packet::Bytes(bytes))
+    // The other side has no business sending descriptors. Without room for them the kernel makes
+    // none for us, and says so: however many they are, there is nothing that we could forget to
+    // close.
+    let packet = packet::receive(socket, &mut bytes, 0)?;
+    Ok(match packet.length {
+        _ if packet.lost => Packet::WithDescriptors,
+        _ if packet.too_long => Packet::Truncated,
+        0 => Packet::End,
+        length => {
+            bytes.truncate(length);
+            Packet::Bytes(bytes)
+        }
+    })
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::os::fd::AsRawFd;
+
     use bulkhead_vmm_config::{Event, Request};
 
     use super::*;
 
     /// The process's end.
     pub(crate) fn of(theirs: OwnedFd) -> Control {
-        Control(watch(theirs, Interest::READABLE | Interest::WRITABLE).unwrap())
+        Control::of(theirs).unwrap()
     }
 
     impl Control {
-        /// As small as the kernel lets it be (SOCK_MIN_SNDBUF): a packet of a few kibibytes is too large to be sent.
+        /// For a process that says what no event is.
+        pub(crate) fn into_socket(self) -> OwnedFd {
+            self.0.into_inner()
+        }
+
+        /// As small as the kernel lets it be (SOCK_MIN_SNDBUF): a packet of a few kibibytes is too
+        /// large to be sent.
         pub(crate) fn shrink(&self) {
             nix::sys::socket::setsockopt(&self.0, nix::sys::socket::sockopt::SndBuf, &0).unwrap();
         }
@@ -183,9 +179,15 @@ pub(crate) mod tests {
         ours.send(&Request::Stop, &[]).await.unwrap();
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stats));
         assert_eq!(theirs.receive().await.unwrap(), Some(Request::Stop));
-        theirs.send(&Event::Running, &[]).await.unwrap();
+        theirs
+            .send(&Event::Running { landlock: None }, &[])
+            .await
+            .unwrap();
         drop(theirs);
-        assert_eq!(ours.receive().await.unwrap(), Some(Event::Running));
+        assert_eq!(
+            ours.receive().await.unwrap(),
+            Some(Event::Running { landlock: None })
+        );
         assert_eq!(ours.receive::<Event>().await.unwrap(), None);
         let error = ours.send(&Request::Stop, &[]).await.unwrap_err();
         assert!(error.is_closed(), "{error:?}");
@@ -214,7 +216,7 @@ pub(crate) mod tests {
             Err(Error::TooLarge(..))
         ));
         let bytes = vec![b'1'; MAX_PACKET + 1];
-        nix::sys::socket::send(theirs.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
+        packet::send(theirs.as_fd(), &bytes, &[]).unwrap();
         assert!(matches!(
             ours.receive::<Event>().await,
             Err(Error::Truncated)
@@ -224,18 +226,12 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn descriptors_that_nobody_asked_for_are_never_ours() {
         let (ours, theirs) = pair().unwrap();
-        // One, as many as a contract could allow, and the kernel's own most (SCM_MAX_FD): none may be left in our table.
+        // One, as many as a contract could allow, and the kernel's own most (SCM_MAX_FD): none may
+        // be left in our table.
         for count in [1, MAX_FDS, 253] {
             let (read, write) = nix::unistd::pipe().unwrap();
             let fds = vec![write.as_raw_fd(); count];
-            sendmsg::<()>(
-                theirs.as_raw_fd(),
-                &[IoSlice::new(b"\"running\"")],
-                &[ControlMessage::ScmRights(&fds)],
-                MsgFlags::empty(),
-                None,
-            )
-            .unwrap();
+            packet::send(theirs.as_fd(), b"\"running\"", &fds).unwrap();
             assert!(matches!(
                 ours.receive::<Event>().await,
                 Err(Error::Descriptors)
@@ -243,7 +239,7 @@ pub(crate) mod tests {
             // A pipe ends with its last writer: a copy that was kept would keep it from that.
             drop(write);
             let mut end = [nix::poll::PollFd::new(
-                std::os::fd::AsFd::as_fd(&read),
+                read.as_fd(),
                 nix::poll::PollFlags::POLLIN,
             )];
             nix::poll::poll(&mut end, 0u8).unwrap();

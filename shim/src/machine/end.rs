@@ -1,8 +1,33 @@
 //! How a machine ended, and what is told of it.
 
-use bulkhead_vmm_config::{GuestEnd, VmStats};
+use std::collections::BTreeMap;
 
-use crate::sys::process::Death;
+use bulkhead_vmm_config::{Blocked, GuestEnd, VmStats};
+use libseccomp::ScmpSyscall;
+
+use crate::{audit::Event, sys::process::Death};
+
+/// That a thread of a process of ours broke its rules, which ended the process.
+pub fn blocked(blocked: Blocked) -> String {
+    let (name, Blocked { role, call }) = (called(blocked), blocked);
+    format!(
+        "the {role} thread was stopped: it made the system call {name} ({call}), which its filter does not allow"
+    )
+}
+
+/// The same for the audit log.
+pub fn blocked_event(blocked: Blocked) -> Event {
+    Event::Blocked {
+        role: blocked.role.to_string(),
+        call: called(blocked),
+        number: blocked.call,
+    }
+}
+
+fn called(blocked: Blocked) -> String {
+    let name = ScmpSyscall::from_raw_syscall(blocked.call).get_name();
+    name.unwrap_or_else(|_| "unknown".into())
+}
 
 /// How many of a guest's last console lines an error carries.
 const SHOWN: usize = 20;
@@ -42,6 +67,30 @@ impl End {
             End::Guest { console, .. } => &console[console.len().saturating_sub(SHOWN)..],
             End::Failed { .. } => &[],
             End::Died { log, .. } => log,
+        }
+    }
+
+    /// The word for it in the audit log.
+    pub fn how(&self) -> &'static str {
+        match self {
+            End::Guest { end, .. } => match end {
+                GuestEnd::PowerOff => "power_off",
+                GuestEnd::Reboot => "reboot",
+                GuestEnd::Panic => "panic",
+                GuestEnd::TripleFault => "triple_fault",
+                GuestEnd::Stopped => "stopped",
+                GuestEnd::KvmError => "kvm_error",
+            },
+            End::Failed { .. } => "vmm_failed",
+            End::Died { .. } => "vmm_died",
+        }
+    }
+
+    /// The guest's faults, as the VMM has counted them.
+    pub fn faults(&self) -> BTreeMap<String, u64> {
+        match self {
+            End::Guest { stats, .. } => stats.guest_faults.clone(),
+            _ => BTreeMap::new(),
         }
     }
 }

@@ -7,17 +7,20 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
+use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsEvent, FsRequest, Layer, WIRE_VERSION};
 
 use crate::{
+    audit::Event,
     config,
+    error::line,
     ledger::Ledger,
-    logs::brief,
     machine::{
         control,
+        end::{blocked, blocked_event},
         peer::{self, Peer, Place},
     },
     sys::process::Death,
+    text::brief,
 };
 
 /// Most of a text of the process that becomes part of an error, in bytes.
@@ -84,6 +87,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Exchange {
     /// It has said that it serves.
     serves: bool,
+    /// The version of Landlock by which it is restricted.
+    landlock: Option<u32>,
     /// Answers that are on their way, in the order of the requests. Who gave up before its answer came leaves it to the next one.
     due: u32,
 }
@@ -93,7 +98,7 @@ impl Fs {
     pub async fn start(
         place: Place<'_>,
         share: &Path,
-        settings: &config::Share,
+        (settings, accept_missing): (&config::Share, &[Layer]),
         socket: OwnedFd,
         ledger: &mut Ledger,
     ) -> Result<Fs, Error> {
@@ -112,6 +117,7 @@ impl Fs {
             max_inodes: settings.max_inodes,
             max_handles: settings.max_handles,
             log: Fd(1),
+            accept_missing: accept_missing.to_vec(),
         };
         let fds = [socket.as_raw_fd(), peer.log.as_raw_fd()];
         let fs = Fs {
@@ -138,14 +144,20 @@ impl Fs {
                 return Ok(());
             }
             match self.receive().await? {
-                FsEvent::Serving => {
+                FsEvent::Serving { landlock } => {
                     exchange.serves = true;
+                    exchange.landlock = landlock;
                     Ok(())
                 }
                 other => Err(refused("to serve", &other)),
             }
         };
         self.within(limit, "to serve", served).await
+    }
+
+    /// The process and, once it serves, the version of Landlock by which it says that it is restricted.
+    pub async fn jailed(&self) -> (i32, Option<u32>) {
+        (self.peer.pid, self.exchange.lock().await.landlock)
     }
 
     /// Closes everything at and beneath `tree` (relative to the share), so that it can be unmounted. A process that does not within
@@ -216,8 +228,12 @@ impl Fs {
         }
         // Its last words may still be there.
         loop {
-            match self.peer.control.receive::<FsEvent>().await {
+            match self.peer.control.receive_rest::<FsEvent>().await {
                 Ok(Some(FsEvent::Failed { reason })) => return failed(&reason),
+                Ok(Some(FsEvent::Blocked(what))) => {
+                    self.peer.audit.tell(blocked_event(what));
+                    return Error::Failed(blocked(what));
+                }
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => break,
             }
@@ -240,8 +256,19 @@ impl Fs {
     }
 
     async fn receive(&self) -> Result<FsEvent, Error> {
-        match self.peer.control.receive().await? {
+        let received = self.peer.control.receive().await;
+        if let Err(error) = &received {
+            let event = Event::limit("fs", "packet", None, line(error));
+            self.peer.audit.tell(event);
+        }
+        match received? {
             Some(FsEvent::Failed { reason }) => Err(failed(&reason)),
+            Some(FsEvent::Blocked(what)) => {
+                self.peer.audit.tell(blocked_event(what));
+                // Whoever has taken it may have kept it from ending.
+                self.peer.kill();
+                Err(Error::Failed(blocked(what)))
+            }
             Some(event) => Ok(event),
             None => Err(self.closed().await),
         }
@@ -341,6 +368,28 @@ mod tests {
         let error = fs.detach("x").await.unwrap_err();
         assert!(error.to_string().contains("did not end"), "{error}");
         assert!(fs.peer.death().await.is_some());
+    }
+
+    /// It has handed its end of the socket to the VMM, say.
+    #[tokio::test]
+    async fn one_whose_socket_outlives_it_is_gone_all_the_same() {
+        let (fs, theirs) = idle();
+        let reason = "its last words".to_string();
+        let words = FsEvent::Failed { reason };
+        theirs.send(&words, &[]).await.unwrap();
+        fs.kill();
+        let gone = tokio::time::timeout(Duration::from_secs(10), fs.gone()).await;
+        let error = gone.expect("it waits for ever");
+        assert!(
+            matches!(&error, Error::Failed(words) if words == "its last words"),
+            "{error}"
+        );
+        let gone = tokio::time::timeout(Duration::from_secs(10), fs.gone()).await;
+        assert!(matches!(
+            gone.expect("it waits for ever"),
+            Error::Died { .. }
+        ));
+        drop(theirs);
     }
 
     #[tokio::test]

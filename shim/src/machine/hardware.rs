@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use bulkhead_vmm_config::{
-    Fd, FsDevice, NetDevice, PortOffer, RateLimit, SerialConsole, VmConfig, WIRE_VERSION,
+    Fd, FsDevice, Layer, NetDevice, PortOffer, RateLimit, SerialConsole, VmConfig, WIRE_VERSION,
 };
 
 use crate::{config, machine::peer::Peer, network::Device};
@@ -73,6 +73,8 @@ pub struct Hardware<'a> {
     pub serial: Option<BorrowedFd<'a>>,
     /// The user and the group that the process becomes.
     pub uid: u32,
+    /// Layers of its jail that may be missing.
+    pub accept_missing: &'a [Layer],
 }
 
 /// Puts descriptors beside a packet, each of which gets an index.
@@ -125,5 +127,6 @@ pub(super) fn config(
         log: index(peer.log.as_raw_fd()),
         uid: hardware.uid,
         gid: hardware.uid,
+        accept_missing: hardware.accept_missing.to_vec(),
     }
 }

@@ -6,6 +6,7 @@
 //! agent                  the guest's side of a container: ttrpc over vsock, which the VMM carries
 //! hardware               what a machine is made of
 //! ```
+#![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod control;

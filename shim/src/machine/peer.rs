@@ -11,6 +11,7 @@ use std::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    audit::Audit,
     ledger::{self, Ledger, Resource},
     logs::{self, Tail},
     machine::control::{self, Control},
@@ -64,6 +65,8 @@ pub struct Peer {
     pub log: OwnedFd,
     /// Its last log lines and what it wrote to standard error.
     pub tail: Tail,
+    /// For what it does that is worth a line.
+    pub audit: Audit,
     farewell: Duration,
     pidfd: AsyncFd<OwnedFd>,
 }
@@ -79,6 +82,8 @@ pub struct Place<'a> {
     pub cgroup: BorrowedFd<'a>,
     /// The pod's oom_score_adj.
     pub oom_score_adj: i32,
+    /// What is told of the pod.
+    pub audit: &'a Audit,
 }
 
 impl Peer {
@@ -119,7 +124,8 @@ impl Peer {
             control,
             pid: child.pid,
             log,
-            tail: logs::follow(place.sandbox, role, reader),
+            tail: logs::follow(place.sandbox, name(role), place.audit, reader),
+            audit: place.audit.clone(),
             farewell: FAREWELL,
             pidfd: sys::watch(child.pidfd, Interest::READABLE).map_err(prepare)?,
         })
@@ -157,11 +163,24 @@ impl Peer {
         ))
     }
 
-    /// Waits for its end and collects it. `None`: somebody else has collected it.
-    pub async fn death(&self) -> Option<Death> {
+    /// Waits for its end.
+    pub async fn gone(&self) {
         // An error can only mean that the runtime is shutting down.
         let _ = self.pidfd.readable().await;
-        process::reap(self.pidfd.get_ref().as_fd())
+    }
+
+    /// Waits for its end and collects it. `None`: somebody else has collected it.
+    pub async fn death(&self) -> Option<Death> {
+        self.gone().await;
+        process::collect(self.pidfd.get_ref().as_fd())
+    }
+}
+
+/// What a process is called by its role.
+fn name(role: &'static str) -> &'static str {
+    match role {
+        "run" => "vmm",
+        role => role,
     }
 }
 
@@ -189,6 +208,7 @@ pub(crate) mod tests {
             executable: &executable,
             cgroup: cgroup.as_fd(),
             oom_score_adj: 321,
+            audit: &Audit::default(),
         };
         // Its role is how long it sleeps.
         let peer = Peer::start(place, "60", &mut ledger).unwrap();
@@ -222,6 +242,7 @@ pub(crate) mod tests {
             pid: id.pid,
             log: File::open("/dev/null").unwrap().into(),
             tail: Tail::default(),
+            audit: Audit::default(),
             farewell: Duration::from_millis(100),
             pidfd: sys::watch(pidfd, Interest::READABLE).unwrap(),
         };

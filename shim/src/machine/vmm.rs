@@ -7,6 +7,10 @@
 //! ```
 
 #[cfg(test)]
+mod attack_tests;
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
 
 use std::{
@@ -19,22 +23,23 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_vmm_config::{Event, Fd, PortOffer, Request, Stamp, VmStats};
+use bulkhead_vmm_config::{Event, Fd, MAX_RESETS, PortOffer, Request, Stamp, VmStats};
 use tokio::sync::{oneshot, watch};
 
 use super::hardware;
 pub use super::{
-    end::End,
+    end::{End, blocked, blocked_event},
     hardware::{Hardware, Nic},
 };
 use crate::{
+    audit::{self, Audit},
     error::line,
     ledger::Ledger,
-    logs::brief,
     machine::{
         control,
         peer::{self, Peer, Place},
     },
+    text::brief,
 };
 
 /// Why the machine cannot be used.
@@ -76,7 +81,9 @@ type Answer = oneshot::Sender<Result<Option<VmStats>, String>>;
 #[derive(Debug, Default)]
 struct Shared {
     runs: bool,
+    landlock: Option<u32>,
     stamps: Vec<Stamp>,
+    resets: usize,
     waiting: VecDeque<Answer>,
 }
 
@@ -158,9 +165,19 @@ impl Vm {
         }
     }
 
+    /// The process and, once it runs, the version of Landlock by which it says that it is restricted.
+    pub fn jailed(&self) -> (i32, Option<u32>) {
+        (self.peer.pid, locked(&self.shared).landlock)
+    }
+
     /// The phases reached so far.
     pub fn stamps(&self) -> Vec<Stamp> {
         locked(&self.shared).stamps.clone()
+    }
+
+    /// How it ended, if it has.
+    pub fn end(&self) -> Option<End> {
+        self.end.borrow().clone()
     }
 
     /// Waits until the process is gone and tells how it ended.
@@ -199,6 +216,15 @@ impl Vm {
         self.request("a change of a link", &request, &[])
             .await
             .map(drop)
+    }
+
+    /// Stops the vCPUs, or lets them run again.
+    pub async fn set_paused(&self, paused: bool) -> Result<(), Error> {
+        let (name, request) = match paused {
+            true => ("to pause", Request::Pause),
+            false => ("to resume", Request::Resume),
+        };
+        self.request(name, &request, &[]).await.map(drop)
     }
 
     /// Takes back a port that the guest has not dialled.
@@ -260,7 +286,14 @@ impl Vm {
         request: &Request,
         fds: &[i32],
     ) -> Result<Option<VmStats>, Error> {
-        let exchange = self.exchange(name, request, fds);
+        let exchange = async {
+            tokio::select! {
+                biased;
+                answer = self.exchange(name, request, fds) => answer,
+                // Its socket may outlive it: nobody answers then.
+                end = self.ended() => Err(Error::Gone(end)),
+            }
+        };
         self.within(name, exchange).await
     }
 
@@ -304,10 +337,20 @@ async fn watch_events(
 ) {
     let mut last_words = None;
     loop {
-        let broken = match peer.control.receive::<Event>().await {
+        // What it has said comes before its end, which comes by itself: the socket may outlive it.
+        let received = tokio::select! {
+            biased;
+            received = peer.control.receive::<Event>() => received,
+            () = peer.gone() => peer.control.receive_rest().await,
+        };
+        let broken = match received {
             Ok(Some(_)) if last_words.is_some() => "it goes on after its last words".into(),
-            Ok(Some(event)) => match on_event(event, &shared) {
+            Ok(Some(event)) => match on_event(event, &shared, &peer.audit) {
                 Ok(end) => {
+                    // Whoever has taken it may have kept it from ending.
+                    if matches!(end, Some(End::Failed { .. })) {
+                        peer.kill();
+                    }
                     last_words = end;
                     continue;
                 }
@@ -316,6 +359,8 @@ async fn watch_events(
             Ok(None) => break,
             Err(error) => line(&error),
         };
+        let event = audit::Event::limit("vmm", "packet", None, &*broken);
+        peer.audit.tell(event);
         last_words.get_or_insert(End::Failed {
             reason: format!("the virtual machine monitor is not understood: {broken}"),
         });
@@ -339,11 +384,17 @@ async fn watch_events(
 
 /// Hears an event: the end that it tells of, if it does. Only events that something has led to are heard: an answer for each
 /// request, a stamp for each phase. A machine that says more would have us listen to nothing else.
-fn on_event(event: Event, shared: &Mutex<Shared>) -> Result<Option<End>, &'static str> {
+fn on_event(
+    event: Event,
+    shared: &Mutex<Shared>,
+    audit: &Audit,
+) -> Result<Option<End>, &'static str> {
     let mut shared = locked(shared);
     let Shared {
         runs,
+        landlock,
         stamps,
+        resets,
         waiting,
     } = &mut *shared;
     let mut answer = |answer| match waiting.pop_front() {
@@ -355,9 +406,9 @@ fn on_event(event: Event, shared: &Mutex<Shared>) -> Result<Option<End>, &'stati
         None => Err("an answer to nothing"),
     };
     match event {
-        Event::Running if *runs => Err("twice that it runs"),
-        Event::Running => {
-            *runs = true;
+        Event::Running { .. } if *runs => Err("twice that it runs"),
+        Event::Running { landlock: abi } => {
+            (*runs, *landlock) = (true, abi);
             Ok(None)
         }
         Event::Done => answer(Ok(None)),
@@ -370,17 +421,38 @@ fn on_event(event: Event, shared: &Mutex<Shared>) -> Result<Option<End>, &'stati
             stamps.push(stamp);
             Ok(None)
         }
+        Event::NeedsReset { .. } if *resets == MAX_RESETS => {
+            Err("too often that a device needs a reset")
+        }
+        Event::NeedsReset { device, reason } => {
+            *resets += 1;
+            audit.tell(audit::Event::NeedsReset { device, reason });
+            Ok(None)
+        }
+        last => Ok(last_words(last, audit)),
+    }
+}
+
+/// Hears an event after which no other one comes: the end that it tells of.
+fn last_words(event: Event, audit: &Audit) -> Option<End> {
+    match event {
         Event::Ended {
             end,
             console,
             stats,
-        } => Ok(Some(End::Guest {
+        } => Some(End::Guest {
             end,
             console: console.iter().map(|line| brief(line, MAX_LINE)).collect(),
             stats: Box::new(stats),
-        })),
-        Event::Failed { reason } => Ok(Some(End::Failed {
+        }),
+        Event::Blocked(what) => {
+            audit.tell(blocked_event(what));
+            let reason = blocked(what);
+            Some(End::Failed { reason })
+        }
+        Event::Failed { reason } => Some(End::Failed {
             reason: brief(&reason, MAX_TEXT),
-        })),
+        }),
+        _ => None,
     }
 }

@@ -9,17 +9,20 @@ use std::{
 use bulkhead_agent_protocol::{MAX_MESSAGE, agent};
 
 use super::{
-    Carriers, Error, Step,
+    Error,
     guest::{self, Given},
-    link::{self, Link},
-    namespace::Namespace,
-    redirect::{self, Filters, Holder},
-    release::{self, Redirect},
     snapshot::Snapshot,
-    socket::Socket,
-    tap,
 };
-use crate::ledger::{Ledger, Resource, Ticket};
+use crate::{
+    ledger::{Ledger, Resource, Ticket},
+    netns::{
+        self, Carriers, Namespace, Redirect, Step,
+        link::{self, Link},
+        redirect::{self, Filters, Holder},
+        socket::Socket,
+        tap,
+    },
+};
 
 /// The most that [`Network::for_guest`] may hold: the rest of the agent's message has room beside it.
 const MOST: usize = MAX_MESSAGE / 2;
@@ -122,16 +125,17 @@ impl Network {
     /// The namespace, for as long as it is held.
     pub fn namespace(&self) -> Result<Namespace, Error> {
         let namespace = Namespace::find(&self.path, self.inode)?;
-        namespace.ok_or_else(|| Error::Namespace {
+        let gone = || netns::Error::Namespace {
             path: self.path.clone(),
-            source: std::io::Error::from(std::io::ErrorKind::NotFound),
-        })
+            source: std::io::ErrorKind::NotFound.into(),
+        };
+        Ok(namespace.ok_or_else(gone)?)
     }
 
     /// The links of all interfaces, to be watched.
     pub fn carriers(&self) -> Result<Carriers, Error> {
         let indices: Vec<u32> = self.given.iter().map(|given| given.index).collect();
-        Carriers::listen(self.namespace()?, &indices)
+        Ok(Carriers::listen(self.namespace()?, &indices)?)
     }
 
     fn look(&mut self, namespace: &Namespace, ledger: &mut Ledger) -> Result<(), Error> {
@@ -203,9 +207,10 @@ impl Attaching<'_> {
             .iter()
             .find(|link| link.is_tap_of_a_pod() && !ours(link))
         {
-            return Err(Error::Taken {
+            return Err(netns::Error::Taken {
                 interface: other.name.clone(),
-            });
+            }
+            .into());
         }
         for link in link::for_the_guest(&snapshot.links, &snapshot.addressed())? {
             if !self.given.iter().any(|given| given.index == link.index) {
@@ -216,21 +221,21 @@ impl Attaching<'_> {
         let bytes = description.requests.iter().map(Vec::len).sum();
         match bytes {
             ..=MOST => Ok(description),
-            _ => Err(Error::TooMuch { bytes, most: MOST }),
+            _ => Err(netns::Error::TooMuch { bytes, most: MOST }.into()),
         }
     }
 
     fn give(&mut self, socket: &mut Socket, link: &Link, ingress: bool) -> Result<(), Error> {
         if self.given.len() >= self.places {
-            return Err(Error::Late {
+            return Err(netns::Error::Late {
                 interface: link.name.clone(),
                 places: self.places,
-            });
+            }
+            .into());
         }
         let stale = ingress && must_replace(socket, link)?;
         let mut random = [0; 4];
-        // SAFETY: writes the four bytes; so few are never cut short (getrandom(2)).
-        unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
+        linux::random(&mut random).expect("a host that runs pods has random numbers");
         let redirect = Redirect {
             network: self.namespace.path.clone(),
             inode: self.namespace.inode,
@@ -242,7 +247,7 @@ impl Attaching<'_> {
         };
         let resource = Resource::Redirect(redirect.clone());
         self.tickets.push(self.ledger.take(resource)?);
-        let taps = tap::create(&redirect.tap, self.queues).map_err(|source| Error::Tap {
+        let taps = tap::create(&redirect.tap, self.queues).map_err(|source| netns::Error::Tap {
             tap: redirect.tap.clone(),
             source,
         })?;
@@ -262,32 +267,32 @@ impl Attaching<'_> {
         if stale {
             redirect::remove(socket, link.index).step("remove a dead redirect of", &link.name)?;
         }
-        connect(socket, link, &redirect)
+        Ok(connect(socket, link, &redirect)?)
     }
 }
 
 /// Whether a dead pod has left its filter.
-fn must_replace(socket: &mut Socket, link: &Link) -> Result<bool, Error> {
+fn must_replace(socket: &mut Socket, link: &Link) -> Result<bool, netns::Error> {
     let filters = Filters::of(socket, link.index).step("list the filters of", &link.name)?;
     let interface = || link.name.clone();
     match filters.holder() {
         Holder::Nobody => Ok(false),
         Holder::Dead => Ok(true),
-        Holder::Redirect(_) => Err(Error::Taken {
+        Holder::Redirect(_) => Err(netns::Error::Taken {
             interface: interface(),
         }),
-        Holder::Other => Err(Error::Preference {
+        Holder::Other => Err(netns::Error::Preference {
             interface: interface(),
         }),
     }
 }
 
 /// Ties the tap to its interface.
-fn connect(socket: &mut Socket, link: &Link, redirect: &Redirect) -> Result<(), Error> {
+fn connect(socket: &mut Socket, link: &Link, redirect: &Redirect) -> Result<(), netns::Error> {
     let (name, tap) = (&link.name, &redirect.tap);
-    let tap_index = release::index_of(socket, tap)
+    let tap_index = netns::index_of(socket, tap)
         .step("find", tap)?
-        .ok_or_else(|| Error::Tap {
+        .ok_or_else(|| netns::Error::Tap {
             tap: tap.clone(),
             source: std::io::ErrorKind::NotFound.into(),
         })?;

@@ -6,10 +6,12 @@ use std::collections::HashMap;
 use bulkhead_agent_protocol::agent;
 
 use super::{
-    link::Link,
-    message::{self, Attribute, Message, field},
     routes,
     snapshot::{IPV4, IPV6, Snapshot},
+};
+use crate::netns::{
+    link::Link,
+    message::{self, Attribute, Message, field},
 };
 
 /// Attributes of addresses (linux/if_addr.h) that libc does not have.

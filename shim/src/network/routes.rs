@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::message::{self, Attribute, Message, field};
+use crate::netns::message::{self, Attribute, Message, field};
 
 /// Numbers of linux/rtnetlink.h that libc does not have.
 const RTA_EXPIRES: u16 = 23;

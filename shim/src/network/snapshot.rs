@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fs};
 
-use super::{
+use crate::netns::{
     Error, Step,
     link::Link,
     message::{Message, field},

@@ -14,7 +14,10 @@ use containerd_shim_protos::protobuf::{self, Message, well_known_types::any::Any
 
 use crate::{
     ids,
-    oci::{self, HOST_NAMESPACES, PodFiles, PodPaths, PodPlan},
+    oci::{
+        self, HOST_NAMESPACES, PodFiles, PodPaths, PodPlan,
+        limits::{self, Limits, Source, Wrong},
+    },
 };
 
 #[allow(
@@ -60,6 +63,9 @@ pub enum Error {
     /// A name that is none.
     #[error("the pod has the sysctl {0:?}, which cannot be a name")]
     Sysctl(String),
+    /// A limit that cannot be meant.
+    #[error("the pod's {} {}", .0.field, .0.reason)]
+    Limit(Wrong),
     /// A file for its containers.
     #[error("cannot write {path}")]
     Write {
@@ -149,10 +155,23 @@ fn sysctls(config: &PodSandboxConfig) -> HashMap<String, String> {
     sysctls
 }
 
-/// Bytes of memory that its containers may use together, if limited.
-pub fn memory(config: &PodSandboxConfig) -> Option<u64> {
-    let limit = u64::try_from(config.linux.resources.memory_limit_in_bytes).ok();
-    limit.filter(|bytes| *bytes > 0)
+/// What its containers may use together.
+///
+/// # Errors
+/// A number that cannot be meant.
+pub fn limits(config: &PodSandboxConfig) -> Result<Limits, Error> {
+    let asked = &config.linux.resources;
+    let raw = limits::Raw {
+        quota: asked.cpu_quota,
+        period: asked.cpu_period,
+        shares: asked.cpu_shares,
+        cpus: asked.cpuset_cpus.clone(),
+        memory: asked.memory_limit_in_bytes,
+    };
+    Ok(Limits {
+        overhead: limits::reserved(config.linux.overhead.memory_limit_in_bytes),
+        ..raw.read(Source::SandboxApi).map_err(Error::Limit)?
+    })
 }
 
 /// Its cgroup as config.json names one: beneath the parent, or in the slice when systemd keeps them.

@@ -37,7 +37,7 @@ fn linux() -> LinuxFeature {
         .set_v2(Some(true))
         .set_systemd(Some(false))
         .set_systemd_user(Some(false))
-        .set_rdma(Some(true));
+        .set_rdma(Some(false));
     let (mut apparmor, mut selinux) = (Apparmor::default(), Selinux::default());
     apparmor.set_enabled(Some(false));
     selinux.set_enabled(Some(false));

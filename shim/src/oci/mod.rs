@@ -2,13 +2,17 @@
 //!
 //! Unknown fields are tolerated (OCI spec.md, "Extensibility"). Paths of the host never reach the agent: the root and the
 //! sources of bind mounts are placed in the share (`rootfs.rs`), and the agent is told where in the guest they are.
+#![forbid(unsafe_code)]
 
 pub mod cri;
 mod devices;
 mod features;
+#[cfg(test)]
+mod fuzz;
 mod hooks;
 pub mod host_interfaces;
 mod kubelet_path;
+pub mod limits;
 mod mount_points;
 mod mounts;
 mod namespaces;
@@ -16,6 +20,7 @@ mod numbers;
 mod options;
 mod pod;
 mod pod_files;
+mod pod_paths;
 #[cfg(test)]
 mod pod_tests;
 mod process;
@@ -33,13 +38,17 @@ use std::{
 use bulkhead_agent_protocol::agent;
 use oci_spec::runtime as spec;
 
+use self::resources::Moment;
+use crate::audit::Event;
+
 pub use features::features;
 pub use hooks::{HostHook, HostHooks};
 pub use mount_points::{MountPoint, PointKind};
 pub use mounts::{HostBind, HostPropagation};
 pub(crate) use pod::HOST_NAMESPACES;
-pub use pod::{LATER_INTERFACES, PodPaths, PodPlan, Role, check_sandbox, pod_plan, role};
+pub use pod::{GROUP, LATER_INTERFACES, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
+pub use pod_paths::PodPaths;
 
 /// The newest OCI runtime-spec whose configuration is converted or refused by name.
 pub const NEWEST_SPEC: &str = "1.3.0";
@@ -95,6 +104,19 @@ pub enum Error {
     /// The seccomp profile could not be compiled.
     #[error("config.json: linux.seccomp cannot be compiled: {0}")]
     Seccomp(String),
+}
+
+impl Error {
+    /// What the audit log has of it, if it refuses what a container in a machine is not given.
+    pub fn refusal(&self) -> Option<Event> {
+        let Error::Unsupported { field, reason } = self else {
+            return None;
+        };
+        Some(Event::Refused {
+            field: Some(field.clone()),
+            reason: reason.clone(),
+        })
+    }
 }
 
 fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Error {
@@ -243,7 +265,7 @@ pub fn plan(bundle: &Bundle, container_id: &str) -> Result<Plan, Error> {
 /// The network namespace that a configuration names.
 pub fn network(bundle: &Bundle) -> Option<PathBuf> {
     let linux = bundle.spec.linux().as_ref()?;
-    pod::path_of(linux, spec::LinuxNamespaceType::Network)
+    pod_paths::path_of(linux, spec::LinuxNamespaceType::Network)
 }
 
 /// The same for a container of an engine, in a pod whose paths of the host are `pod`.
@@ -272,7 +294,7 @@ fn convert(
         .ok_or_else(|| invalid("linux", "is missing"))?;
     let namespaces = namespaces::convert(spec, linux, pod)?;
     let (mounts, binds) = mounts::convert(bundle, &namespaces, pod)?;
-    let (resources, host_limits) = resources::convert(linux.resources().as_ref())?;
+    let (resources, host_limits) = resources::convert(linux.resources().as_ref(), Moment::Create)?;
     let process = spec
         .process()
         .as_ref()
@@ -334,7 +356,7 @@ pub fn new_limits(json: &[u8]) -> Result<(agent::Resources, Vec<(String, String)
             path: "the resources of update".into(),
             source,
         })?;
-    let (mut resources, host) = resources::convert(Some(&parsed))?;
+    let (mut resources, host) = resources::convert(Some(&parsed), Moment::Update)?;
     resources.devices.clear();
     resources.set_devices = false;
     Ok((resources, host))

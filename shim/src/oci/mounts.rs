@@ -13,7 +13,7 @@ use super::{
     Bundle, Error, GUEST_SHM, devices, host_interfaces, invalid,
     kubelet_path::is_kubelet_volume,
     options::{self, Idmap},
-    pod::PodPaths,
+    pod_paths::PodPaths,
     unsupported,
 };
 

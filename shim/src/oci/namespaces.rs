@@ -7,7 +7,7 @@
 use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Error, invalid, pod::PodPaths, unsupported};
+use super::{Error, invalid, pod_paths::PodPaths, unsupported};
 
 pub(super) fn convert(
     spec: &spec::Spec,

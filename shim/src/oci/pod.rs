@@ -3,18 +3,23 @@
 //! Engines tell the members of a pod what to share by paths of the host: `/proc/PID/ns/*` of the pod's pid, the network
 //! namespace that CNI has set up, the tmpfs that is mounted for /dev/shm. In a guest these mean "the pod's".
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashMap, path::Path};
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::{Bundle, Error, hooks, invalid, pod_files::PodFiles, unsupported};
+use super::{
+    Bundle, Error, hooks, invalid,
+    pod_files::PodFiles,
+    pod_paths::{PodPaths, path_of},
+    unsupported,
+};
+
+/// The annotation by which whoever makes a container puts it into another one's machine.
+pub const GROUP: &str = "io.containerd.runc.v2.group";
 
 /// The annotations by which engines name the pod, the first that is there.
 const SANDBOX_IDS: &[&str] = &[
-    "io.containerd.runc.v2.group",
+    GROUP,
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
 ];
@@ -50,39 +55,6 @@ pub fn role(annotations: &HashMap<String, String>, id: &str) -> Role {
         (Some("sandbox"), _) => Role::Sandbox,
         (_, Some(sandbox)) if sandbox != id => Role::Member(sandbox.clone()),
         _ => Role::Alone,
-    }
-}
-
-/// What the host's paths in a member's config.json stand for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PodPaths {
-    /// The pid whose `/proc/PID/ns/*` are the pod's.
-    pub pid: Option<i32>,
-    /// The network namespace that the engine has made for the pod.
-    pub network: Option<PathBuf>,
-    /// The tmpfs that the engine has made for the pod's /dev/shm.
-    pub shm: Option<PathBuf>,
-    /// There is one container: a network namespace that it does not name is the pod's, whose interfaces may come later.
-    pub alone: bool,
-    /// The container has the guest to itself: a pid or network namespace that it does not list is the guest's own.
-    pub has_guest: bool,
-}
-
-impl PodPaths {
-    /// Whether `path` names the pod's namespace of this type.
-    pub(super) fn is_own(&self, kind: Type, path: &Path) -> bool {
-        if kind == Type::Network && self.network.as_deref() == Some(path) {
-            return true;
-        }
-        let name = match kind {
-            Type::Pid => "pid",
-            Type::Ipc => "ipc",
-            Type::Uts => "uts",
-            Type::Network => "net",
-            _ => return false,
-        };
-        self.pid
-            .is_some_and(|pid| path == Path::new(&format!("/proc/{pid}/ns/{name}")))
     }
 }
 
@@ -158,15 +130,6 @@ pub fn pod_plan(bundle: &Bundle) -> Result<PodPlan, Error> {
     })
 }
 
-/// The path that `linux.namespaces` has for this type.
-pub(super) fn path_of(linux: &spec::Linux, kind: Type) -> Option<PathBuf> {
-    let listed = linux.namespaces().iter().flatten();
-    let mut paths = listed
-        .filter(|namespace| namespace.typ() == kind)
-        .filter_map(|namespace| namespace.path().clone());
-    paths.find(|path| !path.as_os_str().is_empty())
-}
-
 /// What a pod cannot have of the host: Kubernetes' name, and why.
 pub(crate) const HOST_NAMESPACES: [(Type, &str, &str); 3] = [
     (
@@ -237,21 +200,5 @@ mod tests {
         let group = annotated(&[("io.containerd.runc.v2.group", "a")]);
         assert_eq!(role(&group, "a"), Role::Alone);
         assert_eq!(role(&group, "b"), Role::Member("a".into()));
-    }
-
-    #[test]
-    fn paths_of_the_pod_are_known_and_no_others() {
-        let paths = PodPaths {
-            pid: Some(42),
-            network: Some("/run/netns/x".into()),
-            ..PodPaths::default()
-        };
-        assert!(paths.is_own(Type::Ipc, Path::new("/proc/42/ns/ipc")));
-        assert!(paths.is_own(Type::Network, Path::new("/run/netns/x")));
-        assert!(paths.is_own(Type::Network, Path::new("/proc/42/ns/net")));
-        assert!(!paths.is_own(Type::Network, Path::new("/run/netns/y")));
-        assert!(!paths.is_own(Type::Pid, Path::new("/proc/42/ns/ipc")));
-        assert!(!paths.is_own(Type::Pid, Path::new("/proc/43/ns/pid")));
-        assert!(!paths.is_own(Type::User, Path::new("/proc/42/ns/user")));
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{self as spec, LinuxNamespaceType as Type};
 
-use super::pod::{PodPaths, path_of};
+use super::pod_paths::{PodPaths, path_of};
 
 /// Files that the containers of a pod have in common, on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! What works on a pod beside whoever changes what it holds.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, Read},
     os::unix::net::UnixStream,
@@ -11,20 +12,27 @@ use std::{
 use bulkhead_agent_protocol::agent as wire;
 use bulkhead_vmm_config::{Stamp, port};
 
-use super::error::Error;
+use super::{
+    error::Error,
+    launch::{Fs, Vm},
+};
 use crate::{
-    host_sockets::Sockets,
+    audit::{Audit, Event},
+    error::line,
+    host_sockets::{Offers, Sockets},
     io as streams,
     kubelet_volume::Volumes,
     machine::{
         agent::{self, Agent},
-        fs::Fs,
-        vmm::{self, Vm},
+        vmm,
     },
 };
 
 /// How long the machine's own words may take after its connection broke.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// In the audit log, of a machine that did not end by itself.
+pub(super) const DESTROYED: &str = "the shim ended the machine";
 
 /// A pod, for calls about its containers and to see its end; cheap to clone.
 #[derive(Clone, Debug)]
@@ -34,6 +42,7 @@ pub struct Access {
     pub(super) agent: Agent,
     pub(super) volumes: Volumes,
     pub(super) sockets: Sockets,
+    pub(super) audit: Audit,
 }
 
 impl Access {
@@ -68,7 +77,21 @@ impl Access {
     /// Takes back a stream that the guest has not dialled.
     pub async fn withdraw(&self, port: u32) {
         // It has, or it is gone: both ways the stream ends by itself.
-        let _ = self.vm.withdraw_port(port).await;
+        if self.vm.withdraw_port(port).await.is_ok() {
+            self.audit.tell(Event::OfferWithdrawn { port });
+        }
+    }
+
+    /// Where what is worth a line is told.
+    pub fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
+    /// Tells that a container's processes were killed because its memory ran out.
+    pub fn tell_memory(&self, container: &str) {
+        let detail = "the guest's kernel killed in it, because its memory had run out";
+        let event = Event::limit("container", "memory", None, detail);
+        self.audit.tell_of(Some(container), event);
     }
 
     /// Makes a placed container in the guest, up to the point before exec; its files' places are in `spec`
@@ -101,14 +124,19 @@ impl Access {
             }
         };
         let mut gone = std::pin::pin!(gone);
-        tokio::select! {
+        let trouble: Error = tokio::select! {
             error = &mut gone => error,
             lost = self.agent.lost() => {
                 // Mostly the first sign of the machine's end, which says more.
                 let trouble = tokio::time::timeout(LAST_WORDS, gone).await;
                 trouble.unwrap_or_else(|_| lost.into())
             }
+        };
+        match self.vm.is_killed() {
+            true => self.audit.tell_end("destroyed", DESTROYED, BTreeMap::new()),
+            false => trouble.tell_end(&self.audit),
         }
+        trouble
     }
 
     /// Ends both processes at once, whatever they do: everyone who waits for one of them gets an error.
@@ -124,6 +152,17 @@ impl Access {
         }
         let trouble = tokio::time::timeout(LAST_WORDS, self.trouble()).await;
         trouble.unwrap_or_else(|_| error.into())
+    }
+}
+
+impl Offers for Access {
+    async fn stream(&self) -> io::Result<(u32, UnixStream)> {
+        let stream = Access::stream(self).await;
+        stream.map_err(|error| io::Error::other(line(&error)))
+    }
+
+    async fn withdraw(&self, port: u32) {
+        Access::withdraw(self, port).await;
     }
 }
 

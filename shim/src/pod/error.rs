@@ -2,8 +2,9 @@
 
 use std::{io, path::PathBuf};
 
-use super::layers;
+use super::{layers, size};
 use crate::{
+    audit::{Audit, Event},
     cgroup, config,
     error::line,
     hooks, host_sockets, kubelet_volume, ledger,
@@ -37,6 +38,9 @@ pub enum Error {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    /// A machine of such a size cannot be.
+    #[error(transparent)]
+    Size(#[from] size::Error),
     /// A limit that the host's cgroup does not take.
     #[error("cannot set {name} = {value:?} on the pod's cgroup")]
     Limit {
@@ -143,6 +147,38 @@ impl Error {
             _ => &[],
         }
     }
+    /// Tells that the pod has ended by this.
+    pub(super) fn tell_end(&self, audit: &Audit) {
+        let end = match self {
+            Error::Vm(vmm::Error::Gone(end)) | Error::Boot { end, .. } => Some(end),
+            _ => None,
+        };
+        let how = match (self, end) {
+            (_, Some(end)) => end.how(),
+            (Error::Timeout { .. }, _) => "boot_timeout",
+            (Error::Fs(fs::Error::Died { .. }), _) => "fs_died",
+            (Error::Fs(_), _) => "fs_failed",
+            (Error::Agent(_), _) => "agent_lost",
+            _ => "not_started",
+        };
+        let faults = end.map(vmm::End::faults).unwrap_or_default();
+        audit.tell_end(how, &line(self), faults);
+    }
+
+    /// What the audit log has of it, if it refuses what a container in a machine is not given.
+    pub fn refusal(&self) -> Option<Event> {
+        let refused = match self {
+            Error::Share(error) => error.is_refusal(),
+            Error::Socket(error) => error.is_refusal(),
+            Error::GuestTaken(_) | Error::PrivatePids => true,
+            _ => false,
+        };
+        refused.then(|| Event::Refused {
+            field: None,
+            reason: line(self),
+        })
+    }
+
     /// One line, with the guest's last words where they explain it.
     pub fn text(&self) -> String {
         let text = line(self);

@@ -1,57 +1,13 @@
 //! What a machine does with the interfaces of the pod's namespace: those that come later, links, and localhost.
 
-use std::os::fd::AsFd;
-
 use super::{Sandbox, error::Error, links, localhost};
-use crate::{
-    ledger::Resource,
-    machine::vmm::Nic,
-    network::{self, Network},
-    sys::{
-        process::{self, ProcessId},
-        stub::{self, Stub},
-    },
-};
+use crate::{machine::vmm::Nic, network::Network};
 
 impl Sandbox {
-    /// Forks the process whose pid stands for the pod's (see [`Stub`]). Of a pod that was given no network namespace, that of the
-    /// process is the pod's from now on.
-    pub fn start_stub(&mut self) -> Result<Stub, Error> {
-        let given = match &self.namespace {
-            None => None,
-            Some(path) => {
-                let opened = stub::open_network(path);
-                Some(opened.map_err(|source| network::Error::Namespace {
-                    path: path.clone(),
-                    source,
-                })?)
-            }
-        };
-        let network = match &given {
-            None => stub::Network::New,
-            Some(namespace) => stub::Network::Given(namespace.as_fd()),
-        };
-        let title = format!(
-            "bulkhead: pod {} (its processes are in its virtual machine)",
-            self.id
-        );
-        let stub = Stub::start(self.cgroup.as_fd(), network, &title).map_err(Error::Stub)?;
-        if let Some(id) = ProcessId::of(stub.pid()) {
-            let role = "bulkhead-pod".into();
-            self.ledger.take(Resource::Process { id, role })?;
-            self.stub = Some(id);
-        }
-        // It stands for the containers: who looks at their pid's score finds theirs.
-        process::set_oom_score_adj(stub.pid(), self.oom.now()).map_err(Error::Stub)?;
-        self.namespace
-            .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
-        Ok(stub)
-    }
-
     /// Gives the guest, which is ready, the interfaces that have come into the pod's network namespace since the last look.
     ///
     /// # Errors
-    /// Nothing has changed when an interface is refused ([`network::Error`]).
+    /// Nothing has changed when an interface is refused ([`crate::network::Error`]).
     pub async fn find_interfaces(&mut self) -> Result<(), Error> {
         let Some(namespace) = &self.namespace else {
             return Ok(());

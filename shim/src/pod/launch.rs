@@ -1,4 +1,6 @@
 //! What a pod takes on the host before its guest runs.
+//!
+//! Unit tests have `testing/launch.rs` in this file's place, which takes nothing: whoever uses one of these types in a pod has it from here.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -7,22 +9,37 @@ use std::{
 
 use bulkhead_vmm_config::{MAX_DEVICES, port};
 
-use super::{Parts, Request, error::Error, sandbox::SHARE_TAG};
+use super::{Parts, Request, Sandbox, error::Error, size};
 use crate::{
-    cgroup::Cgroup,
+    audit::Audit,
+    cgroup::{self, stay},
     config::Config,
     io as streams,
-    ledger::Ledger,
+    ledger::{Ledger, Resource},
     logs::{self, Tail},
     machine::{
         agent::Agent,
-        fs::Fs,
         peer::Place,
-        vmm::{Hardware, Nic, Vm},
+        vmm::{Hardware, Nic},
     },
-    network::Network,
-    share::Share,
+    netns,
+    network::{self, Network},
+    sys::{
+        process::{self, ProcessId},
+        stub,
+    },
 };
+pub(super) use tokio::task::spawn_blocking as aside;
+
+pub(super) use crate::{
+    cgroup::Cgroup,
+    machine::{fs::Fs, vmm::Vm},
+    share::Share,
+    sys::stub::Stub,
+};
+
+/// The virtio-fs tag of the share.
+pub(super) const SHARE_TAG: &str = "share";
 
 /// What [`super::Sandbox::launch`] takes, in this order.
 pub(super) struct Taken {
@@ -44,11 +61,19 @@ impl Taken {
         request: &Request<'_>,
         cgroup: &Path,
         ledger: &mut Ledger,
+        audit: &Audit,
     ) -> Result<Taken, Error> {
+        cgroup::require_v2()?;
         let uid = claim_uid(config, request, ledger)?;
         let share = Share::create(ledger)?;
-        let cgroup = Cgroup::create(ledger, cgroup)?;
-        cgroup.contain(tasks(config, request))?;
+        let home = request.joins.then(stay::home).flatten();
+        let cgroup = Cgroup::create(ledger, cgroup, home)?;
+        let memory = size::host_ceiling(request.size.memory_mib, config);
+        cgroup.contain(tasks(config, request), memory)?;
+        let entering = cgroup.shim().map(|shim| {
+            let shim = shim.to_path_buf();
+            aside(move || stay::enter(&shim))
+        });
         for (name, value) in request.host_limits {
             cgroup.write(name, value).map_err(|source| Error::Limit {
                 name: name.clone(),
@@ -61,8 +86,9 @@ impl Taken {
             executable: &parts.executable,
             cgroup: cgroup.as_fd(),
             oom_score_adj: request.oom_score_adj.unwrap_or(0),
+            audit,
         };
-        let pairs = config.network.pairs(request.vcpus);
+        let pairs = config.network.pairs(request.size.vcpus);
         let attached = request
             .network
             // The machine itself says when there are too many.
@@ -83,8 +109,8 @@ impl Taken {
         let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
         // The machine first: it has the longest way to go before it needs the other one.
         let hardware = Hardware {
-            vcpus: request.vcpus,
-            memory_mib: request.memory_mib,
+            vcpus: request.size.vcpus,
+            memory_mib: request.size.memory_mib,
             kvm: parts.kvm.as_fd(),
             kernel: parts.kernel.as_fd(),
             initrd: parts.initrd.as_fd(),
@@ -95,9 +121,17 @@ impl Taken {
             net_slots: slots as u32,
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
+            accept_missing: &config.accept_missing,
         };
         let vm = Vm::start(place, hardware, ledger).await?;
-        let fs = Fs::start(place, share.path(), &config.share, back.into(), ledger).await?;
+        let settings = (&config.share, &*config.accept_missing);
+        let fs = Fs::start(place, share.path(), settings, back.into(), ledger).await?;
+        // What it takes of memory then counts for the engine, which is no reason to have no pod.
+        if let Some(entering) = entering
+            && let Ok(Err(error)) = entering.await
+        {
+            tracing::warn!(cgroup = %cgroup.path().display(), %error, "the shim cannot enter its pod's cgroup");
+        }
         log.set_nonblocking(true).map_err(Error::Stream)?;
         let log = tokio::net::UnixStream::from_std(log).map_err(Error::Stream)?;
         Ok(Taken {
@@ -105,12 +139,49 @@ impl Taken {
             cgroup,
             fs,
             vm,
-            agent: Agent::new(rpc)?,
-            agent_log: logs::follow(request.id, "agent", log),
+            agent: Agent::new(rpc, audit)?,
+            agent_log: logs::follow(request.id, "agent", audit, log),
             uid,
             network,
             slots,
         })
+    }
+}
+
+impl Sandbox {
+    /// Forks the process whose pid stands for the pod's (see [`Stub`]). Of a pod that was given no network namespace, that of the
+    /// process is the pod's from now on.
+    pub fn start_stub(&mut self) -> Result<Stub, Error> {
+        let given = match &self.namespace {
+            None => None,
+            Some(path) => {
+                let opened = stub::open_network(path);
+                let error = |source| netns::Error::Namespace {
+                    path: path.clone(),
+                    source,
+                };
+                Some(opened.map_err(|source| network::Error::from(error(source)))?)
+            }
+        };
+        let network = match &given {
+            None => stub::Network::New,
+            Some(namespace) => stub::Network::Given(namespace.as_fd()),
+        };
+        let title = format!(
+            "bulkhead: pod {} (its processes are in its virtual machine)",
+            self.id
+        );
+        let stub = Stub::start(self.cgroup.as_fd(), network, &title).map_err(Error::Stub)?;
+        if let Some(id) = ProcessId::of(stub.pid()) {
+            let role = "bulkhead-pod".into();
+            self.ledger.take(Resource::Process { id, role })?;
+            self.stub = Some(id);
+        }
+        // It stands for the containers: who looks at their pid's score finds theirs.
+        process::set_oom_score_adj(stub.pid(), self.oom.now()).map_err(Error::Stub)?;
+        self.namespace
+            .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
+        Ok(stub)
     }
 }
 
@@ -119,8 +190,11 @@ impl Taken {
 /// starts for a machine.
 fn tasks(config: &Config, request: &Request<'_>) -> u64 {
     const ROOM: u64 = 32;
-    let pairs = u64::from(config.network.pairs(request.vcpus));
-    u64::from(request.vcpus) + pairs * MAX_DEVICES as u64 + u64::from(config.share.queues) + ROOM
+    let pairs = u64::from(config.network.pairs(request.size.vcpus));
+    u64::from(request.size.vcpus)
+        + pairs * MAX_DEVICES as u64
+        + u64::from(config.share.queues)
+        + ROOM
 }
 
 /// A uid of its own for each VMM, so that one that is broken out of its jail cannot touch another one's process.

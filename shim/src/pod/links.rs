@@ -4,13 +4,8 @@ use std::{os::fd::AsFd, sync::Arc};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{background::Background, error::Error};
-use crate::{
-    error::line,
-    machine::vmm::{self, Vm},
-    network::Carriers,
-    sys,
-};
+use super::{background::Background, error::Error, launch::Vm};
+use crate::{error::line, machine::vmm, netns::Carriers, sys};
 
 /// Follows them until it is dropped.
 pub(super) fn start(carriers: Carriers, vm: Arc<Vm>) -> Background {

@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{Access, background::Background, error::Error};
-use crate::{error::line, network::Namespace};
+use crate::{error::line, netns::Namespace};
 
 /// Most ports of each family that are mirrored: a listener is a descriptor of ours.
 const MOST_PORTS: usize = 256;

@@ -1,20 +1,30 @@
 //! A pod on the host: one sandbox, the process that stands for it, and the roots of its containers; and the life of a container in it.
+#![forbid(unsafe_code)]
 
 mod access;
 mod background;
 mod container;
 mod error;
+#[cfg_attr(test, path = "testing/installed.rs")]
 mod installed;
 mod interfaces;
+mod jailed;
+#[cfg_attr(test, path = "testing/launch.rs")]
 mod launch;
 pub mod layers;
+mod limits;
 mod links;
 mod localhost;
 mod oom;
+mod pause;
 mod sandbox;
+pub mod size;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod timeline;
 
 use std::{
+    collections::BTreeMap,
     os::unix::net::UnixStream,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
@@ -33,7 +43,9 @@ pub use self::{
     container::Container,
     error::Error,
     installed::Parts,
+    jailed::Jailed,
     sandbox::{Request, Sandbox},
+    size::Size,
 };
 use crate::{
     cgroup,
@@ -42,10 +54,11 @@ use crate::{
     machine::agent::{self, Agent},
     oci::{Plan, PodPlan},
     pod::{
+        launch::Stub,
         layers::{Layer, Roots},
         timeline::now_ns,
     },
-    sys::{self, stub::Stub},
+    sys,
 };
 
 /// How long the guest may take over something that costs it microseconds.
@@ -59,7 +72,7 @@ pub struct Order<'a> {
     pub parts: &'a Parts,
     /// What its own config.json says.
     pub plan: &'a PodPlan,
-    /// What its machine is to have ([`memory_mib`] says how much memory).
+    /// What its machine is to have ([`Size::of`] says what follows from limits).
     pub request: Request<'a>,
 }
 
@@ -78,8 +91,11 @@ pub struct Pod {
     pub cgroup: PathBuf,
     /// Its machine's memory.
     pub memory_bytes: u64,
+    /// Its machine's virtual processors.
+    pub vcpus: u32,
     ending: AtomicBool,
     private_pids: AtomicBool,
+    paused: AtomicBool,
     /// The container that has namespaces of the guest itself.
     guest_holder: std::sync::Mutex<Option<String>>,
     held: Mutex<Option<Held>>,
@@ -141,6 +157,7 @@ impl Held {
     /// Waits until the guest is ready.
     async fn ready(&mut self, hostname: &str) -> Result<(), Error> {
         let guest = self.sandbox.ready(hostname).await?;
+        self.sandbox.tell_layers().await;
         tracing::info!(kernel = %guest.kernel_release, vcpus = guest.vcpus, memory = guest.memory_bytes, "guest ready");
         Ok(())
     }
@@ -155,7 +172,7 @@ impl Held {
             left
         };
         // It waits for processes to end and for mounts to be let go: not on the thread that answers requests.
-        match tokio::task::spawn_blocking(work).await {
+        match launch::aside(work).await {
             Ok(left) if left.is_empty() => {}
             Ok(left) => tracing::error!(left = left.len(), "resources are left; try `bulkhead gc`"),
             Err(error) => tracing::error!(%error, "the teardown panicked; try `bulkhead gc`"),
@@ -180,7 +197,7 @@ impl Pod {
             plan,
             request,
         } = order;
-        let (id, memory_bytes) = (request.id, request.memory_mib << 20);
+        let (id, size) = (request.id, request.size);
         let mut sandbox = Sandbox::launch(config, parts, request).await?;
         if plan.paths.shm.is_some() {
             sandbox.share_memory(plan.shm_bytes);
@@ -208,7 +225,7 @@ impl Pod {
         match done {
             Ok(done) => {
                 tell_boot(id, began, &held.sandbox.stamps());
-                let pod = Pod::new(id, plan.clone(), held, memory_bytes);
+                let pod = Pod::new(id, plan.clone(), held, size);
                 Ok((pod, done))
             }
             Err(error) => {
@@ -223,7 +240,7 @@ impl Pod {
         self.access.agent()
     }
 
-    fn new(id: &str, mut plan: PodPlan, held: Held, memory_bytes: u64) -> Pod {
+    fn new(id: &str, mut plan: PodPlan, held: Held, size: Size) -> Pod {
         plan.paths.pid = held.pid();
         Pod {
             id: id.into(),
@@ -231,9 +248,11 @@ impl Pod {
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
-            memory_bytes,
+            memory_bytes: size.memory_mib << 20,
+            vcpus: size.vcpus,
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             guest_holder: std::sync::Mutex::default(),
             held: Mutex::new(Some(held)),
         }
@@ -262,7 +281,11 @@ impl Pod {
         };
         tokio::select! {
             error = self.access.trouble() => Trouble::of(&error, self.out_of_memory()),
-            () = stub => Trouble { status: 137, out_of_memory: self.out_of_memory(), reason: "the process that stands for the pod was killed".into() },
+            () = stub => {
+                let reason = "the process that stands for the pod was killed";
+                self.access.audit().tell_end("stub_killed", reason, BTreeMap::new());
+                Trouble { status: 137, out_of_memory: self.out_of_memory(), reason: reason.into() }
+            }
         }
     }
 
@@ -271,17 +294,28 @@ impl Pod {
         cgroup::oom_kills(&self.cgroup).is_ok_and(|kills| kills > 0)
     }
 
-    /// Writes limits of the pod's cgroup on the host.
-    pub fn limit(&self, files: &[(String, String)]) -> Result<(), Error> {
-        for (name, value) in files {
-            let path = self.cgroup.join(name);
-            std::fs::write(&path, value).map_err(|source| Error::Limit {
-                name: name.clone(),
-                value: value.clone(),
-                source,
-            })?;
+    /// Bounds the time that the pod takes of the host's processors by the limits of its only
+    /// container.
+    pub fn bound_time(&self, limits: &wire::Resources) -> Result<(), Error> {
+        let asked = limits.files.iter().rfind(|file| file.name == "cpu.max");
+        // Without the controller the machine's vCPUs are the bound.
+        let Ok(now) = std::fs::read_to_string(self.cgroup.join("cpu.max")) else {
+            return Ok(());
+        };
+        let ceiling = match (asked, limits.cpu_period) {
+            (Some(asked), _) => size::cpu_ceiling(&asked.value, &now),
+            (None, 0) => return Ok(()),
+            (None, period) => size::cpu_ceiling_over(period, &now),
+        };
+        self.limit(&[("cpu.max".into(), ceiling)]).map(drop)
+    }
+
+    /// Lifts that bound: another container comes, whose time it would be as well.
+    pub fn free_time(&self) -> Result<(), Error> {
+        match self.cgroup.join("cpu.max").exists() {
+            true => self.limit(&[("cpu.max".into(), "max".into())]).map(drop),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// A container that has the guest's own pid or network namespace has the guest to itself: nobody comes beside it until [`Pod::leave`].
@@ -338,12 +372,12 @@ impl Pod {
         Error::Ended(self.id.clone())
     }
 
-    /// From here on its end is wanted. `false`: that was so before.
+    /// Its end begins. `false`: it had begun before.
     pub fn begin_end(&self) -> bool {
         !self.ending.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether its end is wanted.
+    /// Whether its end has begun: who comes in now would be told of by nobody.
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
     }
@@ -356,6 +390,8 @@ impl Pod {
             Err(_) => return self.destroy().await,
         };
         if let Some(held) = held {
+            // A guest that stands still would not hear it; one that has gone need not.
+            let _ = self.resume().await;
             held.sandbox.power_off().await;
             powered_off();
             held.give_back().await;
@@ -422,18 +458,6 @@ fn tell_boot(pod: &str, began_ns: u64, stamps: &[Stamp]) {
     };
     let [boot_ms, ready_ms] = [boot_ns, now_ns().saturating_sub(began_ns)].map(|ns| ns / 1_000_000);
     tracing::info!(pod, boot_ms, ready_ms, "the pod is ready");
-}
-
-/// The size of a machine whose containers may use `limit` bytes, in MiB. The configured size is what a guest needs to work; what its
-/// containers may use comes on top when it is more.
-pub fn memory_mib(config: &Config, limit: Option<u64>) -> u64 {
-    /// For the guest's kernel and agent, beside the containers.
-    const OWN_MIB: u64 = 64;
-    // A limit that the host itself does not reach is none.
-    let total = nix::sys::sysinfo::sysinfo().map_or(0, |host| host.ram_total());
-    let limit = limit.filter(|bytes| *bytes < total);
-    let wanted = limit.map_or(0, |bytes| (bytes >> 20).saturating_add(OWN_MIB));
-    config.memory_mib.max(wanted)
 }
 
 /// Asks the guest for something that it does at once, unless it hangs.

@@ -9,6 +9,7 @@
 //! Every step writes the ledger first, so that [`Sandbox::give_back`] and, when this process is killed, `bulkhead gc` both end in the same replay.
 
 use std::{
+    collections::BTreeMap,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,32 +20,32 @@ use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp};
 
 use super::{
-    access::{Access, LAST_WORDS},
+    access::{Access, DESTROYED, LAST_WORDS},
     background::Background,
     error::Error,
     installed::Parts,
-    launch::Taken,
+    jailed::Jailed,
+    launch::{Cgroup, Fs, SHARE_TAG, Share, Taken, Vm},
     oom::OomScores,
+    size::Size,
 };
 use crate::{
-    cgroup::{self, Cgroup},
+    audit::{Audit, Event},
+    cgroup,
     config::{self, Config},
     host_sockets, kubelet_volume,
     ledger::{self, Ledger, Leftover, Resource},
     logs::Tail,
     machine::{
         agent::{self, Agent},
-        fs::Fs,
-        vmm::{self, Vm},
+        vmm,
     },
     network::Network,
     oci::{HostBind, Plan},
-    share::{self, Share, mount_points},
+    share::{self, mount_points},
     sys::process::{self, ProcessId},
 };
 
-/// The virtio-fs tag of the share.
-pub(super) const SHARE_TAG: &str = "share";
 /// How long the guest may take to sync and power off, and the VMM to end.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -55,12 +56,13 @@ pub struct Request<'a> {
     pub namespace: &'a str,
     /// Unique in the namespace.
     pub id: &'a str,
-    /// 1 to 32.
-    pub vcpus: u32,
-    /// MiB.
-    pub memory_mib: u64,
+    /// Of its machine.
+    pub size: Size,
     /// `linux.cgroupsPath`.
     pub cgroups_path: Option<&'a Path>,
+    /// The process that makes the pod belongs to it and goes into its cgroup: a shim does, a
+    /// command stays with its user.
+    pub joins: bool,
     /// Control files of the pod's cgroup.
     pub host_limits: &'a [(String, String)],
     /// The network namespace whose interfaces the pod gets.
@@ -77,6 +79,7 @@ pub struct Request<'a> {
 #[derive(Debug)]
 pub struct Sandbox {
     pub(super) id: String,
+    audit: Audit,
     boot_timeout: Duration,
     pub(super) ledger: Ledger,
     share: Share,
@@ -115,13 +118,21 @@ impl Sandbox {
         parts: &Parts,
         request: Request<'_>,
     ) -> Result<Sandbox, Error> {
-        cgroup::require_v2()?;
         let place = cgroup::place(request.cgroups_path, request.namespace, request.id)?;
         let state = ledger::canonical_state(&config.state_dir)?;
         let mut ledger = Ledger::create(&state, request.namespace, request.id)?;
-        match Taken::take(config, parts, &request, &place, &mut ledger).await {
+        let audit = Audit::of(config, request.namespace, request.id);
+        let serial = request.serial.is_some();
+        let serial = serial.then(|| ("--serial", "a console of the guest".into()));
+        for (name, value) in config.switches().into_iter().chain(serial) {
+            let name = name.into();
+            audit.tell(Event::Switch { name, value });
+        }
+        let taken = Taken::take(config, parts, &request, &place, &mut ledger, &audit);
+        match taken.await {
             Ok(taken) => Ok(Sandbox {
                 id: request.id.into(),
+                audit,
                 boot_timeout: config.boot_timeout(),
                 ledger,
                 share: taken.share,
@@ -132,11 +143,12 @@ impl Sandbox {
                     taken.agent.clone(),
                     taken.uid,
                     config.host_sockets,
+                    Duration::from_millis(config.share.entry_ms),
                 ),
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 shm_bytes: 0,
-                pairs: config.network.pairs(request.vcpus),
+                pairs: config.network.pairs(request.size.vcpus),
                 limits: config.network.clone(),
                 network: taken.network,
                 namespace: request.network.map(Path::to_path_buf),
@@ -148,7 +160,9 @@ impl Sandbox {
                 cgroup: taken.cgroup,
             }),
             Err(error) => {
+                error.tell_end(&audit);
                 report(&ledger.teardown());
+                audit.finish();
                 Err(error)
             }
         }
@@ -157,7 +171,8 @@ impl Sandbox {
     /// Waits until the guest's agent answers.
     pub async fn ready(&mut self, hostname: &str) -> Result<StartSandboxResponse, Error> {
         let network = self.network.as_mut().map(Network::for_guest);
-        let answer = self.answer(hostname, network).await?;
+        let answer = self.answer(hostname, network).await;
+        let answer = answer.inspect_err(|error| error.tell_end(&self.audit))?;
         self.follow_network()?;
         Ok(answer)
     }
@@ -254,12 +269,31 @@ impl Sandbox {
             agent: self.agent.clone(),
             volumes: self.volumes.volumes().clone(),
             sockets: self.sockets.sockets().clone(),
+            audit: self.audit.clone(),
         }
     }
 
     /// Gives the containers of the pod a common /dev/shm of this size, at [`crate::oci::GUEST_SHM`]. Before [`Sandbox::ready`].
     pub fn share_memory(&mut self, bytes: u64) {
         self.shm_bytes = bytes;
+    }
+
+    /// The pod's processes, once the guest is ready.
+    pub async fn jailed(&self) -> [Jailed; 2] {
+        let (vmm, fs) = (self.vm.jailed(), self.fs.jailed().await);
+        [("vmm", vmm), ("fs", fs)].map(|(role, (pid, landlock))| Jailed {
+            role,
+            pid,
+            landlock,
+        })
+    }
+
+    /// Tells which layers are in force, once the guest is ready. Nobody waits for it.
+    pub(super) async fn tell_layers(&self) {
+        if self.audit.is_kept() {
+            let (jailed, audit) = (self.jailed().await, self.audit.clone());
+            tokio::task::spawn_blocking(move || jailed.map(|process| audit.tell(process.event())));
+        }
     }
 
     /// The pod's cgroup on the host.
@@ -430,9 +464,41 @@ impl Sandbox {
 
     /// Gives everything back, a running guest included. What is left stays in the ledger.
     pub fn give_back(self) -> Vec<Leftover> {
+        self.tell_end();
         let left = self.ledger.teardown();
         report(&left);
+        self.audit.finish();
         left
+    }
+
+    /// Tells of the pod's end, if nobody has, and what its cgroup has kept from it.
+    fn tell_end(&self) {
+        let path = self.cgroup.path();
+        for (limit, count, detail) in [
+            (
+                "memory",
+                cgroup::oom_kills(path),
+                "processes that the host's kernel killed, because the pod's memory had run out",
+            ),
+            (
+                "processes",
+                cgroup::refused_forks(path),
+                "processes and threads that the pod was not allowed to make on the host",
+            ),
+        ] {
+            if let Ok(count @ 1..) = count {
+                let event = Event::limit("pod", limit, Some(count), detail);
+                self.audit.tell(event);
+            }
+        }
+        match self.vm.end() {
+            Some(end) if !self.vm.is_killed() => {
+                Error::from(vmm::Error::Gone(end)).tell_end(&self.audit);
+            }
+            _ => {
+                self.audit.tell_end("destroyed", DESTROYED, BTreeMap::new());
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //!
 //! Through `share` the guest cannot make, rename or remove a name outside of a container's mounts, so that no path that we
 //! unmount or remove later can have been turned into something else.
+#![forbid(unsafe_code)]
 
 pub mod identity;
 pub mod mount_points;
@@ -109,6 +110,17 @@ pub enum Error {
     /// The fs process would not let go of it.
     #[error(transparent)]
     Detach(#[from] fs_process::Error),
+}
+
+impl Error {
+    /// Whether it was asked for what would show the host.
+    pub fn is_refusal(&self) -> bool {
+        use Error::{Device, HostInterface, NestedInterface};
+        matches!(
+            self,
+            HostInterface { .. } | NestedInterface { .. } | Device(_)
+        )
+    }
 }
 
 fn io_error<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Error {

@@ -3,24 +3,26 @@
 use std::{
     io,
     os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
-        unix::{net::UnixListener, process::CommandExt},
+        fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixListener,
     },
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
-use super::spawn;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// The daemon's descriptor of its listening socket.
 pub const LISTENER: RawFd = 3;
 
-/// Starts `program` in a session of its own, with `listener` as descriptor [`LISTENER`] and /dev/null as its standard streams; its pid.
+/// Starts `program` in a session of its own, with `listeners` as its descriptors from [`LISTENER`]
+/// on and /dev/null as its standard streams; its pid.
 pub fn spawn(
     program: &Path,
     arguments: &[&str],
     environment: &[(&str, &str)],
-    listener: RawFd,
+    listeners: Vec<OwnedFd>,
 ) -> io::Result<u32> {
     let mut command = Command::new(program);
     command
@@ -29,40 +31,42 @@ pub fn spawn(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let prepare = move || {
-        let copy = spawn::keep(listener).map_err(io::Error::from_raw_os_error)?;
-        spawn::place(copy, LISTENER).map_err(io::Error::from_raw_os_error)?;
-        // SAFETY: system calls on integers.
-        unsafe {
-            // Also makes a process group: whoever kills containerd's does not kill this.
-            libc::setsid();
-            let first = LISTENER as u32 + 1;
-            let cloexec = libc::CLOSE_RANGE_CLOEXEC;
-            if libc::syscall(libc::SYS_close_range, first, u32::MAX, cloexec) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: the closure runs between fork and exec and makes async-signal-safe calls on integers only.
-    unsafe {
-        command.pre_exec(prepare);
-    }
+    // The session is a process group too: whoever kills containerd's does not kill this.
+    linux::process::hand_over(&mut command, LISTENER, listeners, true);
     // Never collected: the parent ends at once, and the daemon becomes a child of init.
     Ok(command.spawn()?.id())
 }
 
-/// The listening socket that [`spawn()`] has left at [`LISTENER`].
+/// The event loop of a daemon that looks after one pod.
+///
+/// # Errors
+/// It cannot be made.
+pub fn event_loop() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // Blocking work is rare: a thread that waits for more costs memory in every pod.
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+}
+
+/// The listening socket that [`spawn()`] has left at this number.
 ///
 /// # Errors
 /// Nothing, or something else, is there.
-pub fn listener() -> io::Result<UnixListener> {
-    // SAFETY: fcntl on an integer.
-    if unsafe { libc::fcntl(LISTENER, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is open, and at a program's start nobody else owns what it was started with.
-    let listener = UnixListener::from(unsafe { OwnedFd::from_raw_fd(LISTENER) });
+pub fn listener(number: RawFd) -> io::Result<UnixListener> {
+    let listener = UnixListener::from(inherited(number)?);
     listener.local_addr()?;
     Ok(listener)
+}
+
+/// The descriptor that [`spawn()`] has left at this number; once for each.
+///
+/// # Errors
+/// Nothing is there.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: only asked for its flags; the descriptor need not be open for that.
+    let fd = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    // SAFETY: the descriptor is open, and at a program's start nobody else owns what it was started with.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

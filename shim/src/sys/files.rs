@@ -1,47 +1,27 @@
 //! Path resolution that follows no symbolic link.
+#![forbid(unsafe_code)]
 
 use std::{
     ffi::{CString, OsStr},
     io,
-    mem::size_of,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
 };
 
-/// `struct open_how` of openat2(2).
-#[repr(C)]
-struct OpenHow {
-    flags: u64,
-    mode: u64,
-    resolve: u64,
-}
+use nix::{
+    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2},
+    unistd::{UnlinkatFlags, unlinkat},
+};
 
 /// Opens a directory as `O_PATH`; any symbolic link on the way is an error (`ELOOP`).
 pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
-    let name = c_path(path)?;
-    let how = OpenHow {
-        flags: (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64,
-        mode: 0,
-        resolve: libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS,
-    };
-    // SAFETY: name is NUL-terminated and how is a whole open_how; both outlive the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_openat2,
-            libc::AT_FDCWD,
-            name.as_ptr(),
-            &how,
-            size_of::<OpenHow>(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    Ok(openat2(AT_FDCWD, path, how)?)
 }
 
 /// A name inside a directory that was reached without a symbolic link.
@@ -72,22 +52,16 @@ impl Entry {
 
     /// Removes an empty directory.
     pub fn remove_directory(&self) -> io::Result<()> {
-        self.unlink(libc::AT_REMOVEDIR)
+        self.unlink(UnlinkatFlags::RemoveDir)
     }
 
     /// Removes anything but a directory.
     pub fn remove_file(&self) -> io::Result<()> {
-        self.unlink(0)
+        self.unlink(UnlinkatFlags::NoRemoveDir)
     }
 
-    fn unlink(&self, flags: i32) -> io::Result<()> {
-        // SAFETY: the descriptor is open and the name is NUL-terminated.
-        let status =
-            unsafe { libc::unlinkat(self.directory.as_raw_fd(), self.name.as_ptr(), flags) };
-        if status < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+    fn unlink(&self, flags: UnlinkatFlags) -> io::Result<()> {
+        Ok(unlinkat(&self.directory, self.name.as_c_str(), flags)?)
     }
 }
 

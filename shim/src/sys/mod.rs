@@ -1,18 +1,20 @@
-//! The few Linux calls that neither std nor nix offers, each behind a safe function.
+//! What the shim wants of Linux: mounts, processes, identities, and the few calls that std, nix and `linux` do not offer.
 
 pub mod daemon;
 pub mod device_filter;
 pub mod files;
 pub mod identity;
+pub mod keeper;
 pub mod mount;
+pub mod own;
 pub mod process;
 pub mod spawn;
 pub mod stub;
 
-use std::{
-    io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
-};
+#[cfg(test)]
+pub(crate) mod memory_tests;
+
+use std::{io, os::fd::OwnedFd};
 
 use nix::sys::inotify::{InitFlags, Inotify};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -46,28 +48,15 @@ pub fn trim_memory() {
 /// whole host, fewer than a node has pods.
 pub fn inotify_of(uid: u32) -> io::Result<Inotify> {
     let make = move || {
-        const SAME: libc::c_long = -1;
-        // SAFETY: takes numbers only. By system call, unlike glibc's function it changes this thread alone, which ends right
-        // after. Real and saved uid stay root's: nobody who has `uid` may signal or trace the thread.
-        if unsafe { libc::syscall(libc::SYS_setresuid, SAME, libc::c_long::from(uid), SAME) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        // Of this thread alone, which ends right after. Real and saved uid stay root's: nobody who has `uid` may signal or
+        // trace the thread.
+        linux::thread::set_uids(None, Some(uid), None)?;
         Ok(Inotify::init(
             InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC,
         )?)
     };
     let thread = std::thread::Builder::new().spawn(make)?;
     thread.join().expect("nothing in it panics")
-}
-
-/// Bytes that wait to be read from a pipe (FIONREAD).
-pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<u32> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: the ioctl writes one int that outlives the call.
-    if unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(bytes.unsigned_abs())
 }
 
 /// Lets the runtime watch a descriptor.

@@ -2,72 +2,45 @@
 //!
 //! A tree is cloned detached, given its propagation and attributes, and only then attached: at no moment is a copy of a
 //! host mount in the host's peer group, so that nothing that happens to the copy can reach the original.
+#![forbid(unsafe_code)]
 
 use std::{
     collections::HashSet,
-    ffi::{CStr, OsString},
+    ffi::OsString,
     fs, io,
-    mem::size_of,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStringExt,
     },
     path::{Path, PathBuf},
 };
 
-use super::files::{Entry, c_path};
+pub use linux::mount::Depth;
+use linux::{
+    descriptor,
+    mount::{MountAttr, attr, mount_setattr, move_mount, open_tree},
+};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, OFlag, open},
+    mount::{MntFlags, umount2},
+    sys::stat::Mode,
+};
 
-const OPEN_TREE_CLONE: u32 = 1;
-const AT_RECURSIVE: u32 = 0x8000;
-const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x0000_0004;
-const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x0000_0040;
-const MOUNT_ATTR_RDONLY: u64 = 1;
-const MOUNT_ATTR_NOSUID: u64 = 2;
-const MOUNT_ATTR_NODEV: u64 = 4;
-const MOUNT_ATTR_NOEXEC: u64 = 8;
-const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
-const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
+use super::files::{Entry, c_path};
 
 /// Words of mountinfo and the `MOUNT_ATTR_*` that they stand for (show_mnt_opts() of the kernel's fs/proc_namespace.c).
 const ATTRIBUTES: [(&str, u64); 8] = [
-    ("ro", MOUNT_ATTR_RDONLY),
-    ("nosuid", MOUNT_ATTR_NOSUID),
-    ("nodev", MOUNT_ATTR_NODEV),
-    ("noexec", MOUNT_ATTR_NOEXEC),
-    ("noatime", 0x10),
-    ("nodiratime", 0x80),
-    ("nosymfollow", MOUNT_ATTR_NOSYMFOLLOW),
+    ("ro", attr::RDONLY),
+    ("nosuid", attr::NOSUID),
+    ("nodev", attr::NODEV),
+    ("noexec", attr::NOEXEC),
+    ("noatime", attr::NOATIME),
+    ("nodiratime", attr::NODIRATIME),
+    ("nosymfollow", attr::NOSYMFOLLOW),
     // Numerically zero; neither this nor noatime is strictatime.
-    ("relatime", 0),
+    ("relatime", attr::RELATIME),
 ];
-
-/// `struct mount_attr` of mount_setattr(2).
-#[repr(C)]
-#[derive(Default)]
-struct MountAttr {
-    attr_set: u64,
-    attr_clr: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
-
-/// How much of a tree is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Depth {
-    /// The mount alone.
-    Top,
-    /// The mount and all beneath it.
-    Whole,
-}
-
-impl Depth {
-    fn flag(self) -> u32 {
-        match self {
-            Depth::Top => 0,
-            Depth::Whole => AT_RECURSIVE,
-        }
-    }
-}
 
 /// A copy of a mount that is attached nowhere and vanishes when dropped.
 #[derive(Debug)]
@@ -76,62 +49,47 @@ pub struct DetachedTree(OwnedFd);
 impl DetachedTree {
     /// Clones what `source` names; its last component is followed, as mount(2) with `MS_BIND` does.
     pub fn clone_of(source: &Path, depth: Depth) -> io::Result<DetachedTree> {
-        clone_tree(libc::AT_FDCWD, &c_path(source)?, depth.flag())
+        Ok(DetachedTree(open_tree(AT_FDCWD, &c_path(source)?, depth)?))
     }
 
     /// Clones what is open.
     pub fn clone_of_open(source: BorrowedFd<'_>, depth: Depth) -> io::Result<DetachedTree> {
-        let flags = libc::AT_EMPTY_PATH as u32 | depth.flag();
-        clone_tree(source.as_raw_fd(), c"", flags)
+        Ok(DetachedTree(open_tree(source, c"", depth)?))
     }
 
     /// Sets the propagation type (`MS_PRIVATE`, `MS_SLAVE`) of every mount of the tree.
     pub fn set_propagation(&self, propagation: u64) -> io::Result<()> {
-        let attributes = MountAttr {
+        let change = MountAttr {
             propagation,
             ..MountAttr::default()
         };
-        set_attributes(&self.0, Depth::Whole, &attributes)
+        Ok(mount_setattr(self.0.as_fd(), Depth::Whole, change)?)
     }
 
     /// Makes the tree read-only.
     pub fn set_read_only(&self, depth: Depth) -> io::Result<()> {
-        self.set(depth, MOUNT_ATTR_RDONLY)
+        self.set(depth, attr::RDONLY)
     }
 
     /// Makes every mount of the tree mere data to whoever on the host reaches it: device nodes do not open, programs do not
     /// execute, set-id bits mean nothing, symbolic links are not followed. A guest notices nothing: its own kernel opens
     /// devices, executes and follows.
     pub fn set_inert(&self) -> io::Result<()> {
-        let inert =
-            MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW;
+        let inert = attr::NODEV | attr::NOSUID | attr::NOEXEC | attr::NOSYMFOLLOW;
         self.set(Depth::Whole, inert)
     }
 
-    fn set(&self, depth: Depth, attr_set: u64) -> io::Result<()> {
-        let attributes = MountAttr {
-            attr_set,
-            ..MountAttr::default()
-        };
-        set_attributes(&self.0, depth, &attributes)
+    fn set(&self, depth: Depth, set: u64) -> io::Result<()> {
+        Ok(mount_setattr(
+            self.0.as_fd(),
+            depth,
+            MountAttr::setting(set),
+        )?)
     }
 
     /// Attaches the tree over `target`, of which no component may be a symbolic link.
     pub fn attach(&self, target: &Path) -> io::Result<()> {
-        let target = open_target(target)?;
-        let empty = c"".as_ptr();
-        // SAFETY: both descriptors are open and the empty strings are static.
-        let status = unsafe {
-            libc::syscall(
-                libc::SYS_move_mount,
-                self.0.as_raw_fd(),
-                empty,
-                target.as_raw_fd(),
-                empty,
-                MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
-            )
-        };
-        check(status)
+        Ok(move_mount(self.0.as_fd(), open_target(target)?.as_fd())?)
     }
 }
 
@@ -149,10 +107,7 @@ impl ReadOnlyFile {
     pub fn at(path: &Path) -> io::Result<ReadOnlyFile> {
         let tree = DetachedTree::clone_of(path, Depth::Top)?;
         tree.set_propagation(libc::MS_PRIVATE)?;
-        tree.set(
-            Depth::Top,
-            MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV,
-        )?;
+        tree.set(Depth::Top, attr::RDONLY | attr::NOSUID | attr::NODEV)?;
         Ok(ReadOnlyFile(tree))
     }
 
@@ -167,55 +122,10 @@ impl ReadOnlyFile {
     }
 }
 
-fn clone_tree(at: RawFd, name: &CStr, flags: u32) -> io::Result<DetachedTree> {
-    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as u32 | flags;
-    // SAFETY: name is NUL-terminated and outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, at, name.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-    Ok(DetachedTree(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
-}
-
 /// Opens a mount point as `O_PATH` without following a symbolic link anywhere.
 fn open_target(target: &Path) -> io::Result<OwnedFd> {
-    let entry = Entry::open(target)?;
-    let path = c_path(&entry.path())?;
-    // SAFETY: path is NUL-terminated and outlives the call.
-    let fd = unsafe {
-        libc::open(
-            path.as_ptr(),
-            libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn set_attributes(tree: &OwnedFd, depth: Depth, attributes: &MountAttr) -> io::Result<()> {
-    // SAFETY: the descriptor is open; attributes is a whole mount_attr that outlives the call.
-    let status = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH as u32 | depth.flag(),
-            attributes,
-            size_of::<MountAttr>(),
-        )
-    };
-    check(status)
-}
-
-fn check(status: i64) -> io::Result<()> {
-    if status < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(open(&Entry::open(target)?.path(), flags, Mode::empty())?)
 }
 
 /// Unmounts what is mounted exactly at `path`, now or never: not lazily, and never through a symbolic link.
@@ -226,17 +136,11 @@ pub fn unmount(path: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    let name = c_path(&entry.path())?;
-    // SAFETY: name is NUL-terminated and outlives the call.
-    let status = unsafe { libc::umount2(name.as_ptr(), libc::UMOUNT_NOFOLLOW) };
-    if status == 0 {
-        return Ok(true);
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
+    match umount2(&entry.path(), MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(true),
         // Not a mount point, or not there.
-        Some(libc::EINVAL | libc::ENOENT) => Ok(false),
-        _ => Err(error),
+        Err(Errno::EINVAL | Errno::ENOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -265,7 +169,7 @@ impl MountLine {
         let has = |word: &str| self.options.split(',').any(|option| option == word);
         let strict = match has("noatime") || has("relatime") {
             true => 0,
-            false => MOUNT_ATTR_STRICTATIME,
+            false => attr::STRICTATIME,
         };
         let found = ATTRIBUTES.iter().filter(|(word, _)| has(word));
         found.fold(strict, |all, (_, attribute)| all | attribute)
@@ -354,19 +258,7 @@ pub struct Object {
 /// Looks at an open object.
 pub fn object(fd: BorrowedFd<'_>) -> io::Result<Object> {
     let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
-    // SAFETY: all bytes zero are a valid statx.
-    let mut found: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open, the empty name static, and `found` outlives the call.
-    let status = unsafe {
-        libc::statx(
-            fd.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            mask,
-            &raw mut found,
-        )
-    };
-    check(status.into())?;
+    let found = descriptor::status(fd, mask)?;
     let kind = u32::from(found.stx_mode) & libc::S_IFMT;
     Ok(Object {
         device: (found.stx_dev_major, found.stx_dev_minor),

@@ -1,12 +1,19 @@
 //! Processes by pid and start time, so that a recycled pid is never mistaken for the one that was meant.
+#![forbid(unsafe_code)]
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use linux::{process::open_pidfd, retry};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+pub use linux::process::{Death, collect};
 
 /// A process: its pid and the time at which it started, in clock ticks since boot (proc_pid_stat(5), field 22).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -39,17 +46,10 @@ impl ProcessId {
 
     /// A pidfd of it; `None` when it is gone.
     pub fn open(self) -> io::Result<Option<OwnedFd>> {
-        // SAFETY: pidfd_open takes no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        if fd < 0 {
-            let error = io::Error::last_os_error();
-            return match error.raw_os_error() {
-                Some(libc::ESRCH) => Ok(None),
-                _ => Err(error),
-            };
-        }
-        // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let fd = match open_pidfd(self.pid) {
+            Err(Errno::ESRCH) => return Ok(None),
+            result => result?,
+        };
         // The pidfd pins whoever has the pid now: look after opening, not before.
         Ok(self.exists().then_some(fd))
     }
@@ -57,23 +57,9 @@ impl ProcessId {
 
 /// Sends a signal by pidfd; a process that is gone is no error.
 pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
-    // SAFETY: the descriptor is open; no siginfo is passed.
-    let status = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    if status == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::ESRCH) => Ok(()),
-        _ => Err(error),
+    match linux::process::send_signal(pidfd, signal) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -95,45 +81,7 @@ pub fn set_oom_score_adj(pid: i32, value: i32) -> io::Result<()> {
 pub fn wait_gone(pidfd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-    loop {
-        match poll(&mut fds, timeout) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// How a child ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Death {
-    /// Exit code.
-    Code(i32),
-    /// Number of the signal that killed it.
-    Signal(i32),
-}
-
-impl std::fmt::Display for Death {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Death::Code(code) => write!(f, "exit code {code}"),
-            Death::Signal(signal) => match nix::sys::signal::Signal::try_from(*signal) {
-                Ok(name) => write!(f, "signal {name}"),
-                Err(_) => write!(f, "signal {signal}"),
-            },
-        }
-    }
-}
-
-/// Collects a child of ours that has ended. `None`: it still runs, or somebody else has collected it.
-pub fn reap(pidfd: BorrowedFd<'_>) -> Option<Death> {
-    use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
-    match waitid(Id::PIDFd(pidfd), flags) {
-        Ok(WaitStatus::Exited(_, code)) => Some(Death::Code(code)),
-        Ok(WaitStatus::Signaled(_, signal, _)) => Some(Death::Signal(signal as i32)),
-        _ => None,
-    }
+    Ok(retry(|| poll(&mut fds, timeout))? > 0)
 }
 
 #[cfg(test)]
@@ -164,7 +112,7 @@ mod tests {
         assert!(!wait_gone(pidfd.as_fd(), Duration::from_millis(1)).unwrap());
         send_signal(pidfd.as_fd(), libc::SIGKILL).unwrap();
         assert!(wait_gone(pidfd.as_fd(), Duration::from_secs(10)).unwrap());
-        assert_eq!(reap(pidfd.as_fd()), Some(Death::Signal(libc::SIGKILL)));
+        assert_eq!(collect(pidfd.as_fd()), Some(Death::Signal(libc::SIGKILL)));
         let _ = child.wait();
     }
 }

@@ -12,15 +12,20 @@ use std::{
     ffi::CStr,
     fs::File,
     io::{self, Read},
-    mem::size_of,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     time::Duration,
 };
 
-use super::{
-    process,
-    spawn::{CLONE_INTO_CGROUP, CloneArgs, errno, keep, pipe, place},
+use linux::{
+    capability,
+    process::{Place, clone3},
 };
+use nix::errno::Errno;
+
+use super::{process, spawn::pipe};
+
+/// The stub's end of the pipe that ends it.
+const LIFE: RawFd = 3;
 
 /// How long the stub may take from the end of its pipe to its own.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -57,44 +62,31 @@ impl Stub {
             title: title.as_bytes(),
             words: Words::of_this_process()?,
         };
-        let mut pidfd: RawFd = -1;
         let namespaces = flags
             | libc::CLONE_NEWIPC
             | libc::CLONE_NEWNS
             | libc::CLONE_NEWPID
             | libc::CLONE_NEWUTS;
-        let arguments = CloneArgs {
-            flags: namespaces as u64 | CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64,
-            pidfd: &raw mut pidfd as u64,
-            exit_signal: libc::SIGCHLD as u64,
-            cgroup: cgroup.as_raw_fd() as u64,
-            ..CloneArgs::default()
+        let place = Place {
+            namespaces: namespaces as u64,
+            cgroup: Some(cgroup),
         };
-        // SAFETY: no CLONE_VM: the child has a copy of this memory and, like after fork, only this thread. It calls
-        // `Child::run`, which makes system calls only, so that no lock held by another thread can matter.
-        let pid = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<CloneArgs>()) };
-        match pid {
-            0 => child.run(),
-            pid if pid < 0 => Err(io::Error::last_os_error()),
-            pid => {
-                // SAFETY: CLONE_PIDFD has stored a descriptor that nobody else owns.
-                let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-                let stub = Stub {
-                    pid: pid as i32,
-                    pidfd,
-                    life,
-                };
-                // Drop our copies now: an end of file is the child's word that it stands.
-                drop((report, ends));
-                let mut errno = [0; 4];
-                match failure.read_exact(&mut errno) {
-                    Ok(()) => {
-                        stub.release();
-                        Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
-                    }
-                    Err(_) => Ok(stub),
-                }
+        // SAFETY: the child calls `Child::run`, which makes system calls only, so that no lock held by another thread can matter.
+        let made = unsafe { clone3(place, libc::SIGCHLD, || child.run()) }?;
+        let stub = Stub {
+            pid: made.pid,
+            pidfd: made.pidfd,
+            life,
+        };
+        // Drop our copies now: an end of file is the child's word that it stands.
+        drop((report, ends));
+        let mut errno = [0; 4];
+        match failure.read_exact(&mut errno) {
+            Ok(()) => {
+                stub.release();
+                Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
             }
+            Err(_) => Ok(stub),
         }
     }
 
@@ -114,21 +106,21 @@ impl Stub {
         drop(life);
         // It only has to leave a read(2); should it not, the ledger's replay kills it.
         let _ = process::wait_gone(pidfd.as_fd(), FAREWELL);
-        process::reap(pidfd.as_fd());
+        process::collect(pidfd.as_fd());
     }
 }
 
 /// Where the kernel reads a process' command line: arguments and, right after them, the environment (proc_pid_stat(5), fields 48
 /// to 51). What does not fit among the arguments may go on in the environment, if their last byte is not 0 any more (setproctitle(3)).
 #[derive(Clone, Copy)]
-struct Words {
+pub(super) struct Words {
     start: usize,
     arguments: usize,
     all: usize,
 }
 
 impl Words {
-    fn of_this_process() -> io::Result<Words> {
+    pub(super) fn of_this_process() -> io::Result<Words> {
         let unusual = || io::Error::other("/proc/self/stat does not say where the arguments are");
         let stat = std::fs::read_to_string("/proc/self/stat")?;
         // The command in field 2 may hold blanks and parentheses: count from its last parenthesis, which ends field 2.
@@ -156,6 +148,37 @@ impl Words {
             all: last - start,
         })
     }
+
+    /// Writes a title where the arguments of this process were, and names the thread. In a child:
+    /// its copy of the stack changes.
+    pub(super) fn rename(self, title: &[u8], name: &CStr) {
+        let Words {
+            start,
+            arguments,
+            all,
+        } = self;
+        // A zero byte ends it.
+        let length = title.len().min(all - 1);
+        // SAFETY: the kernel has put this process' arguments and environment there, `all` bytes of
+        // its writable stack. This is the child's copy, whose only thread reads neither any more.
+        unsafe {
+            let words = std::ptr::with_exposed_provenance_mut::<u8>(start);
+            std::ptr::write_bytes(words, 0, all);
+            std::ptr::copy_nonoverlapping(title.as_ptr(), words, length);
+            if length < arguments {
+                // Else zero bytes would follow it; they do where this needs a capability that this
+                // process lacks.
+                libc::prctl(
+                    libc::PR_SET_MM,
+                    libc::PR_SET_MM_ARG_END,
+                    start + length + 1,
+                    0,
+                    0,
+                );
+            }
+            libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+        }
+    }
 }
 
 /// What the child needs; no allocation after the fork.
@@ -171,7 +194,7 @@ impl Child<'_> {
     fn run(&self) -> ! {
         let failed = match self.settle() {
             Ok(never) => match never {},
-            Err(errno) => errno.to_ne_bytes(),
+            Err(errno) => (errno as i32).to_ne_bytes(),
         };
         // SAFETY: write and _exit are async-signal-safe; the buffer lives on this stack.
         unsafe {
@@ -181,15 +204,15 @@ impl Child<'_> {
     }
 
     /// Only returns with an errno. Async-signal-safe calls only.
-    fn settle(&self) -> Result<std::convert::Infallible, i32> {
+    fn settle(&self) -> nix::Result<std::convert::Infallible> {
         if let Some(network) = self.network {
             // SAFETY: setns on an integer.
             done(unsafe { libc::setns(network, libc::CLONE_NEWNET) })?;
         }
-        let life = keep(self.life)?;
-        place(life, 3)?;
+        // SAFETY: dup2 on numbers; this process keeps no object of what was 3.
+        done(unsafe { libc::dup2(self.life, LIFE) })?;
         empty_root()?;
-        self.rename();
+        self.words.rename(self.title, c"bulkhead-pod");
         drop_capabilities()?;
         // SAFETY: system calls on integers and on values of this stack; the signal set is initialised before use.
         unsafe {
@@ -200,55 +223,22 @@ impl Child<'_> {
             libc::sigfillset(&mut all);
             libc::sigprocmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
             // With the rest of this process' descriptors goes `report`: the word that it stands.
-            if libc::syscall(libc::SYS_close_range, 4u32, u32::MAX, 0u32) < 0 {
-                return Err(errno());
-            }
+            done(libc::close_range(LIFE as u32 + 1, u32::MAX, 0))?;
             let mut byte = 0u8;
-            while libc::read(3, (&raw mut byte).cast(), 1) < 0 && errno() == libc::EINTR {}
-            libc::_exit(0)
-        }
-    }
-
-    /// Writes the title where the arguments of this process were.
-    fn rename(&self) {
-        let Words {
-            start,
-            arguments,
-            all,
-        } = self.words;
-        // A zero byte ends it.
-        let length = self.title.len().min(all - 1);
-        // SAFETY: the kernel has put this process' arguments and environment there, `all` bytes of its writable stack. This is the
-        // child's copy, whose only thread reads neither any more.
-        unsafe {
-            let words = std::ptr::with_exposed_provenance_mut::<u8>(start);
-            std::ptr::write_bytes(words, 0, all);
-            std::ptr::copy_nonoverlapping(self.title.as_ptr(), words, length);
-            if length < arguments {
-                // Else zero bytes would follow it; they do where this needs a capability that this process lacks.
-                libc::prctl(
-                    libc::PR_SET_MM,
-                    libc::PR_SET_MM_ARG_END,
-                    start + length + 1,
-                    0,
-                    0,
-                );
+            while libc::read(LIFE, (&raw mut byte).cast(), 1) < 0 && Errno::last() == Errno::EINTR {
             }
-            libc::prctl(libc::PR_SET_NAME, c"bulkhead-pod".as_ptr());
+            libc::_exit(0)
         }
     }
 }
 
-fn done(result: i32) -> Result<(), i32> {
-    match result {
-        0.. => Ok(()),
-        _ => Err(errno()),
-    }
+pub(super) fn done(result: i32) -> nix::Result<()> {
+    Errno::result(result).map(drop)
 }
 
 /// Leaves the host's mounts, of which this mount namespace has a copy, for a root that has the /proc of this pid namespace and nothing
 /// else. So no directory of the host is busy because of this process. Async-signal-safe calls only.
-fn empty_root() -> Result<(), i32> {
+pub(super) fn empty_root() -> nix::Result<()> {
     const FLAGS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     let none = std::ptr::null::<libc::c_char>();
     let mount = |source: *const libc::c_char, target: &CStr, kind, flags, data: *const _| {
@@ -280,27 +270,12 @@ fn empty_root() -> Result<(), i32> {
 }
 
 /// Gives up every capability for good. Async-signal-safe calls only.
-fn drop_capabilities() -> Result<(), i32> {
-    /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h), for this process.
-    const HEADER: [u32; 2] = [0x2008_0522, 0];
-    // SAFETY: prctl on integers; capset reads a header of two and data of six numbers.
-    unsafe {
-        libc::prctl(
-            libc::PR_CAP_AMBIENT,
-            libc::PR_CAP_AMBIENT_CLEAR_ALL,
-            0,
-            0,
-            0,
-        );
-        // Up to the last one that the kernel has.
-        let mut capability = 0;
-        while libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) == 0 {
-            capability += 1;
-        }
-        done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-        let nothing = [0u32; 6];
-        done(libc::syscall(libc::SYS_capset, HEADER.as_ptr(), nothing.as_ptr()) as i32)
-    }
+pub(super) fn drop_capabilities() -> nix::Result<()> {
+    // A kernel without ambient capabilities has none to clear.
+    let _ = capability::clear_ambient();
+    capability::limit_bounding(0).map_err(|(_, errno)| errno)?;
+    nix::sys::prctl::set_no_new_privs()?;
+    capability::set(capability::Sets::default())
 }
 
 /// Opens a network namespace by its path.

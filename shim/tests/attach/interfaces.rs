@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shim::{
     ledger::Ledger,
+    netns,
     network::{Error, Network},
 };
 
@@ -22,7 +23,10 @@ fn names(world: &World) -> Vec<String> {
 fn refusal(world: &World) -> String {
     let mut ledger = world.ledger("refused");
     let error = world.attach("pod", &mut ledger).unwrap_err();
-    assert!(matches!(error, Error::Refused { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Namespace(netns::Error::Refused { .. })),
+        "{error}"
+    );
     assert_eq!(ledger.held().count(), 0);
     assert!(ledger.teardown().is_empty());
     error.to_string()
@@ -158,10 +162,16 @@ fn the_hosts_own_namespace_is_refused() {
             Network::attach(path.as_ref(), 1, usize::MAX, ledger).unwrap_err()
         };
         let error = attach(&mut ledger, "/proc/self/ns/net");
-        assert!(matches!(error, Error::Host { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Namespace(netns::Error::Host { .. })),
+            "{error}"
+        );
         for none in ["/dev/null", "/nonexistent", "/proc/self/ns/mnt"] {
             let error = attach(&mut ledger, none);
-            assert!(matches!(error, Error::Namespace { .. }), "{error}");
+            assert!(
+                matches!(error, Error::Namespace(netns::Error::Namespace { .. })),
+                "{error}"
+            );
         }
         assert_eq!(ledger.held().count(), 0);
     });
@@ -204,7 +214,7 @@ fn an_interface_that_comes_too_late_is_refused_by_name_and_changes_nothing() {
         let before = world.state_of_pod();
         for _ in 0..2 {
             let error = network.rescan(&mut ledger).unwrap_err();
-            let Error::Late { interface, places } = error else {
+            let Error::Namespace(netns::Error::Late { interface, places }) = error else {
                 panic!("{error}");
             };
             assert_eq!((interface.as_str(), places), ("eth2", 2));

@@ -7,6 +7,7 @@ use std::{
 
 use bulkhead_shim::{
     ledger::{Resource, collect},
+    netns,
     network::Error,
 };
 
@@ -166,7 +167,10 @@ fn a_second_pod_is_refused_and_a_dead_one_replaced() {
         let with_first = world.state_of_pod();
         let mut second = world.ledger("b");
         let error = world.attach("pod", &mut second).unwrap_err();
-        assert!(matches!(error, Error::Taken { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Namespace(netns::Error::Taken { .. })),
+            "{error}"
+        );
         assert_eq!(second.held().count(), 0);
         assert_eq!(world.state_of_pod(), with_first);
         // Its VMM dies; nobody has collected it when the next pod begins.
@@ -209,7 +213,10 @@ fn an_attach_that_fails_leaves_nothing() {
         let mut ledger = world.ledger("a");
         let error = world.attach("pod", &mut ledger).unwrap_err();
         assert!(error.to_string().contains("interface eth1"), "{error}");
-        assert!(matches!(error, Error::Preference { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Namespace(netns::Error::Preference { .. })),
+            "{error}"
+        );
         assert_eq!(ledger.held().count(), 0);
         assert_eq!(world.state_of_pod(), before);
         assert_eq!(world.run("pod", "tc filter show dev eth1 ingress"), filters);

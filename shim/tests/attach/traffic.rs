@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_shim::network::{Network, counters};
+use bulkhead_shim::{netns::counters, network::Network};
 
 use super::world::{Guest, PATIENCE, frame, is, redirects, with_world};
 

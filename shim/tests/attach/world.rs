@@ -13,7 +13,8 @@ use std::{
 
 use bulkhead_shim::{
     ledger::{Ledger, Resource},
-    network::{Device, Error, Network, Redirect},
+    netns::Redirect,
+    network::{Device, Error, Network},
 };
 use nix::{
     mount::{MsFlags, mount},

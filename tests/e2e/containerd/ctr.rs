@@ -6,23 +6,14 @@ use std::thread;
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, Started, fresh_id, tail};
 use nix::sys::signal::Signal;
 
-use crate::{Running, eventually, shims_end};
-
-/// `ctr run --rm` of a script, to its end.
-fn run(runtime: &str, words: &[&str], script: &str) -> Ran {
-    let id = fresh_id();
-    let mut all = vec!["run", "--rm", "--runtime", runtime];
-    all.extend(words);
-    all.extend([IMAGE, &id, "/bin/sh", "-c", script]);
-    Engine::get().run(&all)
-}
+use crate::{Running, eventually, run_once, shims_end};
 
 #[test]
 fn a_container_runs_and_nothing_is_left() {
     Engine::get();
     for runtime in [RUNC, BULKHEAD] {
         let host = Host::now();
-        let ran = run(runtime, &[], "echo out; echo err >&2; exit 7");
+        let ran = run_once(runtime, &[], "echo out; echo err >&2; exit 7");
         assert_eq!(
             (ran.status, ran.text().as_str(), ran.errors().as_str()),
             (7, "out", "err\n"),
@@ -38,7 +29,7 @@ fn a_container_runs_and_nothing_is_left() {
 #[test]
 fn the_last_output_of_a_short_container_is_not_lost() {
     for runtime in [RUNC, BULKHEAD] {
-        let ran = run(
+        let ran = run_once(
             runtime,
             &[],
             "dd if=/dev/zero bs=1M count=8 2>/dev/null; echo end",
@@ -331,7 +322,7 @@ fn bad_input_is_refused_with_the_reason_and_nothing_is_left() {
         (&["--device", "/dev/kvm"], "true", "linux.devices"),
     ];
     for (words, script, reason) in cases {
-        let ran = run(BULKHEAD, words, script);
+        let ran = run_once(BULKHEAD, words, script);
         assert!(
             ran.status != 0 && ran.errors().contains(reason),
             "{words:?}: {ran}"

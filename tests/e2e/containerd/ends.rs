@@ -1,14 +1,13 @@
 //! However a pod ends, containerd learns it, truly and soon, and nothing is left.
 
 use std::fs;
-use std::path::Path;
 use std::time::Instant;
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, RUNC, SOON};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Running, eventually, guest, processes, shims_end};
+use crate::{Running, eventually, guest, pods_cgroup, processes, shims_end};
 
 fn kill_one(words: &[&str]) {
     let found = processes(words);
@@ -37,7 +36,10 @@ fn ends_with(words: &[&str], script: &str, statuses: &[i32], end: impl FnOnce(&R
     host.assert_nothing_left();
     println!("containerd saw the end after {took:?}");
     assert!(took < SOON, "{took:?}");
-    engine.log()[logged..].to_owned()
+    let log = engine.log()[logged..].to_owned();
+    // An end goes ways that nothing else does, on every thread.
+    assert!(!log.contains("its filter does not allow"), "{log}");
+    log
 }
 
 #[test]
@@ -90,10 +92,7 @@ fn the_agent_crashes() {
 fn the_host_kills_the_machine_for_memory() {
     let listener = Engine::get().listen();
     ends_with(&[], "sleep 1000", &[137], |_| {
-        let vmm = processes(&["bulkhead-vmm run"])[0];
-        let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
-        let cgroup = cgroup.trim().strip_prefix("0::/").expect("cgroup v2");
-        let limit = Path::new("/sys/fs/cgroup").join(cgroup).join("memory.max");
+        let limit = pods_cgroup().join("machine/memory.max");
         fs::write(limit, "1M").expect("a limit below what it uses");
     });
     listener.wait_for_output("/tasks/oom");
@@ -111,9 +110,15 @@ fn the_guest_runs_out_of_memory() {
     let script = "sleep 2; exec tail /dev/zero";
     let words = ["--runtime-config-path", small];
     let log = ends_with(&words, script, &[137], |running| {
+        let events = fs::File::open(pods_cgroup().join("memory.events")).expect("a file");
         eventually("the kernel of the guest kills it", || {
             running.status().as_deref() == Some("STOPPED")
         });
+        // The host's ceiling is above the machine: nobody came to it.
+        match std::io::read_to_string(events) {
+            Ok(text) => assert!(text.contains("\nmax 0\noom 0\noom_kill 0\n"), "{text}"),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(nix::libc::ENODEV), "{error}"),
+        }
     });
     listener.wait_for_output("/tasks/oom");
     listener.signal(Signal::SIGINT);

@@ -9,16 +9,19 @@ mod ctr;
 mod ends;
 mod figures;
 mod guest;
+mod limits;
 mod network;
 mod pods;
 mod regressions;
 mod rpc;
 mod sandbox;
+mod sizes;
 mod volumes;
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bulkhead_tests::{Engine, IMAGE, fresh_id, run, tail};
+use bulkhead_tests::{Engine, IMAGE, Ran, fresh_id, run, tail};
 
 /// Waits for the end of every shim, which comes a moment after it was let go.
 #[track_caller]
@@ -26,6 +29,15 @@ fn shims_end() {
     eventually("the shims end", || {
         processes(&["containerd-shim-"]).is_empty()
     });
+}
+
+/// `ctr run --rm` of a script, to its end.
+fn run_once(runtime: &str, words: &[&str], script: &str) -> Ran {
+    let id = fresh_id();
+    let mut all = vec!["run", "--rm", "--runtime", runtime];
+    all.extend(words);
+    all.extend([IMAGE, &id, "/bin/sh", "-c", script]);
+    Engine::get().run(&all)
 }
 
 /// A container that runs detached; it is killed and removed when this is dropped.
@@ -66,7 +78,7 @@ impl Running {
     }
 
     /// `ctr task exec` of a script, to its end.
-    fn exec(&self, script: &str) -> bulkhead_tests::Ran {
+    fn exec(&self, script: &str) -> Ran {
         let exec_id = fresh_id();
         let words = [
             "task",
@@ -137,6 +149,22 @@ fn shim_of(running: &Running) -> i32 {
     let shims = processes(&["containerd-shim-bulkhead-v1", &running.id]);
     let shim = shims.into_iter().find(|pid| *pid != stub);
     shim.expect("it lives as long as its container")
+}
+
+/// The cgroup of a process on the host.
+fn cgroup_of(pid: i32) -> PathBuf {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("it runs");
+    let path = text.trim().strip_prefix("0::/").expect("cgroup v2");
+    Path::new("/sys/fs/cgroup").join(path)
+}
+
+/// The cgroup of the one pod that runs: its machine is in a group beneath.
+fn pods_cgroup() -> PathBuf {
+    let found = processes(&["bulkhead-vmm run"]);
+    assert_eq!(found.len(), 1, "one machine, not {found:?}");
+    let machine = cgroup_of(found[0]);
+    assert!(machine.ends_with("machine"), "{}", machine.display());
+    machine.parent().expect("the pod's").to_path_buf()
 }
 
 /// Proportional set size of a process, in KiB.

@@ -1,5 +1,6 @@
 //! Pods, by the annotations and the namespace paths that CRI gives to their containers.
 
+mod agent;
 mod vsock;
 
 use std::fs;

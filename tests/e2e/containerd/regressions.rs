@@ -1,7 +1,6 @@
 //! What users of other runtimes of virtual machines have met, and should not meet here.
 
 use std::fs;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use containerd_shim_protos::api;
 
 use crate::pods::Pod;
 use crate::rpc::{block_on, context, shim};
-use crate::{Running, eventually, processes, pss_kib, shim_of, shims_end};
+use crate::{Running, eventually, pods_cgroup, pss_kib, shim_of, shims_end};
 
 /// A container in CrashLoopBackOff must not grow what its pod takes.
 #[test]
@@ -100,12 +99,7 @@ fn processes_lead_sessions_of_their_own() {
 #[test]
 fn the_guests_memory_is_charged_to_the_pod() {
     let running = Running::start(BULKHEAD, &[], "sleep 1000");
-    let vmm = processes(&["bulkhead-vmm run"])[0];
-    let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
-    let cgroup = cgroup.trim().strip_prefix("0::/").expect("cgroup v2");
-    let file = Path::new("/sys/fs/cgroup")
-        .join(cgroup)
-        .join("memory.current");
+    let file = pods_cgroup().join("memory.current");
     let charged = || -> u64 {
         let text = fs::read_to_string(&file).expect("a pod's cgroup");
         text.trim().parse().expect("bytes")

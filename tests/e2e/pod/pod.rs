@@ -14,7 +14,7 @@ use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse, namespac
 use bulkhead_shim::config::Config;
 use bulkhead_shim::ledger::Resource;
 use bulkhead_shim::oci::{self, Plan};
-use bulkhead_shim::pod::{self, Parts, Request, Sandbox};
+use bulkhead_shim::pod::{self, Parts, Request, Sandbox, Size};
 use bulkhead_tests::{Bundle, Host, PATIENCE, fresh_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -68,9 +68,12 @@ impl Pod {
             let request = Request {
                 namespace: "pods",
                 id: &id,
-                vcpus: 2,
-                memory_mib,
+                size: Size {
+                    vcpus: 2,
+                    memory_mib,
+                },
                 cgroups_path: None,
+                joins: false,
                 host_limits: &[],
                 network: None,
                 net_slots: 0,

@@ -36,6 +36,8 @@ pub enum ExitCode {
     TripleFault = 12,
     /// KVM error.
     KvmError = 13,
+    /// A thread made a system call that its filter refuses ([`Blocked`](crate::Blocked)).
+    Blocked = 14,
     /// A Rust panic in the VMM, a bug.
     Bug = 70,
 }

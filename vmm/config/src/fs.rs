@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::Fd;
+use crate::{Blocked, Fd, Layer};
 
 /// Everything that `bulkhead-vmm fs` needs, in one packet.
 ///
@@ -27,6 +27,9 @@ pub struct FsConfig {
     pub max_handles: u64,
     /// Where log lines go: one JSON object a line; written without blocking, dropped when full.
     pub log: Fd,
+    /// As [`VmConfig::accept_missing`](crate::VmConfig::accept_missing).
+    #[serde(default)]
+    pub accept_missing: Vec<Layer>,
 }
 
 /// How long the guest may trust what it has looked up, and whether it keeps file data over an open.
@@ -60,7 +63,10 @@ pub enum FsRequest {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum FsEvent {
     /// The jail is closed and the share can be served. Sent once.
-    Serving,
+    Serving {
+        /// As in [`Event::Running`](crate::Event::Running).
+        landlock: Option<u32>,
+    },
     /// [`FsRequest::Detach`] is done.
     Detached {
         /// Inodes that were closed.
@@ -84,6 +90,8 @@ pub enum FsEvent {
         /// Requests that the guard refused, by rule.
         guest_faults: std::collections::BTreeMap<String, u64>,
     },
+    /// A thread of the process broke its rules; the last packet.
+    Blocked(Blocked),
     /// The process cannot start or go on; the last packet.
     Failed {
         /// What failed, on what, and what to do.

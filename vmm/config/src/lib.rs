@@ -23,15 +23,19 @@
 
 use serde::{Deserialize, Serialize};
 
+mod blocked;
 mod exit;
 mod fs;
+mod layer;
 mod vm;
 
+pub use blocked::{Blocked, Role};
 pub use exit::{ExitCode, GuestEnd};
 pub use fs::{CachePolicy, FsConfig, FsEvent, FsRequest};
+pub use layer::Layer;
 pub use vm::{
-    Event, FsDevice, NetDevice, NetStats, Phase, PortOffer, RateLimit, Request, SerialConsole,
-    Stamp, VmConfig, VmStats,
+    Event, FsDevice, MAX_RESETS, NetDevice, NetStats, Phase, PortOffer, RateLimit, Request,
+    SerialConsole, Stamp, VmConfig, VmStats,
 };
 
 /// Version of these types; a process refuses a config with another one. Shim and VMM are installed together.

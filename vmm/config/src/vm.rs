@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::{Fd, GuestEnd};
+use crate::{Blocked, Fd, GuestEnd, Layer};
 
 /// Everything that `bulkhead-vmm run` needs, in one packet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,7 +12,7 @@ pub struct VmConfig {
     pub sandbox_id: String,
     /// Number of vCPUs, 1 to 32.
     pub vcpus: u32,
-    /// Guest memory in MiB, at least 64.
+    /// Guest memory in MiB, at least 48.
     pub memory_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: Fd,
@@ -32,7 +32,8 @@ pub struct VmConfig {
     /// Network devices.
     #[serde(default)]
     pub net: Vec<NetDevice>,
-    /// Network devices that the machine has room for beyond [`VmConfig::net`], for [`Request::PlugNet`].
+    /// Network devices that the machine has room for beyond [`VmConfig::net`], for
+    /// [`Request::PlugNet`].
     #[serde(default)]
     pub net_slots: u32,
     /// A serial console, for debugging only: each character costs an exit.
@@ -44,12 +45,15 @@ pub struct VmConfig {
     pub uid: u32,
     /// See [`VmConfig::uid`].
     pub gid: u32,
+    /// Layers of the jail without which the process starts where the kernel lacks them.
+    #[serde(default)]
+    pub accept_missing: Vec<Layer>,
 }
 
 /// Permission for one guest connection to one host port, and what it is joined to.
 ///
-/// The guest may dial [`PortOffer::port`] once; a dial to a port that is not offered is reset. The bytes flow between the
-/// guest's connection and the descriptor until each direction has ended.
+/// The guest may dial [`PortOffer::port`] once; a dial to a port that is not offered is reset. The
+/// bytes flow between the guest's connection and the descriptor until each direction has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortOffer {
@@ -75,8 +79,8 @@ pub struct FsDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetDevice {
-    /// A queue of the tap each, one for each pair of queues of the device: opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with
-    /// IFF_MULTI_QUEUE if there are several.
+    /// A queue of the tap each, one for each pair of queues of the device: opened with IFF_TAP,
+    /// IFF_NO_PI and IFF_VNET_HDR, and with IFF_MULTI_QUEUE if there are several.
     pub taps: Vec<Fd>,
     /// The guest's own address.
     pub mac: [u8; 6],
@@ -124,7 +128,8 @@ pub enum Request {
         /// The port of the offer.
         port: u32,
     },
-    /// Put a network device into a free slot; the guest finds it when it looks again. Answered as the others are.
+    /// Put a network device into a free slot; the guest finds it when it looks again. Answered as
+    /// the others are.
     PlugNet(NetDevice),
     /// Tell the guest whether the link of a network device is up.
     SetLink {
@@ -148,7 +153,11 @@ pub enum Request {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Event {
     /// The vCPUs run. Sent once, after the jail is closed.
-    Running,
+    Running {
+        /// The version of Landlock's interface that the process is restricted by; none where it is
+        /// missing, and that is accepted.
+        landlock: Option<u32>,
+    },
     /// The last [`Request`] other than [`Request::Stats`] is done. Requests are answered in order.
     Done,
     /// The last [`Request`] could not be done.
@@ -160,6 +169,14 @@ pub enum Event {
     Stats(VmStats),
     /// The guest reached a phase of its boot. Sent as it happens.
     Reached(Stamp),
+    /// A device stands still until the guest resets it. Told once for each device and reason, and
+    /// [`MAX_RESETS`] times at most.
+    NeedsReset {
+        /// The device.
+        device: String,
+        /// The rule that the guest has broken, or that the host failed it.
+        reason: String,
+    },
     /// The machine has ended; the last packet. The process exits with [`GuestEnd::exit_code`].
     Ended {
         /// How.
@@ -169,12 +186,17 @@ pub enum Event {
         /// Counters at the end.
         stats: VmStats,
     },
+    /// A thread of the VMM broke its rules; the last packet.
+    Blocked(Blocked),
     /// The VMM cannot start or go on; the last packet.
     Failed {
         /// What failed, on what, and what to do.
         reason: String,
     },
 }
+
+/// Most [`Event::NeedsReset`] of a machine: what a guest can make it say is bounded.
+pub const MAX_RESETS: usize = 32;
 
 /// A moment of the boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,7 +206,8 @@ pub struct Stamp {
     pub phase: Phase,
     /// `CLOCK_MONOTONIC` of the host, in nanoseconds.
     pub at_ns: u64,
-    /// KVM's count of exits of all vCPUs until then (`exits` of KVM_GET_STATS_FD); 0 when the host does not tell.
+    /// KVM's count of exits of all vCPUs until then (`exits` of KVM_GET_STATS_FD); 0 when the host
+    /// does not tell.
     pub exits: u64,
     /// The part of `exits` that host interrupts caused (`irq_exits`).
     pub irq_exits: u64,
@@ -196,7 +219,8 @@ pub struct Stamp {
 pub enum Phase {
     /// `main` of the VMM began.
     VmmStart,
-    /// Memory, kernel and devices are ready and the jail is closed: the next step is the first `KVM_RUN`.
+    /// Memory, kernel and devices are ready and the jail is closed: the next step is the first
+    /// `KVM_RUN`.
     FirstInstruction,
     /// The agent's first instructions ([`announce::INIT`](crate::announce::INIT)).
     Init,
@@ -208,9 +232,11 @@ pub enum Phase {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmStats {
-    /// KVM's own counters, summed over vCPUs (`exits`, `irq_exits`, `io_exits`, `mmio_exits`, `halt_exits`, …).
+    /// KVM's own counters, summed over vCPUs (`exits`, `irq_exits`, `io_exits`, `mmio_exits`,
+    /// `halt_exits`, …).
     pub kvm: std::collections::BTreeMap<String, u64>,
-    /// Exits that reached user space, by reason (`io_in`, `io_out`, `mmio_read`, `mmio_write`, `hlt`, …).
+    /// Exits that reached user space, by reason (`io_in`, `io_out`, `mmio_read`, `mmio_write`,
+    /// `hlt`, …).
     pub user_exits: std::collections::BTreeMap<String, u64>,
     /// Guest's faults that a device refused, by `device.fault` (`vsock.bad_chain`).
     pub guest_faults: std::collections::BTreeMap<String, u64>,

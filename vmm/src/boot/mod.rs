@@ -3,6 +3,7 @@
 //! The 64-bit boot protocol of Linux (Documentation/arch/x86/boot.rst, "64-bit boot protocol"): no real mode, no
 //! decompression, no firmware. Processors and interrupt pins are told by an MP table, RAM by the E820 map in the zero page,
 //! devices on the command line.
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 

@@ -64,12 +64,7 @@ fn e820(memory: &GuestMemory) -> Vec<(u64, u64)> {
 /// getrandom(2)'s.
 pub fn rng_seed() -> io::Result<Vec<u8>> {
     let mut seed = [0_u8; SEED_LENGTH];
-    // SAFETY: the pointer and the length are those of `seed`.
-    let got = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), seed.len(), 0) };
-    // getrandom(2): requests of up to 256 bytes are not cut short.
-    if got != SEED_LENGTH as isize {
-        return Err(io::Error::last_os_error());
-    }
+    linux::random(&mut seed)?;
     let mut data = 0_u64.to_le_bytes().to_vec();
     data.extend(SETUP_RNG_SEED.to_le_bytes());
     data.extend((SEED_LENGTH as u32).to_le_bytes());

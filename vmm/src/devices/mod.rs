@@ -4,3 +4,6 @@ pub mod clock;
 pub mod ioapic;
 pub mod serial;
 pub mod virtio;
+
+#[cfg(test)]
+mod tests;

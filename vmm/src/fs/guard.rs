@@ -2,6 +2,7 @@
 //!
 //! The bytes are a private copy, so nothing can change after it was checked. What is refused by a rule is counted by it; an
 //! opcode that this server does not have (locks, ioctl, DAX) answers `ENOSYS`, which a guest is entitled to ask, uncounted.
+#![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

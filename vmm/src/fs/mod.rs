@@ -14,7 +14,6 @@
 //! volume must be mounted into the share once for its locks and mappings to be shared between
 //! containers: each mount is a file system of its own to the guest, as its device number says.
 pub mod guard;
-pub mod jail;
 pub mod transport;
 pub mod tree;
 pub mod wire;
@@ -23,15 +22,17 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread;
 
-use bulkhead_vmm_config::{ExitCode, FsConfig, FsEvent, FsRequest, WIRE_VERSION};
+use bulkhead_vmm_config::{ExitCode, FsConfig, FsEvent, FsRequest, Role, WIRE_VERSION};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
 use crate::control::{ControlError, ControlSocket, DescriptorError, Descriptors};
+use crate::jail::{JailError, fs as jail};
 use crate::log::{self, Log};
+use crate::seccomp::{self, SeccompError};
+use transport::Servers;
 use tree::identity::Worker;
 use tree::{Engine, Limits, Stats};
 
@@ -72,7 +73,7 @@ pub enum FsError {
     TooFewFiles(usize),
     /// The jail.
     #[error(transparent)]
-    Jail(#[from] jail::JailError),
+    Jail(#[from] JailError),
     /// The share's root.
     #[error("cannot look at the share's root")]
     Root(#[source] nix::errno::Errno),
@@ -82,9 +83,12 @@ pub enum FsError {
     /// Waiting for the shim.
     #[error("cannot wait for requests of the shim")]
     Poll(#[source] Errno),
-    /// A thread.
-    #[error("cannot start a thread")]
-    Thread(#[source] std::io::Error),
+    /// The main thread's own identity.
+    #[error("the main thread cannot become a worker")]
+    Worker(#[source] std::io::Error),
+    /// The threads and their filters.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
 }
 
 /// `bulkhead-vmm fs`: takes the config from the control socket, enters the jail and serves until the socket closes.
@@ -120,14 +124,18 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
             "RLIMIT_NOFILE allows {inodes} inodes and {handles} open files"
         ));
     }
-    let root = jail::enter(&config.share)?;
+    let (root, landlock) = jail::enter(&config.share, &config.accept_missing)?;
     let limits = Limits { inodes, handles };
     let engine = Engine::new(root, config.cache, limits).map_err(FsError::Root)?;
     let engine = Arc::new(engine);
-    serve_queues(socket, &config, engine.clone(), log.clone())?;
-    let worker = Worker::new().map_err(FsError::Thread)?;
-    control.send(&FsEvent::Serving)?;
-    let end = answer(control, &engine, &worker, &log);
+    seccomp::report_blocked()?;
+    serve_queues(socket, &config, &engine, log.clone())?;
+    let worker = Worker::new().map_err(FsError::Worker)?;
+    // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open file.
+    let mounts = File::open("/proc/self/mountinfo").map_err(FsError::Mounts)?;
+    seccomp::lock_down(Role::FsControl)?;
+    control.send(&FsEvent::Serving { landlock })?;
+    let end = answer(control, &mounts, &engine, &worker, &log);
     log.info(&format!("served {}", summary(&engine.stats())));
     end
 }
@@ -174,31 +182,28 @@ fn check(config: &FsConfig) -> Result<(), FsError> {
 fn serve_queues(
     socket: OwnedFd,
     config: &FsConfig,
-    engine: Arc<Engine>,
+    engine: &Arc<Engine>,
     log: Log,
 ) -> Result<(), FsError> {
     // One more than the request queues: the one for FORGETs.
     let queues = config.queues as usize + 1;
-    let serve = move || match transport::serve(socket, queues, engine) {
+    let servers = Servers::start(queues, engine)?;
+    let serve = move |()| match transport::serve(socket, servers) {
         Ok(()) => log.info("the VMM has gone"),
         Err(error) => log.error(&format!("vhost-user failed: {error}")),
     };
-    thread::Builder::new()
-        .name("fs-vhost".to_owned())
-        .spawn(serve)
-        .map(drop)
-        .map_err(FsError::Thread)
+    seccomp::spawn("fs-vhost".to_owned(), Role::FsVhost, || Ok(()), serve)?;
+    Ok(())
 }
 
 /// Answers the shim until it goes.
 fn answer(
     control: &ControlSocket,
+    mounts: &File,
     engine: &Engine,
     worker: &Worker,
     log: &Log,
 ) -> Result<(), FsError> {
-    // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open file.
-    let mounts = File::open("/proc/self/mountinfo").map_err(FsError::Mounts)?;
     loop {
         let mut fds = [
             PollFd::new(mounts.as_fd(), PollFlags::POLLPRI),

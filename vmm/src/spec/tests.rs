@@ -52,6 +52,7 @@ fn packet() -> Option<Packet> {
             log: Fd(3),
             uid: 1000,
             gid: 1000,
+            accept_missing: Vec::new(),
         },
         fds: vec![
             kvm.into(),
@@ -98,7 +99,7 @@ fn sizes_out_of_range_are_refused() {
     for vcpus in [0, 33, 256, 257, u32::MAX] {
         refused!(SpecError::Vcpus(_), |p| p.config.vcpus = vcpus);
     }
-    for memory in [0, 63, (layout::MAX_MEMORY >> 20) + 1, u64::MAX, 1 << 44] {
+    for memory in [0, 47, (layout::MAX_MEMORY >> 20) + 1, u64::MAX, 1 << 44] {
         refused!(SpecError::Memory(_), |p| p.config.memory_mib = memory);
     }
 }
@@ -217,4 +218,36 @@ fn command_line_words_are_checked() {
     refused!(SpecError::Cmdline(CmdlineError::TooLong(_)), |p| {
         p.config.extra_cmdline = vec!["x".repeat(2048)];
     });
+}
+
+/// Packets of the shim's socket: a configuration that is taken is one that a machine can be.
+fn packets(data: &[u8]) {
+    let (left, right) = linux::packet::pair().unwrap();
+    let socket = crate::control::ControlSocket::new(right);
+    let (_, bytes) = data.split_first().unwrap_or((&0, data));
+    linux::packet::send(left.as_fd(), bytes, &[]).unwrap();
+    match data.first().copied().unwrap_or(0) % 4 {
+        0 => drop(socket.receive::<bulkhead_vmm_config::Request>()),
+        1 => drop(socket.receive::<bulkhead_vmm_config::FsConfig>()),
+        2 => drop(socket.receive::<bulkhead_vmm_config::FsRequest>()),
+        _ => {
+            let Ok((config, _)) = socket.receive::<VmConfig>() else {
+                return;
+            };
+            // Where there is no /dev/kvm the first descriptor is refused, said by `open`.
+            let Some(packet) = packet() else { return };
+            if let Ok(spec) = VmSpec::new(config, packet.fds) {
+                assert!((1..=MAX_VCPUS).contains(&u32::from(spec.vcpus)));
+                assert!((layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(&spec.memory));
+                assert!(spec.fs.len() + spec.net.len() + spec.net_slots <= MAX_DEVICES);
+                assert!(spec.uid != 0 && spec.gid != 0);
+                assert!(spec.thread_limit() < 100);
+            }
+        }
+    }
+}
+
+#[test]
+fn fuzz_shim_packets() {
+    bulkhead_fuzz::run("shim_packets", packets);
 }

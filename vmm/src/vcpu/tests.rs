@@ -1,4 +1,5 @@
 use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};

@@ -18,10 +18,11 @@ use crate::devices::announce::AnnouncePort;
 use crate::devices::clock::{self, ClockPort};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::serial::SerialConsole;
+use crate::devices::virtio::activator::{Activator, Attended};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Slot};
+use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Pairs, Slot, Workers};
 use crate::devices::virtio::registers::{self, Registers};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::signal::USED_BUFFER;
@@ -76,6 +77,10 @@ pub struct Board {
     pub ports: Ports,
     /// The network devices and places for them.
     pub net: NetPorts,
+    /// Threads of the network devices, to be started.
+    pub net_workers: Workers,
+    /// The thread on which devices start, to be started.
+    pub activator: Activator,
 }
 
 /// Makes the devices of `spec`, taking their descriptors out of it and announcing them on its command line.
@@ -90,8 +95,15 @@ pub fn build(
     reports: &Arc<Reports>,
     log: &Log,
 ) -> Result<Board, BoardError> {
-    let (devices, ports, counters) = virtio_devices(spec, events, reports)?;
-    let mut net = NetPorts::new(counters, spec.vcpus.into());
+    let Devices {
+        devices,
+        ports,
+        counters,
+        spare,
+        net_workers,
+    } = virtio_devices(spec, events, reports)?;
+    let mut net = NetPorts::new(counters, spare, spec.vcpus.into());
+    let activator = Activator::default();
     let mut pins = layout::virtio_pins(devices.len(), spec.serial.is_some());
     let mut buses = Buses::default();
     for (index, device) in devices.into_iter().enumerate() {
@@ -101,7 +113,10 @@ pub fn build(
             registers: FIRST_REGISTERS_SLOT + index as u32,
         };
         let is_net = device.name() == net::NAME;
-        let transport = attach_virtio(device, seat, vm, memory, reports, &mut buses)?;
+        let transport = attach_virtio(device, seat, vm, memory, reports)?;
+        let attended = Attended::new(transport.clone(), activator.clone());
+        let size = layout::VIRTIO_MMIO_SIZE;
+        buses.mmio.insert(seat.window, size, shared(attended))?;
         if is_net {
             net.add(transport);
         }
@@ -116,6 +131,25 @@ pub fn build(
             .insert(port, layout::SERIAL_PORTS, shared(console))?;
         pins.push(layout::SERIAL_PIN);
     }
+    fixed_devices(&mut buses, &pins, spec.vcpus, vm, (reports, log))?;
+    Ok(Board {
+        buses,
+        pins,
+        ports,
+        net,
+        net_workers,
+        activator,
+    })
+}
+
+/// The devices that every machine has and no driver looks for: the agent's ports and the IOAPIC.
+fn fixed_devices(
+    buses: &mut Buses,
+    pins: &[u32],
+    vcpus: u8,
+    vm: &Arc<VmFd>,
+    (reports, log): (&Arc<Reports>, &Log),
+) -> Result<(), BoardError> {
     let reports = reports.clone();
     let announce = AnnouncePort::new(Arc::new(move |what| reports.announced(what)));
     buses
@@ -127,37 +161,40 @@ pub fn build(
 
     let count = pins.iter().max().map_or(1, |last| *last as u8 + 1);
     let router = KvmRouter::new(vm.clone(), routing_failed(log.clone()));
-    let ioapic = Ioapic::new(spec.vcpus, count, router);
+    let ioapic = Ioapic::new(vcpus, count, router);
     buses
         .mmio
         .insert(layout::IOAPIC, layout::IOAPIC_SIZE, shared(ioapic))?;
-    Ok(Board {
-        buses,
-        pins,
-        ports,
-        net,
-    })
+    Ok(())
 }
 
 fn shared<T>(device: T) -> Arc<Mutex<T>> {
     Arc::new(Mutex::new(device))
 }
 
-type Devices = Vec<Box<dyn VirtioDevice>>;
+struct Devices {
+    devices: Vec<Box<dyn VirtioDevice>>,
+    ports: Ports,
+    /// Of the network devices.
+    counters: Vec<Counters>,
+    /// Of the places for network devices.
+    spare: Vec<Pairs>,
+    net_workers: Workers,
+}
 
 /// vsock first: the agent's first words go there.
 fn virtio_devices(
     spec: &mut VmSpec,
     events: &mut EventLoop,
     reports: &Arc<Reports>,
-) -> Result<(Devices, Ports, Vec<Counters>), BoardError> {
+) -> Result<Devices, BoardError> {
     let vsock = Vsock::new(events.next_poller());
     events.attach(vsock.handler());
     let ports = vsock.ports();
     for (port, socket) in spec.ports.drain(..) {
         ports.offer(port, socket)?;
     }
-    let mut devices: Devices = vec![Box::new(vsock)];
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(vsock)];
     for fs in spec.fs.drain(..) {
         let socket: OwnedFd = fs.socket;
         let device = Fs::new(
@@ -174,19 +211,28 @@ fn virtio_devices(
         events.attach(device.handler());
         devices.push(Box::new(device));
     }
-    let mut counters = Vec::new();
+    let (mut counters, mut spare) = (Vec::new(), Vec::new());
+    let mut net_workers = Workers::default();
     for backend in spec.net.drain(..) {
-        let device = Net::new(backend)?;
+        let pairs = net_workers.pairs(backend.taps.len())?;
+        let device = Net::new(backend, pairs);
         counters.push(device.counters());
         devices.push(Box::new(device));
     }
     for _ in 0..spec.net_slots {
         devices.push(Box::new(Slot::new(spec.vcpus.into())));
+        spare.push(net_workers.pairs(spec.vcpus.into())?);
     }
     let rng = Rng::new(events.next_poller());
     events.attach(rng.handler());
     devices.push(Box::new(rng));
-    Ok((devices, ports, counters))
+    Ok(Devices {
+        devices,
+        ports,
+        counters,
+        spare,
+        net_workers,
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -206,7 +252,6 @@ fn attach_virtio(
     vm: &VmFd,
     memory: &GuestMemory,
     reports: &Arc<Reports>,
-    buses: &mut Buses,
 ) -> Result<Arc<Mutex<MmioTransport>>, BoardError> {
     let irq = line(vm, seat.pin)?;
     let transport = MmioTransport::new(device, memory.clone(), irq, reports.observer())?;
@@ -221,10 +266,7 @@ fn attach_virtio(
     vm.register_ioevent(&unread, &address, USED_BUFFER)
         .map_err(|error| BoardError::EventFd("acknowledgement", error))?;
     show(transport.registers(), seat, vm)?;
-    let size = layout::VIRTIO_MMIO_SIZE;
-    let transport = shared(transport);
-    buses.mmio.insert(seat.window, size, transport.clone())?;
-    Ok(transport)
+    Ok(shared(transport))
 }
 
 /// Lets the guest read a transport's registers without an exit. A host that cannot gets the exits.

@@ -1,5 +1,6 @@
-//! A kernel that is a virtio driver and nothing else: its rings and buffers are in its image as the test has put them there, and
-//! what it does is a list of stores to registers and of waits. What no driver of Linux does, it can.
+//! A kernel that is a virtio driver and nothing else: its rings and buffers are in its image as the
+//! test has put them there, and what it does is a list of stores to registers, of accesses to ports
+//! and of waits. What no driver of Linux does, it can.
 
 use std::arch::global_asm;
 
@@ -17,21 +18,23 @@ use super::guest::elf_at;
 const IMAGE: u64 = 0x100_1000;
 const SCRIPT: u64 = 0x100_2000;
 /// A page directory for the fourth GiB, which has the devices.
-const DIRECTORY: u64 = 0x101_0000;
-const RINGS: u64 = 0x102_0000;
+const DIRECTORY: u64 = 0x110_0000;
+const RINGS: u64 = 0x111_0000;
 /// Buffers of the test's.
-pub const BUFFERS: u64 = 0x104_0000;
-const END: u64 = 0x106_0000;
+pub const BUFFERS: u64 = 0x140_0000;
+const END: u64 = 0x142_0000;
 
-/// Descriptors of each queue.
-pub const SIZE: u16 = 16;
+/// Descriptors of each queue: as many as the smallest, the events of vsock, may have.
+pub const SIZE: u16 = 8;
 
 pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
-// A step is four words: 1, address, value, unused: stores. 2, address, mask, value: waits until the masked word is the value.
-// 0: the end, announced as a power-off.
+// A step is four words. 0: the end, announced as a power-off. 1, address, value: stores. 2,
+// address, mask, value: waits until the masked word is the value. 3, port, value: writes to a port.
+// 4, port: reads from it. 5, address, value, width: stores 1, 2 or 8 bytes. 6, address, unused,
+// width: loads.
 global_asm!(
     ".pushsection .rodata.bulkhead_driver, \"a\"",
     "bulkhead_driver_start:",
@@ -44,25 +47,66 @@ global_asm!(
     "mov ecx, [rbx + 8]",
     "mov esi, [rbx + 12]",
     "add rbx, 16",
+    "mov edx, edi",
     "cmp eax, 1",
-    "je 3f",
-    "ja 4f",
+    "je 21f",
+    "cmp eax, 2",
+    "je 22f",
+    "cmp eax, 3",
+    "je 23f",
+    "cmp eax, 4",
+    "je 24f",
+    "cmp eax, 5",
+    "je 25f",
+    "cmp eax, 6",
+    "je 26f",
     "mov dx, {port}",
     "mov al, {power_off}",
     "out dx, al",
     "5:",
     "hlt",
     "jmp 5b",
-    "3:",
+    "21:",
     "mov [rdi], ecx",
     "jmp 2b",
-    "4:",
+    "22:",
     "mov edx, [rdi]",
     "and edx, ecx",
     "cmp edx, esi",
     "je 2b",
     "pause",
-    "jmp 4b",
+    "jmp 22b",
+    "23:",
+    "mov eax, ecx",
+    "out dx, al",
+    "jmp 2b",
+    "24:",
+    "in al, dx",
+    "jmp 2b",
+    "25:",
+    "cmp esi, 2",
+    "jb 27f",
+    "je 28f",
+    "mov [rdi], rcx",
+    "jmp 2b",
+    "27:",
+    "mov [rdi], cl",
+    "jmp 2b",
+    "28:",
+    "mov [rdi], cx",
+    "jmp 2b",
+    "26:",
+    "cmp esi, 2",
+    "jb 29f",
+    "je 30f",
+    "mov rcx, [rdi]",
+    "jmp 2b",
+    "29:",
+    "mov cl, [rdi]",
+    "jmp 2b",
+    "30:",
+    "mov cx, [rdi]",
+    "jmp 2b",
     "bulkhead_driver_end:",
     ".popsection",
     directory = const DIRECTORY | 3,
@@ -93,21 +137,22 @@ pub struct Driver {
     script: Vec<u32>,
     window: u64,
     queues: u32,
-    /// The rings of each start are others, all in place from the beginning.
-    generation: u64,
+    /// The rings of each start are others, all in place from the beginning, a page each.
+    first_page: u64,
+    next_page: u64,
     available: Vec<u16>,
 }
 
 impl Driver {
-    /// For the device of the `nth` window, which has so many queues.
-    pub fn new(nth: usize, queues: u32) -> Driver {
+    pub fn new() -> Driver {
         let mut driver = Driver {
             image: vec![0; (END - IMAGE) as usize],
             script: Vec::new(),
-            window: layout::virtio_window(nth),
-            queues,
-            generation: 0,
-            available: vec![0; queues as usize],
+            window: 0,
+            queues: 0,
+            first_page: 0,
+            next_page: 0,
+            available: Vec::new(),
         };
         driver.put(IMAGE, code());
         const LARGE_WRITABLE: u64 = 0x83;
@@ -118,6 +163,12 @@ impl Driver {
         driver
     }
 
+    /// What follows is for the device of the `nth` window, which has so many queues.
+    pub fn select(&mut self, nth: usize, queues: u32) {
+        self.window = layout::virtio_window(nth);
+        self.queues = queues;
+    }
+
     /// Puts bytes into guest memory.
     pub fn put(&mut self, address: u64, bytes: &[u8]) {
         let at = (address - IMAGE) as usize;
@@ -125,23 +176,39 @@ impl Driver {
     }
 
     /// Where a register is (VIRTIO 1.2 §4.2.2).
-    fn register(&self, register: u32) -> u64 {
+    pub fn register(&self, register: u32) -> u64 {
         self.window + u64::from(register)
     }
 
-    fn store(&mut self, register: u32, value: u32) {
+    /// Stores to a register.
+    pub fn store(&mut self, register: u32, value: u32) {
         let address = self.register(register) as u32;
         self.script.extend([1, address, value, 0]);
+    }
+
+    /// Stores and loads so many bytes, 1, 2 or 8, anywhere below 4 GiB.
+    pub fn touch(&mut self, address: u64, width: u32, value: u32) {
+        self.script.extend([5, address as u32, value, width]);
+        self.script.extend([6, address as u32, 0, width]);
+    }
+
+    /// Writes to a port, and reads from it.
+    pub fn port(&mut self, port: u16, value: u8) {
+        self.script.extend([3, port.into(), value.into(), 0]);
+        self.script.extend([4, port.into(), 0, 0]);
     }
 
     fn wait(&mut self, address: u64, mask: u32, value: u32) {
         self.script.extend([2, address as u32, mask, value]);
     }
 
-    /// The handshake from a reset on, with VERSION_1 and these features, and new rings for all queues.
+    /// The handshake from a reset on, with VERSION_1 and these features, and new rings for all
+    /// queues.
     pub fn start(&mut self, features: u32) {
-        self.generation += 1;
-        self.available.fill(0);
+        self.first_page = self.next_page;
+        self.next_page += u64::from(self.queues);
+        assert!(self.ring(self.queues) <= BUFFERS, "too many starts");
+        self.available = vec![0; self.queues as usize];
         for status in [0, 1, 3] {
             self.store(VIRTIO_MMIO_STATUS, status);
         }
@@ -169,7 +236,7 @@ impl Driver {
     }
 
     fn ring(&self, queue: u32) -> u64 {
-        RINGS + (self.generation * u64::from(self.queues) + u64::from(queue)) * 0x1000
+        RINGS + (self.first_page + u64::from(queue)) * 0x1000
     }
 
     /// Writes a descriptor.

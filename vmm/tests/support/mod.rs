@@ -96,6 +96,7 @@ impl Setup {
                 log: Fd(3),
                 uid: 64123,
                 gid: 64123,
+                accept_missing: Vec::new(),
             },
             fds: vec![
                 kvm.into(),
@@ -148,6 +149,7 @@ impl Setup {
             log: self.log,
             serial: self.serial,
             stamps: Vec::new(),
+            resets: Vec::new(),
         }
     }
 }
@@ -251,6 +253,8 @@ pub struct Machine {
     pub log: File,
     pub serial: Option<File>,
     pub stamps: Vec<Stamp>,
+    /// Devices that needed a reset, and why.
+    pub resets: Vec<(String, String)>,
 }
 
 /// How it ended.
@@ -262,11 +266,12 @@ pub struct Ended {
 }
 
 impl Machine {
-    /// The next event that is no stamp; stamps are kept. Fails the test after [`LONG`].
+    /// The next event but stamps and resets, which are kept. Fails the test after [`LONG`].
     pub fn event(&mut self) -> Event {
         loop {
             match self.next() {
                 Event::Reached(stamp) => self.stamps.push(stamp),
+                Event::NeedsReset { device, reason } => self.resets.push((device, reason)),
                 other => return other,
             }
         }
@@ -299,7 +304,7 @@ impl Machine {
             }
             match self.next() {
                 Event::Reached(stamp) => self.stamps.push(stamp),
-                Event::Running => {}
+                Event::Running { .. } => {}
                 other => panic!("{other:?} instead of {phase:?}\n{}", self.report()),
             }
         }
@@ -315,7 +320,7 @@ impl Machine {
     pub fn end(&mut self) -> Ended {
         loop {
             match self.event() {
-                Event::Running => {}
+                Event::Running { .. } => {}
                 Event::Ended {
                     end,
                     console,

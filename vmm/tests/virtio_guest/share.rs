@@ -47,12 +47,13 @@ impl Share {
             max_inodes: 1000,
             max_handles: 1000,
             log: Fd(1),
+            accept_missing: Vec::new(),
         };
         let fds = [back.as_fd(), log_end.as_fd()];
         process.control().send_with(&config, &fds).unwrap();
         drop((back, log_end));
         match process.control().receive::<FsEvent>().unwrap().0 {
-            FsEvent::Serving => {}
+            FsEvent::Serving { .. } => {}
             other => panic!("{other:?}"),
         }
         let socket = setup.add(front.into());

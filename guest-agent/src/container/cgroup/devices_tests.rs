@@ -1,4 +1,6 @@
+use bulkhead_agent_protocol::agent::Resources;
 use proptest::prelude::*;
+use protobuf::Message as _;
 
 use super::*;
 
@@ -193,4 +195,24 @@ proptest! {
             prop_assert_eq!(by_program == 1, granted(&rules, kind, major, minor, access));
         }
     }
+}
+
+/// Limits as they come over the wire: device rules become a program whose jumps stay in it.
+fn limits(data: &[u8]) {
+    let Ok(resources) = Resources::parse_from_bytes(data) else {
+        return;
+    };
+    let Ok(rules) = rules(&resources.devices) else {
+        return;
+    };
+    let program = compile(&rules);
+    for (kind, access) in [(BLOCK, ALL), (CHAR, READ), (CHAR, MKNOD | WRITE)] {
+        let answer = run(&program, kind, 1, 3, access);
+        assert_eq!(answer == 1, granted(&rules, kind, 1, 3, access));
+    }
+}
+
+#[test]
+fn fuzz_agent_limits() {
+    bulkhead_fuzz::run("agent_limits", limits);
 }

@@ -8,13 +8,17 @@
 //! the cgroup is made, names beneath are only counted, read and removed.
 
 mod devices;
+mod huge_pages;
+mod limits;
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bulkhead_agent_protocol::CGROUP_STATS;
 use bulkhead_agent_protocol::agent::{CgroupFile, Resources};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +26,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::bpf::{self, Purpose};
 
 pub use devices::RuleError;
+use huge_pages::HugePages;
+use limits::write_file;
 
 /// Where the guest's cgroup hierarchy is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -57,17 +63,27 @@ pub enum CgroupError {
         name: String,
     },
     /// A limit that the kernel refused.
-    #[error("cgroup {path}: write of {value:?} to {name} failed: {source}")]
+    #[error("{}cannot set {name} to {value:?}{hint}: {source}", lead(field))]
     Write {
-        /// The cgroup's directory.
-        path: PathBuf,
-        /// The file in it.
+        /// The field of config.json that asked for it; may be empty.
+        field: String,
+        /// The file of the cgroup.
         name: String,
         /// What was written.
         value: String,
-        /// Why it failed; "not found" when the controller is not there.
+        /// What the guest has instead of a file that is not there.
+        hint: String,
+        /// Why it failed.
         #[source]
         source: io::Error,
+    },
+    /// A limit that cannot be: the machine, or what the container uses, is against it.
+    #[error("{}{reason}", lead(field))]
+    Limit {
+        /// The field of config.json that asked for it; may be empty.
+        field: String,
+        /// What it is and why not.
+        reason: String,
     },
     /// Another operation failed.
     #[error("cgroup {path}: {action} failed: {source}")]
@@ -101,32 +117,28 @@ pub enum CgroupError {
     },
 }
 
-/// The files that tell what a container uses.
-const STATS: [&str; 15] = [
-    "cpu.stat",
-    "memory.current",
-    "memory.events",
-    "memory.max",
-    "memory.peak",
-    "memory.stat",
-    "memory.swap.current",
-    "memory.swap.max",
-    "memory.swap.peak",
-    "memory.pressure",
-    "cpu.pressure",
-    "io.stat",
-    "io.pressure",
-    "pids.current",
-    "pids.max",
-];
+/// A field's name before what is to be said of it.
+fn lead(field: &str) -> String {
+    match field {
+        "" => String::new(),
+        field => format!("{field}: "),
+    }
+}
+
+/// The files by which who has a cgroup to itself runs it
+/// (Documentation/ABI/stable/sysfs-kernel-cgroup, `delegate`).
+const DELEGATED: &str = "/sys/kernel/cgroup/delegate";
 
 /// A cgroup that this process has made and removes by `delete`.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// Where its hierarchy is mounted.
+    root: PathBuf,
     directory: OwnedFd,
     /// The attached device program, which the next one replaces.
     devices: Option<OwnedFd>,
+    huge_pages: HugePages,
 }
 
 impl Cgroup {
@@ -153,24 +165,27 @@ impl Cgroup {
                 Err(source) => return Err(io_error(&directory, "mkdir", source)),
             }
         }
-        Self::set_up(&directory, resources).inspect_err(|_| {
+        Self::set_up(root, &directory, resources).inspect_err(|_| {
             // Empty and just made: this can only fail if the guest's cgroup file system is gone.
             let _ = fs::remove_dir(&directory);
         })
     }
 
-    fn set_up(path: &Path, resources: &Resources) -> Result<Self, CgroupError> {
+    fn set_up(root: &Path, path: &Path, resources: &Resources) -> Result<Self, CgroupError> {
         let directory = File::open(path).map_err(|e| io_error(path, "open", e))?;
         let mut cgroup = Self {
             path: path.to_path_buf(),
+            root: root.to_path_buf(),
             directory: directory.into(),
             devices: None,
+            huge_pages: HugePages::default(),
         };
         for (name, value) in NESTING_LIMITS {
             cgroup.write(name, value)?;
         }
-        cgroup.set_devices(resources)?;
-        cgroup.write_files(resources)?;
+        let program = cgroup.load_devices(resources)?;
+        cgroup.attach_devices(program)?;
+        cgroup.set_limits(resources)?;
         Ok(cgroup)
     }
 
@@ -184,12 +199,28 @@ impl Cgroup {
         &self.path
     }
 
-    /// Writes new limits in their order, then the device rules when they are set. What was applied before an error
-    /// stays applied.
+    /// Sets new limits, and the device rules when they are set: all or none.
     pub fn apply(&mut self, resources: &Resources) -> Result<(), CgroupError> {
-        self.write_files(resources)?;
-        if resources.set_devices {
-            self.set_devices(resources)?;
+        let program = match resources.set_devices {
+            true => Some(self.load_devices(resources)?),
+            false => None,
+        };
+        self.set_limits(resources)?;
+        program.map_or(Ok(()), |program| self.attach_devices(program))
+    }
+
+    /// Hands it over to a user, who may then make cgroups in it and distribute what its limits
+    /// allow (OCI config-linux.md#cgroup-ownership). The limits themselves stay the agent's.
+    pub fn give_to(&self, uid: u32, gid: u32) -> Result<(), CgroupError> {
+        let files = fs::read_to_string(DELEGATED)
+            .map_err(|source| io_error(Path::new(DELEGATED), "read", source))?;
+        let names = files.lines().map(|name| self.path.join(name));
+        for path in std::iter::once(self.path.clone()).chain(names) {
+            match chown(&path, Some(uid), Some(gid)) {
+                // Of a controller that this guest does not have.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other.map_err(|source| io_error(&path, "chown", source))?,
+            }
         }
         Ok(())
     }
@@ -254,10 +285,10 @@ impl Cgroup {
         })
     }
 
-    /// The text of [`STATS`], of those that the kernel has.
+    /// The text of [`CGROUP_STATS`], of those that the kernel has.
     pub fn stats(&self) -> Result<Vec<CgroupFile>, CgroupError> {
         let mut files = Vec::new();
-        for name in STATS {
+        for name in CGROUP_STATS {
             let path = self.path.join(name);
             match fs::read_to_string(&path) {
                 Ok(value) => files.push(CgroupFile {
@@ -277,7 +308,10 @@ impl Cgroup {
     /// Waits for the event that says so.
     pub fn delete(&self) -> Result<(), CgroupError> {
         match self.wait_for("populated 0") {
-            Err(CgroupError::Io { source, .. }) if gone(&source) => return Ok(()),
+            Err(CgroupError::Io { source, .. }) if gone(&source) => {
+                self.huge_pages.release();
+                return Ok(());
+            }
             other => other?,
         }
         // Children follow their parent in the list.
@@ -288,46 +322,48 @@ impl Cgroup {
                 Err(source) => return Err(io_error(&directory, "rmdir", source)),
             }
         }
+        self.huge_pages.release();
         Ok(())
     }
 
-    fn write_files(&self, resources: &Resources) -> Result<(), CgroupError> {
-        resources
-            .files
-            .iter()
-            .try_for_each(|file| self.write(&file.name, &file.value))
+    /// The limits and the huge pages behind them, all or none.
+    fn set_limits(&mut self, resources: &Resources) -> Result<(), CgroupError> {
+        let mut files = limits::resolve(&self.path, resources)?;
+        let wanted = huge_pages::wanted(&mut files)?;
+        let reserved = self.huge_pages.grow(&wanted)?;
+        match limits::apply(&self.path, &self.root, &files, resources.check_memory) {
+            Ok(()) => {
+                self.huge_pages.shrink(&wanted);
+                Ok(())
+            }
+            Err(error) => {
+                self.huge_pages.shrink(&reserved);
+                Err(error)
+            }
+        }
     }
 
     fn write(&self, name: &str, value: &str) -> Result<(), CgroupError> {
-        let mut parts = Path::new(name).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
-        {
-            return Err(CgroupError::InvalidFile {
-                name: name.to_owned(),
-            });
-        }
         write_file(&self.path, name, value)
     }
 
-    fn set_devices(&mut self, resources: &Resources) -> Result<(), CgroupError> {
+    fn load_devices(&self, resources: &Resources) -> Result<OwnedFd, CgroupError> {
         let rules = devices::rules(&resources.devices).map_err(|source| CgroupError::Rule {
             path: self.path.clone(),
             source,
         })?;
-        let fail = |action| {
-            let path = self.path.clone();
-            move |errno: Errno| io_error(&path, action, errno.into())
-        };
-        let program = bpf::load(Purpose::Devices, &devices::compile(&rules))
-            .map_err(fail("load of the device program"))?;
+        bpf::load(Purpose::Devices, &devices::compile(&rules))
+            .map_err(|errno| io_error(&self.path, "load of the device program", errno.into()))
+    }
+
+    /// In the place of the program that there is.
+    fn attach_devices(&mut self, program: OwnedFd) -> Result<(), CgroupError> {
         let old = self.devices.as_ref().map(AsFd::as_fd);
-        bpf::attach(
-            self.directory.as_fd(),
-            Purpose::Devices,
-            program.as_fd(),
-            old,
-        )
-        .map_err(fail("attachment of the device program"))?;
+        let directory = self.directory.as_fd();
+        bpf::attach(directory, Purpose::Devices, program.as_fd(), old).map_err(|errno| {
+            let action = "attachment of the device program";
+            io_error(&self.path, action, errno.into())
+        })?;
         self.devices = Some(program);
         Ok(())
     }
@@ -434,23 +470,6 @@ fn enable_controllers(directory: &Path) -> Result<(), CgroupError> {
         }
     }
     Ok(())
-}
-
-fn write_file(directory: &Path, name: &str, value: &str) -> Result<(), CgroupError> {
-    let written = OpenOptions::new()
-        .write(true)
-        .open(directory.join(name))
-        .and_then(|mut file| {
-            // An empty value is a value ("cpuset.cpus"), and an empty write would not reach the kernel.
-            let text = if value.is_empty() { "\n" } else { value };
-            file.write_all(text.as_bytes())
-        });
-    written.map_err(|source| CgroupError::Write {
-        path: directory.to_path_buf(),
-        name: name.to_owned(),
-        value: value.to_owned(),
-        source,
-    })
 }
 
 #[cfg(test)]

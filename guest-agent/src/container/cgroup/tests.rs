@@ -1,5 +1,6 @@
 //! On a real cgroup2 hierarchy: the host's own, or the one beside version 1.
 
+use std::fs::OpenOptions;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -114,7 +115,12 @@ fn limits_are_written_in_order_and_errors_name_file_and_value() {
         (
             "nothing.max",
             "1",
-            vec!["nothing.max", "\"1\"", "No such file"],
+            vec![
+                "nothing.max",
+                "\"1\"",
+                "no controller \"nothing\"",
+                "No such file",
+            ],
         ),
         (
             "../cgroup.procs",

@@ -1,6 +1,6 @@
 //! Messages that are not what they say.
 
-use proptest::prelude::*;
+use protobuf::Message as _;
 
 use super::*;
 
@@ -90,15 +90,26 @@ fn an_interface_index_that_is_cut_off_is_refused() {
     assert!(error.contains("cut off"), "{error}");
 }
 
-proptest! {
-    #[test]
-    fn no_message_panics(kind in 0u16..60, bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        let message = Message::new(kind, 0, &bytes).finish();
-        for message in [message, bytes] {
-            request::describe(&message);
-            if let Ok(request) = Request::new(&message, &Interfaces(vec![7])) {
-                prop_assert_eq!(request.message.len(), message.len());
-            }
-        }
+/// Any network, and any message of one: it is refused, or as long as it came.
+fn network(data: &[u8]) {
+    let interfaces = Interfaces(vec![7, 9]);
+    request::describe(data);
+    if let Ok(request) = Request::new(data, &interfaces) {
+        assert_eq!(request.message.len(), data.len());
     }
+    let Ok(network) = agent::Network::parse_from_bytes(data) else {
+        return;
+    };
+    if let Ok(requests) = translated(&network, &interfaces) {
+        assert_eq!(requests.len(), network.requests.len());
+    }
+    if let Ok(sysctls) = ordered(&network) {
+        assert!(sysctls.iter().all(|(_, name, _)| name.starts_with("net")));
+        assert!(sysctls.is_sorted());
+    }
+}
+
+#[test]
+fn fuzz_agent_network() {
+    bulkhead_fuzz::run("agent_network", network);
 }

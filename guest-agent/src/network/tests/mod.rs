@@ -243,8 +243,8 @@ fn routes_neighbours_and_rules_are_made_once() {
         assert_eq!(direct.attribute(libc::RTA_PREFSRC), v4("10.1.0.2"));
         assert_eq!(direct.body[6], libc::RT_SCOPE_LINK);
         let mut hops = find("10.9.0.0").attribute(libc::RTA_MULTIPATH);
-        let hops: Vec<Option<u32>> = netlink::Records::new(&mut hops, 8)
-            .map(|hop| netlink::read_u32(hop.unwrap(), 4))
+        let hops: Vec<Option<u32>> = records::Records::new(&mut hops, 8)
+            .map(|hop| linux::netlink::read_u32(hop.unwrap(), 4))
             .collect();
         assert_eq!(hops, [Some(first), Some(second)]);
         let inet6 = world::dump(libc::RTM_GETROUTE, libc::AF_INET6);

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::super::netlink::{HEADER, attributes, read_u32};
 use super::super::{Interfaces, Netlink};
 use super::CREATE;
+use linux::netlink::{HEADER, attributes, read_u32};
 use nix::sys::socket::SockProtocol;
 
 /// A message of rtnetlink(7) in the making.
@@ -46,7 +46,7 @@ pub(super) fn nested(parts: &[(u16, &[u8])]) -> Vec<u8> {
 /// Runs a test in a network namespace of its own.
 pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
-        crate::sys::unshare(libc::CLONE_NEWNET as u64)
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .expect("these tests make network namespaces: run them as root");
         test();
     });
@@ -79,12 +79,12 @@ impl World {
                 .with(libc::IFLA_IFNAME, &name)
                 .with(libc::IFLA_LINKINFO, &info)
                 .finish();
-            kernel().request(&mut message).unwrap();
+            kernel().request(&mut message, |_| {}).unwrap();
         }
         let links = links();
         for peer in ["b", "d"] {
             let mut up = super::link(links[peer].0, true).finish();
-            kernel().request(&mut up).unwrap();
+            kernel().request(&mut up, |_| {}).unwrap();
         }
         Self {
             interfaces: Interfaces(vec![links["a"].0, links["c"].0]),
@@ -123,11 +123,10 @@ pub(super) fn dump(kind: u16, family: libc::c_int) -> Vec<Found> {
     let mut request = Message::new(kind, 0, &vec![0; body]).finish();
     request[HEADER] = family as u8;
     kernel()
-        .dump(&mut request, |message| {
-            let (body, rest) = message.split_at_mut(body);
+        .dump(&mut request, |answer| {
+            let (body, rest) = answer.body.split_at(body);
             let attributes = attributes(rest)
-                .map(Result::unwrap)
-                .map(|attribute| (attribute.kind, attribute.value.to_owned()))
+                .map(|(kind, value)| (kind, value.to_owned()))
                 .collect();
             found.push(Found {
                 body: body.to_owned(),

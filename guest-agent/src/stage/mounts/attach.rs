@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use bulkhead_agent_protocol::agent::Mount;
+use linux::mount::{Depth, mount_setattr, move_mount};
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag, OpenHow, ResolveFlag};
 use nix::libc::{MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_SHARED, MS_SLAVE};
@@ -11,7 +12,7 @@ use nix::sys::stat::{self, SFlag};
 use nix::sys::statfs::{self, PROC_SUPER_MAGIC};
 
 use super::filesystem::{self, FsError};
-use super::{Attached, MountError, copy_up, flags, is_shared, set_propagation, sources, sys};
+use super::{Attached, MountError, copy_up, flags, is_shared, set_propagation, sources};
 use crate::stage::paths;
 use crate::stage::paths::{Missing, RootDir};
 
@@ -52,7 +53,7 @@ pub(super) fn attach(
         Some(tree) => tree,
         None => step.create(&target, mode, readonly_later)?,
     };
-    sys::move_mount(tree.as_fd(), target.as_fd()).map_err(|e| step.fail("attaching", e))?;
+    move_mount(tree.as_fd(), target.as_fd()).map_err(|e| step.fail("attaching", e))?;
     if is_bind {
         step.detach_propagation(&tree, root_propagation)?;
     }
@@ -328,7 +329,7 @@ impl Step<'_> {
         }
         let now = sources::access_time_mode(&target).map_err(|e| self.fail("fstatvfs", e))?;
         let change = flags::attributes(self.mount.flags, self.mount.clear_flags, now);
-        sys::mount_setattr(target.as_fd(), false, change)
+        mount_setattr(target.as_fd(), Depth::Top, change)
             .map_err(|e| self.fail("change of mount flags", e))
     }
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use bulkhead_agent_protocol::agent::device::Kind;
 use bulkhead_agent_protocol::agent::{Container, Device, Mount};
+use linux::mount::{Depth, move_mount, open_tree};
 use nix::errno::Errno;
 use nix::fcntl::{self, AtFlags, OFlag};
 use nix::libc::{MS_NOEXEC, MS_NOSUID};
@@ -16,7 +17,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{self, FchmodatFlags, FileStat, Mode, SFlag};
 use nix::unistd::{self, Gid, Uid, UnlinkatFlags};
 
-use super::{MountError, filesystem, is_bind, sys};
+use super::{MountError, filesystem, is_bind};
 use crate::idmap;
 use crate::stage::paths;
 use crate::stage::paths::RootDir;
@@ -189,11 +190,11 @@ fn make_node(parent: &OwnedFd, name: &OsStr, device: &Device) -> Result<(), Errn
 fn bind_nodes(root: &RootDir, nodes: &[Device], store: &OwnedFd) -> Result<(), MountError> {
     let fail = |action| move |errno| MountError::path("/dev", action, errno);
     // A mount can be copied only while it is attached somewhere in this namespace: over the root for a moment.
-    sys::move_mount(store.as_fd(), root.as_fd()).map_err(fail("attaching device nodes"))?;
+    move_mount(store.as_fd(), root.as_fd()).map_err(fail("attaching device nodes"))?;
     let copies: Result<Vec<OwnedFd>, Errno> = (0..nodes.len())
         .map(|index| {
             let name = CString::new(index.to_string()).map_err(|_| Errno::EINVAL)?;
-            sys::open_tree(store.as_fd(), &name, false)
+            open_tree(store.as_fd(), &name, Depth::Top)
         })
         .collect();
     umount2(&paths::proc_path(store), MntFlags::MNT_DETACH)
@@ -205,7 +206,7 @@ fn bind_nodes(root: &RootDir, nodes: &[Device], store: &OwnedFd) -> Result<(), M
             .parent(Path::new(&device.path))
             .map_err(fail("creation of its directory"))?;
         let target = mount_point(&parent, &name).map_err(fail("creation of its mount point"))?;
-        sys::move_mount(copy.as_fd(), target.as_fd()).map_err(fail("bind"))?;
+        move_mount(copy.as_fd(), target.as_fd()).map_err(fail("bind"))?;
     }
     Ok(())
 }

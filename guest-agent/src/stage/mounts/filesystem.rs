@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::libc::MS_RDONLY;
 
 use super::flags;
-use super::sys::{FsContext, attr};
+use linux::mount::{FsContext, attr};
 
 /// What failed while a file system was made, with the kernel's words about it.
 #[derive(Debug)]

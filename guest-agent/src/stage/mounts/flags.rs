@@ -8,7 +8,7 @@ use nix::libc::{
     MS_STRICTATIME, MS_SYNCHRONOUS, MS_UNBINDABLE,
 };
 
-use super::sys::{MountAttr, attr};
+use linux::mount::{MountAttr, attr};
 
 /// Flags with one attribute each. The access time modes are apart: they share one field.
 const PLAIN: [(u64, u64); 6] = [

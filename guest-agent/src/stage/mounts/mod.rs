@@ -13,6 +13,7 @@
 //! The init stage must be single-threaded, in a mount namespace of its own, with CAP_SYS_ADMIN in the user namespace
 //! that owns it, with the agent's /proc still mounted. A failure leaves nothing behind but that namespace.
 //! Everything inside the root is reached by descriptors (see `paths`), because the image controls the names.
+#![cfg_attr(not(test), forbid(unsafe_code))] // the tests fork
 
 mod attach;
 mod copy_up;
@@ -23,7 +24,6 @@ mod flags;
 mod seal;
 mod sources;
 mod submounts;
-pub(crate) mod sys;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -40,7 +40,7 @@ pub(crate) use sources::{is_bind, is_of_the_share, open_guest_path};
 pub(crate) use submounts::enter as enter_submount;
 
 use super::paths::{Missing, RootDir};
-use sys::MountAttr;
+use linux::mount::{Depth, MountAttr, mount_setattr, move_mount, open_tree};
 
 /// Where the container's root is attached until pivot_root: a directory that every guest and host has, and that any
 /// user namespace can walk to. Mounting there hides it from the container's mount namespace only.
@@ -75,7 +75,7 @@ pub fn prepare(spec: &Container, sources: Sources) -> Result<Prepared, MountErro
     let fail = |action, errno| MountError::root(&spec.root, action, errno);
     let staging = RootDir::open(Path::new(STAGING)).map_err(|e| fail("open of /run", e))?;
     isolate().map_err(|e| fail("making the mount namespace private", e))?;
-    sys::move_mount(sources.root.as_fd(), staging.as_fd()).map_err(|e| fail("attaching", e))?;
+    move_mount(sources.root.as_fd(), staging.as_fd()).map_err(|e| fail("attaching", e))?;
     set_propagation(sources.root.as_fd(), MS_PRIVATE, true)
         .map_err(|e| fail("making the root private", e))?;
     let root = RootDir::from_fd(sources.root);
@@ -152,8 +152,8 @@ impl Entered {
             .resolve_or_create(Path::new(CONSOLE), Missing::File)
             .map_err(fail("creation of the mount point"))?;
         let mount =
-            sys::open_tree(pty, c"", false).map_err(fail("copy of the terminal's mount"))?;
-        sys::move_mount(mount.as_fd(), target.as_fd()).map_err(fail("bind of the terminal"))
+            open_tree(pty, c"", Depth::Top).map_err(fail("copy of the terminal's mount"))?;
+        move_mount(mount.as_fd(), target.as_fd()).map_err(fail("bind of the terminal"))
     }
 
     /// The container's root directory.
@@ -179,7 +179,7 @@ fn set_propagation(mount: BorrowedFd, kind: u64, recursive: bool) -> Result<(), 
         propagation: kind,
         ..MountAttr::default()
     };
-    sys::mount_setattr(mount, recursive, change)
+    mount_setattr(mount, Depth::of(recursive), change)
 }
 
 /// Whether a root with this propagation passes mount events on to the mounts' sources.

@@ -8,9 +8,9 @@ use nix::errno::Errno;
 use nix::libc::{MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY};
 use nix::sys::stat::SFlag;
 
-use super::sys::{self, MountAttr, attr};
 use super::{MountError, Prepared, filesystem};
 use crate::stage::paths;
+use linux::mount::{Depth, MountAttr, attr, mount_setattr, move_mount, open_tree};
 
 pub(super) fn seal(prepared: Prepared, spec: &Container) -> Result<(), MountError> {
     let readonly = MountAttr {
@@ -18,11 +18,11 @@ pub(super) fn seal(prepared: Prepared, spec: &Container) -> Result<(), MountErro
         ..MountAttr::default()
     };
     for mount in prepared.attached.iter().filter(|m| m.readonly_later) {
-        sys::mount_setattr(mount.mount.as_fd(), false, readonly)
+        mount_setattr(mount.mount.as_fd(), Depth::Top, readonly)
             .map_err(|e| MountError::path(&mount.destination, "making the mount read-only", e))?;
     }
     if spec.root_readonly {
-        sys::mount_setattr(prepared.root.as_fd(), false, readonly)
+        mount_setattr(prepared.root.as_fd(), Depth::Top, readonly)
             .map_err(|e| MountError::root(&prepared.name, "making it read-only", e))?;
     }
     for path in &spec.readonly_paths {
@@ -52,13 +52,13 @@ fn make_readonly(prepared: &Prepared, path: &str) -> Result<(), MountError> {
         return Ok(());
     };
     let fail = |action| move |errno| MountError::path(path, action, errno);
-    let tree = sys::open_tree(file.as_fd(), c"", true).map_err(fail("copy of its mount"))?;
+    let tree = open_tree(file.as_fd(), c"", Depth::Whole).map_err(fail("copy of its mount"))?;
     let change = MountAttr {
         set: attr::RDONLY,
         ..MountAttr::default()
     };
-    sys::mount_setattr(tree.as_fd(), true, change).map_err(fail("making it read-only"))?;
-    sys::move_mount(tree.as_fd(), file.as_fd()).map_err(fail("attaching it read-only"))
+    mount_setattr(tree.as_fd(), Depth::Whole, change).map_err(fail("making it read-only"))?;
+    move_mount(tree.as_fd(), file.as_fd()).map_err(fail("attaching it read-only"))
 }
 
 /// A file becomes the null device, a directory an empty read-only one.
@@ -68,7 +68,7 @@ fn mask(prepared: &Prepared, path: &str, null: &impl AsFd) -> Result<(), MountEr
     };
     let fail = |action| move |errno| MountError::path(path, action, errno);
     if paths::kind(&file).map_err(fail("fstat"))? != SFlag::S_IFDIR {
-        return sys::move_mount(null.as_fd(), file.as_fd()).map_err(fail("masking"));
+        return move_mount(null.as_fd(), file.as_fd()).map_err(fail("masking"));
     }
     let empty = Mount {
         fstype: "tmpfs".to_owned(),
@@ -79,5 +79,5 @@ fn mask(prepared: &Prepared, path: &str, null: &impl AsFd) -> Result<(), MountEr
     };
     let tree = filesystem::create(&empty, Some(0o755), false)
         .map_err(|e| MountError::path(path, "creation of an empty directory", e.errno))?;
-    sys::move_mount(tree.as_fd(), file.as_fd()).map_err(fail("masking"))
+    move_mount(tree.as_fd(), file.as_fd()).map_err(fail("masking"))
 }

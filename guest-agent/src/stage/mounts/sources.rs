@@ -14,11 +14,11 @@ use nix::libc::{MS_BIND, MS_REC, MS_REMOUNT};
 use nix::sys::stat::{self, SFlag};
 use nix::sys::statvfs::{self, FsFlags};
 
-use super::sys::{self, MountAttr, attr};
 use super::{MountError, flags};
 use crate::idmap;
 use crate::machine::SHARE;
 use crate::stage::mounts::devices;
+use linux::mount::{Depth, MountAttr, attr, mount_setattr, open_tree};
 
 /// The sources of a container's mounts. Drop closes them; nothing stays mounted.
 #[derive(Debug)]
@@ -37,11 +37,11 @@ impl Sources {
     /// agent itself, or in the init stage before it enters a user namespace and before `prepare`.
     pub fn open(spec: &Container) -> Result<Self, MountError> {
         let root = open_guest_path(&spec.root)
-            .and_then(|fd| sys::open_tree(fd.as_fd(), c"", true))
+            .and_then(|fd| open_tree(fd.as_fd(), c"", Depth::Whole))
             .map_err(|errno| MountError::root(&spec.root, "open", errno))?;
         if is_of_the_share(&spec.root) {
             let change = flags::after(spec.root_attributes, MountAttr::default());
-            sys::mount_setattr(root.as_fd(), false, change)
+            mount_setattr(root.as_fd(), Depth::Top, change)
                 .map_err(|errno| MountError::root(&spec.root, "change of mount flags", errno))?;
         }
         let null = null_device().map_err(|errno| MountError::path("/dev/null", "open", errno))?;
@@ -141,13 +141,13 @@ fn null_device() -> Result<OwnedFd, Errno> {
 }
 
 fn null_mount(null: &OwnedFd) -> Result<OwnedFd, Errno> {
-    let mount = sys::open_tree(null.as_fd(), c"", false)?;
+    let mount = open_tree(null.as_fd(), c"", Depth::Top)?;
     // Read-only: the container's root could otherwise change the mode of the agent's own /dev/null.
     let change = MountAttr {
         set: attr::RDONLY | attr::NOSUID | attr::NOEXEC,
         ..MountAttr::default()
     };
-    sys::mount_setattr(mount.as_fd(), false, change)?;
+    mount_setattr(mount.as_fd(), Depth::Top, change)?;
     Ok(mount)
 }
 
@@ -167,7 +167,7 @@ fn open_bind(mount: &Mount) -> Result<OwnedFd, MountError> {
     };
     let source = open_guest_path(&mount.source).map_err(|e| fail("open of the source", e))?;
     let recursive = mount.flags & MS_REC != 0;
-    let tree = sys::open_tree(source.as_fd(), c"", recursive)
+    let tree = open_tree(source.as_fd(), c"", Depth::of(recursive))
         .map_err(|e| fail("copy of the source's mount", e))?;
     let change = match is_of_the_share(&mount.source) {
         // The guest's own mount of it has no flags: those of the host's count.
@@ -182,7 +182,7 @@ fn open_bind(mount: &Mount) -> Result<OwnedFd, MountError> {
             flags::attributes(mount.flags, mount.clear_flags, now)
         }
     };
-    sys::mount_setattr(tree.as_fd(), false, change)
+    mount_setattr(tree.as_fd(), Depth::Top, change)
         .map_err(|e| fail("change of mount flags", e))?;
     recursive_attributes(mount, &tree).map_err(|e| fail("change of recursive mount flags", e))?;
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
@@ -216,7 +216,7 @@ pub(super) fn recursive_attributes(mount: &Mount, fd: &OwnedFd) -> Result<(), Er
         clear,
         ..MountAttr::default()
     };
-    sys::mount_setattr(fd.as_fd(), true, change)
+    mount_setattr(fd.as_fd(), Depth::Whole, change)
 }
 
 fn translate_owners(tree: &OwnedFd, userns: &OwnedFd, recursive: bool) -> Result<(), Errno> {
@@ -226,7 +226,7 @@ fn translate_owners(tree: &OwnedFd, userns: &OwnedFd, recursive: bool) -> Result
         userns_fd: u64::try_from(userns.as_raw_fd()).map_err(|_| Errno::EBADF)?,
         ..MountAttr::default()
     };
-    sys::mount_setattr(tree.as_fd(), recursive, change)
+    mount_setattr(tree.as_fd(), Depth::of(recursive), change)
 }
 
 /// The access time mode of the mount that `fd` is on, as `attr` has it.

@@ -6,8 +6,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag, OpenHow, ResolveFlag};
 
-use super::sys::{self, MountAttr, attr};
 use crate::stage::paths;
+use linux::mount::{Depth, MountAttr, attr, is_mount_root, mount_setattr, move_mount, open_tree};
 
 /// Goes to the mount at `path` beneath `top` and gives it `attributes`, whatever it took over from the mount that it is in.
 ///
@@ -21,13 +21,13 @@ pub(crate) fn enter(top: BorrowedFd, path: &Path, attributes: u64) -> Result<(),
         clear: attr::OF_MOUNTS,
         ..MountAttr::default()
     };
-    match (sys::is_mount_root(found.as_fd())?, directory) {
-        (true, _) => sys::mount_setattr(found.as_fd(), false, change),
+    match (is_mount_root(found.as_fd())?, directory) {
+        (true, _) => mount_setattr(found.as_fd(), Depth::Top, change),
         (false, true) => Ok(()),
         (false, false) => {
-            let mount = sys::open_tree(found.as_fd(), c"", false)?;
-            sys::mount_setattr(mount.as_fd(), false, change)?;
-            sys::move_mount(mount.as_fd(), found.as_fd())
+            let mount = open_tree(found.as_fd(), c"", Depth::Top)?;
+            mount_setattr(mount.as_fd(), Depth::Top, change)?;
+            move_mount(mount.as_fd(), found.as_fd())
         }
     }
 }

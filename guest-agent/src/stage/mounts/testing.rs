@@ -1,4 +1,5 @@
 //! For tests that change namespaces: a forked child, because libtest's own process has many threads.
+#![allow(unsafe_code)] // fork(2)
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -170,3 +170,42 @@ fn exchanging_a_directory_for_a_link_meanwhile_never_leads_outside() {
     });
     tree.canary_is_untouched();
 }
+
+/// Any path in a root full of links: what it leads to lies in the root, and is made there.
+fn hostile_paths(data: &[u8]) {
+    let tree = tree();
+    for (target, name) in [
+        ("../../canary", "up"),
+        ("/canary/x", "absolute"),
+        ("loop", "loop"),
+        ("/proc/self/root", "magic"),
+        ("usr/lib/../../..", "deep"),
+        ("dangling/a", "dangling"),
+        ("..", "usr/parent"),
+        ("/usr/up/a", "usr/lib/far"),
+    ] {
+        tree.link(target, name);
+    }
+    let inside = fs::metadata(&tree.path).unwrap().dev();
+    for (nth, path) in data.split(|&byte| byte == b'\n').take(16).enumerate() {
+        let missing = [Missing::Directory, Missing::File][nth % 2];
+        let path = Path::new(OsStr::from_bytes(path));
+        let found = [
+            tree.root.resolve(path),
+            tree.root.resolve_or_create(path, missing),
+            tree.root.parent(path).map(|(parent, _)| parent),
+        ];
+        for fd in found.into_iter().flatten() {
+            // The name that the kernel has for it, from the host's root.
+            let name = fs::read_link(proc_path(&fd)).unwrap();
+            assert!(name.starts_with(&tree.path), "{path:?} leads to {name:?}");
+            assert_eq!(stat::fstat(&fd).unwrap().st_dev, inside);
+        }
+    }
+    tree.canary_is_untouched();
+}
+
+#[test]
+fn fuzz_agent_paths() {
+    bulkhead_fuzz::run("agent_paths", hostile_paths);
+}

@@ -5,13 +5,13 @@ use std::path::Path;
 use bulkhead_shim::{
     cgroup,
     config::Config,
-    pod::{Parts, Request, Sandbox},
+    pod::{Parts, Request, Sandbox, Size},
 };
 use serde::Serialize;
 
 use crate::{
     failure::{self, Failure},
-    probe, uids,
+    layers, probe, uids,
 };
 
 /// mount_setattr(2), cgroup.kill and CLONE_INTO_CGROUP need 5.7 to 5.14; 6.1 is what is tested.
@@ -72,10 +72,15 @@ pub fn check(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         items.push(item("kvm speed", speed(&config.kvm_device)));
     }
     // A guest that is interpreted takes minutes to fail, and without the rest it cannot begin.
-    items.push(match items.iter().all(|item| item.ok) {
-        true => item("guest", guest(config)),
-        false => item("guest", Err(("not tried".into(), "mend the above first"))),
-    });
+    let (guest, layers) = match items.iter().all(|item| item.ok) {
+        true => guest(config),
+        false => (
+            Err(("not tried".into(), "mend the above first")),
+            Vec::new(),
+        ),
+    };
+    items.push(item("guest", guest));
+    items.extend(layers);
     items.push(uids);
     let missing = items.iter().any(|item| !item.ok);
     if arguments.json {
@@ -225,33 +230,35 @@ fn speed(device: &Path) -> Found {
     }
 }
 
-/// Boots the product's kernel and agent.
-fn guest(config: &Config) -> Found {
-    let boot = || -> Result<String, String> {
+/// Boots the product's kernel and agent, and looks at the jails meanwhile.
+fn guest(config: &Config) -> (Found, Vec<Item>) {
+    let boot = || -> Result<(String, Vec<Item>), String> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| error.to_string())?;
         runtime.block_on(boot(config))
     };
-    boot().map_err(|error| {
-        (
-            error,
-            "see `bulkhead run --debug --serial FILE` for what the guest did",
-        )
-    })
+    const REMEDY: &str = "see `bulkhead run --debug --serial FILE` for what the guest did";
+    match boot() {
+        Ok((found, layers)) => (Ok(found), layers),
+        Err(error) => (Err((error, REMEDY)), Vec::new()),
+    }
 }
 
-async fn boot(config: &Config) -> Result<String, String> {
+async fn boot(config: &Config) -> Result<(String, Vec<Item>), String> {
     let line = |error: bulkhead_shim::pod::Error| failure::line(&error);
     let parts = Parts::open(config).map_err(line)?;
     let id = format!("check-{}", std::process::id());
     let request = Request {
         namespace: "check",
         id: &id,
-        vcpus: 1,
-        memory_mib: PROOF_MIB,
+        size: Size {
+            vcpus: 1,
+            memory_mib: PROOF_MIB,
+        },
         cgroups_path: None,
+        joins: false,
         host_limits: &[],
         network: None,
         net_slots: 0,
@@ -264,7 +271,9 @@ async fn boot(config: &Config) -> Result<String, String> {
         .map_err(line)?;
     let ready = sandbox.ready("check").await;
     let took = start.elapsed();
+    let mut layers = Vec::new();
     if ready.is_ok() {
+        layers = layers::items(&sandbox.jailed().await);
         sandbox.power_off().await;
     }
     let left = sandbox.give_back();
@@ -272,11 +281,12 @@ async fn boot(config: &Config) -> Result<String, String> {
     if let Some(leftover) = left.first() {
         return Err(format!("it ran, but left {leftover}"));
     }
-    Ok(format!(
+    let found = format!(
         "Linux {} was ready in {} ms",
         ready.kernel_release,
         took.as_millis()
-    ))
+    );
+    Ok((found, layers))
 }
 
 #[cfg(test)]

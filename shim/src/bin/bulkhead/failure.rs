@@ -38,6 +38,11 @@ impl Failure {
         self
     }
 
+    /// Why, in one line.
+    pub fn line(&self) -> &str {
+        &self.line
+    }
+
     /// To standard error.
     pub fn print(&self) {
         use std::io::Write;

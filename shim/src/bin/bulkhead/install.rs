@@ -28,6 +28,10 @@ kind: RuntimeClass
 metadata:
   name: bulkhead
 handler: bulkhead
+# What a machine takes beside its containers' limits: docs/operations.md, \"The size of a machine\".
+overhead:
+  podFixed:
+    memory: 96Mi
 ";
 
 #[derive(clap::Args)]

@@ -2,10 +2,13 @@
 
 mod check;
 mod diff;
+mod events;
 mod failure;
 mod gc;
 mod install;
+mod layers;
 mod network;
+mod oci;
 mod probe;
 mod run;
 mod signals;
@@ -16,7 +19,7 @@ mod version;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
-use bulkhead_shim::{config::Config, pod::timeline::now_ns};
+use bulkhead_shim::{config::Config, pod::timeline::now_ns, sys::own};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use failure::Failure;
@@ -25,9 +28,14 @@ const ABOUT: &str =
     "Runs OCI containers, each in a small virtual machine with a kernel of its own.";
 
 const EXIT_CODES: &str = "\
+Commands for engines, with runc's flags and words:
+  create, start, state, kill, delete, exec, run --detach, list, ps, pause, resume, update,
+  events --stats ID, features, spec
+
 Exit codes:
   0..255   of `run`: the container's; 128 + N when signal N ended it
   125      Bulkhead itself failed; one line on standard error says why
+  1        the same of a command for engines; 255 of `exec`
   126      the container's program cannot be executed
   127      the container's program was not found
   1        of `check`: this host lacks something; of `gc`: something is left
@@ -35,6 +43,8 @@ Exit codes:
 Files:
   /etc/bulkhead/config.toml            configuration, optional
   /run/bulkhead/NAMESPACE/SANDBOX      ledger and mounts of a pod
+  /run/bulkhead-oci/ID                 a container of an engine; --root is another place
+  /var/log/bulkhead/audit.jsonl        audit log of all pods
   PREFIX/libexec/bulkhead              bulkhead-vmm, vmlinux, initramfs";
 
 #[derive(Parser)]
@@ -52,6 +62,8 @@ struct Cli {
     /// With --version: print JSON
     #[arg(long, requires = "version", hide = true)]
     json: bool,
+    #[command(flatten)]
+    engine: oci::Globals,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -66,12 +78,19 @@ enum Command {
     Gc(gc::Arguments),
     /// Show what has passed through the pods' network interfaces, and what was dropped
     Network(network::Arguments),
+    /// Show the audit log and what comes: refusals, layers in force, blocked calls, limits, ends
+    Events(events::Arguments),
     /// Make Bulkhead known to containerd and write a RuntimeClass for Kubernetes
     Install(install::Arguments),
     /// Undo what `install` has done
     Uninstall(install::Arguments),
     /// Print the versions and build ids of all parts
     Version(version::Arguments),
+    #[command(flatten)]
+    Engine(oci::Verb),
+    /// Look after a container of an engine
+    #[command(hide = true)]
+    Monitor(oci::Monitor),
 }
 
 fn main() -> ExitCode {
@@ -81,8 +100,15 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return explain(&error),
     };
-    log_to_stderr(cli.debug);
-    let code = match act(cli, began_ns) {
+    let kept = match cli.command {
+        // It has descriptors of its own, and another log.
+        Some(Command::Monitor(_)) => Ok(()),
+        _ => {
+            log_to_stderr(cli.debug);
+            own::keep_inherited(3).map_err(Failure::from)
+        }
+    };
+    let code = match kept.and_then(|()| act(cli, began_ns)) {
         Ok(code) => code,
         Err(failure) => {
             terminal::restore();
@@ -102,6 +128,7 @@ fn explain(error: &clap::Error) -> ExitCode {
         let command = Cli::command();
         let names: Vec<&str> = command
             .get_subcommands()
+            .filter(|command| !command.is_hide_set())
             .map(|command| command.get_name())
             .collect();
         let wrong = error.get(clap::error::ContextKind::InvalidSubcommand);
@@ -121,13 +148,29 @@ fn explain(error: &clap::Error) -> ExitCode {
 fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
     let path = cli.config.as_deref();
     let load = || Config::load(path);
+    let engine = oci::Engine::new(&cli.engine, path, cli.debug);
     match cli.command {
         _ if cli.version => version::print(&version::Arguments { json: cli.json }, path),
         Some(Command::Version(arguments)) => version::print(&arguments, path),
-        Some(Command::Run(arguments)) => run::run(&arguments, &load()?, began_ns),
-        Some(Command::Check(arguments)) => check::check(&arguments, &load()?),
-        Some(Command::Gc(arguments)) => gc::gc(&arguments, &load()?),
+        Some(Command::Run(arguments)) => match arguments.detached()? {
+            Some(words) => engine.run(|engine| oci::run_detached(engine, &words)),
+            None => run::run(&arguments, &load()?, began_ns),
+        },
+        Some(Command::Engine(verb)) => engine.run(|engine| engine.act(verb)),
+        Some(Command::Monitor(arguments)) => oci::monitor(&engine, &arguments),
+        Some(Command::Check(arguments)) => {
+            own::narrow()?;
+            check::check(&arguments, &load()?)
+        }
+        Some(Command::Gc(arguments)) => {
+            own::narrow()?;
+            gc::gc(&arguments, &load()?)
+        }
         Some(Command::Network(arguments)) => network::network(&arguments, &load()?),
+        Some(Command::Events(arguments)) => match arguments.of_container()? {
+            Some((id, interval)) => engine.run(|engine| oci::of_container(engine, id, interval)),
+            None => events::events(&arguments, &load()?),
+        },
         Some(Command::Install(arguments)) => install::install(&arguments),
         Some(Command::Uninstall(arguments)) => install::uninstall(&arguments),
         None => {
@@ -151,4 +194,24 @@ fn log_to_stderr(debug: bool) {
         .with_target(false)
         .with_ansi(false)
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words, one a line: they are understood, or refused in words.
+    fn words(data: &[u8]) {
+        let text = String::from_utf8_lossy(data);
+        let words = ["bulkhead"].into_iter().chain(text.split('\n'));
+        if let Err(error) = Cli::try_parse_from(words) {
+            let told = error.to_string();
+            assert!(!told.is_empty());
+        }
+    }
+
+    #[test]
+    fn fuzz_bulkhead_words() {
+        bulkhead_fuzz::run("bulkhead_words", words);
+    }
 }

@@ -3,7 +3,7 @@
 use bulkhead_shim::{
     config::Config,
     ledger::{self, Resource},
-    network::{self, Counters},
+    netns::{self, Counters},
 };
 use serde::Serialize;
 
@@ -56,7 +56,7 @@ fn pods(arguments: &Arguments, config: &Config) -> Result<Vec<Pod>, Failure> {
             _ => None,
         });
         pods.push(Pod {
-            interfaces: network::counters(redirects)?,
+            interfaces: netns::counters(redirects)?,
             namespace: listed.namespace,
             id: listed.sandbox,
         });

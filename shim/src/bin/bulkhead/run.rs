@@ -4,15 +4,21 @@ use std::{fs::File, io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
-    config::{self, Config},
+    audit::{self, Audit},
+    config::Config,
     ids,
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
-    pod::{self, Container, Held, Order, Parts, Pod, Request, timeline::Timeline},
+    pod::{
+        self, Container, Held, Order, Parts, Pod, Request, Size, size::least_memory_mib,
+        timeline::Timeline,
+    },
+    sys::own,
 };
 
 use crate::{
     failure::{self, Failure},
+    oci::{Create, refuse_descriptors},
     signals::{Arrival, Signals},
     streams::Streams,
     terminal,
@@ -25,10 +31,10 @@ pub struct Arguments {
     /// Directory of the bundle: config.json and the root file system
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
-    /// Memory of the guest in MiB, at least 64
+    /// Memory of the guest in MiB, at least 48, whatever config.json limits
     #[arg(short, long, value_name = "MIB")]
     memory: Option<u64>,
-    /// Virtual processors of the guest, 1 to 32
+    /// Virtual processors of the guest, 1 to 32, whatever config.json limits
     #[arg(long, value_name = "N")]
     vcpus: Option<u32>,
     /// Give the container a terminal, whatever config.json says
@@ -46,31 +52,72 @@ pub struct Arguments {
     /// Write the guest's serial console to a file, for debugging: the boot becomes much slower
     #[arg(long, value_name = "FILE")]
     serial: Option<PathBuf>,
+    /// End when the container runs, as runc does; other commands know it then: state, exec, kill,
+    /// delete
+    #[arg(short, long)]
+    detach: bool,
+    /// With --detach: file for the pid of the process that stands for the container's
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    pid_file: Option<PathBuf>,
+    /// With --detach: socket to which the terminal's master is sent
+    #[arg(long, value_name = "SOCKET", requires = "detach")]
+    console_socket: Option<PathBuf>,
+    /// runc's, without a meaning here
+    #[arg(long, hide = true)]
+    no_pivot: bool,
+    /// runc's, without a meaning here
+    #[arg(long, hide = true)]
+    no_new_keyring: bool,
+    /// runc's, without a meaning here
+    #[arg(long, hide = true)]
+    no_subreaper: bool,
+    /// runc's: only 0
+    #[arg(long, value_name = "N", default_value_t = 0, hide = true)]
+    preserve_fds: u32,
     /// Name of the container and its pod, unique on this host
     id: String,
+}
+
+impl Arguments {
+    /// What is to be made if the command shall not wait for it.
+    pub fn detached(&self) -> Result<Option<Create>, Failure> {
+        if !self.detach {
+            return Ok(None);
+        }
+        let of_the_foreground = [
+            ("--memory", self.memory.is_some()),
+            ("--vcpus", self.vcpus.is_some()),
+            ("--tty", self.tty),
+            ("--timeline", self.timeline),
+            ("--timeline-json", self.timeline_json.is_some()),
+            ("--timeline-svg", self.timeline_svg.is_some()),
+            ("--serial", self.serial.is_some()),
+        ];
+        if let Some((flag, _)) = of_the_foreground.iter().find(|(_, given)| *given) {
+            let text = format!("{flag} does not go with --detach: leave one of them out");
+            return Err(Failure::new(text));
+        }
+        Ok(Some(Create {
+            bundle: self.bundle.clone(),
+            console_socket: self.console_socket.clone(),
+            pid_file: self.pid_file.clone(),
+            no_pivot: self.no_pivot,
+            no_new_keyring: self.no_new_keyring,
+            preserve_fds: self.preserve_fds,
+            id: self.id.clone(),
+        }))
+    }
 }
 
 /// Runs to the end; the exit code of this command.
 pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, Failure> {
     ids::check("id", &arguments.id)?;
-    let vcpus = arguments.vcpus.unwrap_or(config.vcpus);
-    if !(1..=config::MAX_VCPUS).contains(&vcpus) {
-        let text = format!(
-            "--vcpus {vcpus} cannot work: 1 to {} are possible",
-            config::MAX_VCPUS
-        );
-        return Err(Failure::new(text));
-    }
-    let memory_mib = arguments.memory.unwrap_or(config.memory_mib);
-    if memory_mib < config::MIN_MEMORY_MIB {
-        let text = format!(
-            "--memory {memory_mib} cannot boot: the guest needs at least {} MiB",
-            config::MIN_MEMORY_MIB
-        );
-        return Err(Failure::new(text));
-    }
+    check_words(arguments, config)?;
+    refuse_descriptors(arguments.preserve_fds)?;
     let bundle = Bundle::load(&arguments.bundle)?;
-    let mut plan = oci::plan(&bundle, &arguments.id)?;
+    let plan = oci::plan(&bundle, &arguments.id);
+    let mut plan = plan.inspect_err(|error| heed(config, &arguments.id, error.refusal()))?;
+    let size = size(arguments, config, &bundle)?;
     if arguments.tty {
         process_mut(&mut plan).terminal = true;
     }
@@ -82,6 +129,8 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
         json: open_some(arguments.timeline_json.as_ref())?,
         svg: open_some(arguments.timeline_svg.as_ref())?,
     };
+    // The files above have the modes that their user's mask wants. There is one thread yet.
+    own::narrow()?;
     let container = Container::new(&arguments.id, bundle.directory.clone(), &plan);
     let run = Run {
         arguments,
@@ -96,7 +145,57 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run.finish(vcpus, memory_mib, serial.map(OwnedFd::from)))
+    runtime.block_on(run.finish(size, serial.map(OwnedFd::from)))
+}
+
+/// Refuses sizes on the command line that cannot work.
+fn check_words(arguments: &Arguments, config: &Config) -> Result<(), Failure> {
+    if let Some(vcpus) = arguments.vcpus {
+        let most = config.most_vcpus();
+        if !(1..=most).contains(&vcpus) {
+            let text = format!("--vcpus {vcpus} cannot work: 1 to {most} are possible");
+            return Err(Failure::new(text));
+        }
+    }
+    if let Some(mib) = arguments.memory {
+        let vcpus = arguments.vcpus.unwrap_or(config.vcpus);
+        let least = least_memory_mib(vcpus);
+        if mib < least {
+            let text = format!("--memory {mib} cannot boot: the guest needs at least {least} MiB");
+            return Err(Failure::new(text));
+        }
+        let most = config.most_memory_mib();
+        if mib > most {
+            let text = format!("--memory {mib} cannot work: {most} MiB is the most");
+            return Err(Failure::new(text));
+        }
+    }
+    Ok(())
+}
+
+/// What the container's limits ask for, where the command line does not say.
+fn size(arguments: &Arguments, config: &Config, bundle: &Bundle) -> Result<Size, Failure> {
+    let mut limits = oci::limits::of_container(bundle)?;
+    if arguments.vcpus.is_some() {
+        limits.quota = None;
+    }
+    if arguments.memory.is_some() {
+        limits.memory = None;
+    }
+    let size = Size::of(&limits, config).map_err(|error| Failure::new(error.to_string()))?;
+    Ok(Size {
+        vcpus: arguments.vcpus.unwrap_or(size.vcpus),
+        memory_mib: arguments.memory.unwrap_or(size.memory_mib),
+    })
+}
+
+/// Tells of what the container is refused.
+fn heed(config: &Config, id: &str, refusal: Option<audit::Event>) {
+    if let Some(event) = refusal {
+        let audit = Audit::of(config, NAMESPACE, id);
+        audit.tell_of(Some(id), event);
+        audit.finish();
+    }
 }
 
 fn open_some(path: Option<&PathBuf>) -> Result<Option<File>, Failure> {
@@ -161,14 +260,9 @@ fn told(error: pod::Error) -> Failure {
 }
 
 impl Run<'_> {
-    async fn finish(
-        mut self,
-        vcpus: u32,
-        memory_mib: u64,
-        serial: Option<OwnedFd>,
-    ) -> Result<u8, Failure> {
+    async fn finish(mut self, size: Size, serial: Option<OwnedFd>) -> Result<u8, Failure> {
         let mut signals = Signals::catch()?;
-        let outcome = self.boot(vcpus, memory_mib, serial, &mut signals).await;
+        let outcome = self.boot(size, serial, &mut signals).await;
         match outcome {
             Ok(status) => Ok(status),
             Err(Stop::Interrupted(signal)) => Ok(128 + signal as u8),
@@ -179,8 +273,7 @@ impl Run<'_> {
     /// From nothing to the container's exit code, and to nothing again.
     async fn boot(
         &mut self,
-        vcpus: u32,
-        memory_mib: u64,
+        size: Size,
         serial: Option<OwnedFd>,
         signals: &mut Signals,
     ) -> Result<u8, Stop> {
@@ -192,10 +285,8 @@ impl Run<'_> {
             },
             ..PodPlan::default()
         };
-        let (cgroups_path, host_limits) = (
-            self.plan.cgroups_path.clone(),
-            std::mem::take(&mut self.plan.host_limits),
-        );
+        let cgroups_path = self.plan.cgroups_path.clone();
+        let host_limits = oci::limits::of_host(&mut self.plan, size.vcpus);
         let order = Order {
             parts: &self.parts,
             plan: &pod_plan,
@@ -203,9 +294,9 @@ impl Run<'_> {
                 namespace: NAMESPACE,
                 id: &self.arguments.id,
                 cgroups_path: cgroups_path.as_deref(),
+                joins: false,
                 host_limits: &host_limits,
-                vcpus,
-                memory_mib,
+                size,
                 network: pod_plan.paths.network.as_deref(),
                 // There is no order to start, before which others could add some.
                 net_slots: match self.plan.hooks.create.is_empty() {
@@ -216,18 +307,19 @@ impl Run<'_> {
                 oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
             },
         };
-        let (container, plan) = (&self.container, &mut self.plan);
+        let (config, container, plan) = (self.config, &self.container, &mut self.plan);
         let mut access = None;
         let meanwhile = async |held: &mut Held| {
             access = Some(held.access());
             if container.has_hooks() {
                 held.stand_in()?;
             }
-            container.place(held, plan, &[]).await?;
+            let placed = container.place(held, plan, &[]).await;
+            placed.inspect_err(|error| heed(config, &container.id, error.refusal()))?;
             Ok::<(), Stop>(container.run_create_hooks(held.pid()).await?)
         };
         let interrupted = async { Stop::Interrupted(signals.asks_to_end().await) };
-        let booted = Pod::boot(self.config, order, meanwhile, interrupted).await;
+        let booted = Pod::boot(config, order, meanwhile, interrupted).await;
         let outcome = match booted {
             Ok((pod, ())) => {
                 self.timeline.mark("agent ready");
@@ -257,6 +349,7 @@ impl Run<'_> {
 
     /// From a pod that is ready to the container's exit code.
     async fn in_pod(&mut self, pod: &Pod, signals: &mut Signals) -> Result<u8, Stop> {
+        pod.bound_time(&self.plan.container.resources)?;
         let mut spec = std::mem::take(&mut self.plan.container);
         let process = spec.process.mut_or_insert_default();
         let terminal = process.terminal;
@@ -286,6 +379,9 @@ impl Run<'_> {
             }
         }
         self.timeline.mark("output drained");
+        if exit.oom_killed {
+            pod.access.tell_memory(&self.arguments.id);
+        }
         Ok(exit_code(&exit))
     }
 

@@ -46,7 +46,7 @@ impl Signals {
     pub fn catch() -> io::Result<Signals> {
         let (sender, arrivals) = mpsc::unbounded_channel();
         for number in FORWARDED.iter().copied().chain([libc::SIGWINCH]) {
-            if is_ignored(number) {
+            if linux::process::is_ignored(number) {
                 continue;
             }
             let mut stream = signal(SignalKind::from_raw(number))?;
@@ -90,14 +90,5 @@ impl Signals {
                 Arrival::Impatient => return libc::SIGINT,
             }
         }
-    }
-}
-
-fn is_ignored(number: i32) -> bool {
-    // SAFETY: an all-zero sigaction is a valid value; the kernel overwrites it, and no new action is given.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(number, std::ptr::null(), &raw mut action) == 0
-            && action.sa_sigaction == libc::SIG_IGN
     }
 }

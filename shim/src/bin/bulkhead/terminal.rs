@@ -40,16 +40,7 @@ pub fn size() -> Option<(u16, u16)> {
     [input.as_fd(), output.as_fd(), error.as_fd()]
         .into_iter()
         .find_map(|fd| {
-            let mut size = nix::libc::winsize {
-                ws_row: 0,
-                ws_col: 0,
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            };
-            use std::os::fd::AsRawFd;
-            // SAFETY: the descriptor is open and size is a whole winsize that outlives the call.
-            let status =
-                unsafe { nix::libc::ioctl(fd.as_raw_fd(), nix::libc::TIOCGWINSZ, &raw mut size) };
-            (status == 0 && size.ws_row > 0).then_some((size.ws_row, size.ws_col))
+            let size = linux::terminal::size(fd).ok()?;
+            (size.0 > 0).then_some(size)
         })
 }

@@ -40,7 +40,7 @@ fn accounts(passwd: &str, range: &Range<u32>) -> BTreeSet<String> {
     let account = |line: &str| {
         let mut fields = line.split(':');
         let (name, uid) = (fields.next()?, fields.nth(1)?.parse().ok()?);
-        let name = bulkhead_shim::logs::brief(name, 64);
+        let name = bulkhead_shim::text::brief(name, 64);
         range
             .contains(&uid)
             .then(|| format!("{uid} is the account {name:?}"))
@@ -52,7 +52,7 @@ fn accounts(passwd: &str, range: &Range<u32>) -> BTreeSet<String> {
 fn subordinate(subuid: &str, range: &Range<u32>) -> BTreeSet<String> {
     let owner = |line: &str| {
         let mut fields = line.split(':');
-        let name = bulkhead_shim::logs::brief(fields.next()?, 64);
+        let name = bulkhead_shim::text::brief(fields.next()?, 64);
         let first: u64 = fields.next()?.parse().ok()?;
         let count: u64 = fields.next()?.trim().parse().ok()?;
         let overlaps = first < range.end.into() && first.saturating_add(count) > range.start.into();

@@ -99,6 +99,24 @@ impl Flags {
 mod tests {
     use super::*;
 
+    /// Words, one a line: what is taken can be a path's component.
+    fn words(data: &[u8]) {
+        let text = String::from_utf8_lossy(data);
+        let Ok(flags) = Flags::parse(text.split('\n').map(String::from)) else {
+            return;
+        };
+        if !matches!(flags.verb, Verb::Version | Verb::Info) {
+            for name in [&flags.id, &flags.namespace] {
+                assert!(!name.is_empty() && !name.contains('/') && !name.starts_with('.'));
+            }
+        }
+    }
+
+    #[test]
+    fn fuzz_shim_words() {
+        bulkhead_fuzz::run("shim_words", words);
+    }
+
     fn parse(text: &str) -> Result<Flags> {
         Flags::parse(text.split_whitespace().map(String::from))
     }

@@ -6,21 +6,32 @@
 //!            ── delete ─► after a daemon's death: gives back what its ledger names
 //! ```
 
-mod connections;
 mod daemon;
 mod delete;
 mod flags;
 mod info;
 mod log;
-mod offers;
 mod start;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
+use bulkhead_shim::sys::{daemon::LISTENER, own};
+
 use flags::{Flags, Verb};
 
 fn main() -> ExitCode {
-    let done = Flags::parse(std::env::args().skip(1)).and_then(|flags| match flags.verb {
+    let flags = Flags::parse(std::env::args().skip(1)).and_then(|flags| {
+        // The daemon's listening socket is one more than the standard streams.
+        let first = match flags.verb {
+            Verb::Daemon => LISTENER + 1,
+            _ => LISTENER,
+        };
+        own::close_inherited(first).context("cannot close what was inherited")?;
+        own::narrow().context("cannot give up capabilities")?;
+        Ok(flags)
+    });
+    let done = flags.and_then(|flags| match flags.verb {
         Verb::Version => info::version(),
         Verb::Info => info::info(),
         Verb::Start => start::start(&flags),

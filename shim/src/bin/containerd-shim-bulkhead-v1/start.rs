@@ -3,12 +3,9 @@
 use std::{
     fs,
     io::{self, Read, Write},
-    os::{
-        fd::AsRawFd,
-        unix::{
-            fs::DirBuilderExt,
-            net::{UnixListener, UnixStream},
-        },
+    os::unix::{
+        fs::DirBuilderExt,
+        net::{UnixListener, UnixStream},
     },
     path::Path,
 };
@@ -127,7 +124,8 @@ fn launch(flags: &Flags, greeting: &Greeting, listener: &UnixListener) -> Result
     if debug {
         arguments.push("-debug");
     }
-    let pid = daemon::spawn(&own, &arguments, &environment, listener.as_raw_fd())
+    let listener = listener.try_clone().context("cannot copy the socket")?;
+    let pid = daemon::spawn(&own, &arguments, &environment, vec![listener.into()])
         .context("cannot start the daemon")?;
     adjust_oom_score(pid);
     Ok(())

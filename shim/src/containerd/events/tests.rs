@@ -9,6 +9,16 @@ use ttrpc::r#async::{Server, TtrpcContext};
 
 use super::*;
 
+impl Events {
+    /// A queue that nobody empties but the test.
+    pub(crate) fn kept() -> (Events, mpsc::Receiver<(SystemTime, Event)>) {
+        let waiting = watch::Sender::new(0);
+        let (queue, receiver) = mpsc::channel(CAPACITY);
+        let queue = Some(queue);
+        (Events { queue, waiting }, receiver)
+    }
+}
+
 /// containerd's side: keeps what it is told.
 #[derive(Clone, Default)]
 struct Told(Arc<Mutex<Vec<Envelope>>>);

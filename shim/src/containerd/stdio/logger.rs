@@ -3,12 +3,7 @@
 //! It gets stdout as descriptor 3, stderr as 4, and 5 to say that it is ready: by a byte, or by closing it. The container's id and
 //! namespace are in its environment, the pairs of the query are its arguments.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, OwnedFd},
-    path::Path,
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
 
 use tokio::{
     io::AsyncReadExt,
@@ -19,7 +14,6 @@ use super::{
     Error, Owner,
     relay::{Sink, child_pipe},
 };
-use crate::sys::spawn::keep_at;
 
 /// How long a logger may take to get ready.
 const READY: Duration = Duration::from_secs(10);
@@ -105,11 +99,12 @@ impl Logger {
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
             .kill_on_drop(true);
-        let fds: [&OwnedFd; 3] = [&out_read, &err_read, &says_ready];
-        keep_at(&mut command, 3, fds.map(AsRawFd::as_raw_fd));
+        let fds = vec![out_read, err_read, says_ready];
+        linux::process::hand_over(command.as_std_mut(), 3, fds, false);
         let child = command.spawn().map_err(failed)?;
         let logger = Logger(child);
-        drop((out_read, err_read, says_ready));
+        // With it go our copies.
+        drop(command);
         let mut ready = tokio::net::unix::pipe::Receiver::from_owned_fd(ready).map_err(failed)?;
         let mut byte = [0];
         match tokio::time::timeout(READY, ready.read(&mut byte)).await {

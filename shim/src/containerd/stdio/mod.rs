@@ -6,10 +6,12 @@
 //! | `/path`, `fifo:///path` | a FIFO that the client has made |
 //! | `file:///path` | a file, appended to |
 //! | `binary:///path?key=value` | a logger: a program that reads the output from its descriptors 3 and 4 |
+//! | `keeper:TICKET` | a descriptor that the client has handed over (`handed`); its end is the stream's |
 //!
 //! A FIFO is held open at both ends by us, so that a client which goes away neither breaks the container's output nor ends its
 //! input: another one may come. Only CloseIO ends the input.
 
+mod handed;
 mod logger;
 mod progress;
 mod relay;
@@ -32,6 +34,8 @@ use std::{
 
 use tokio::task::JoinHandle;
 
+use handed::Source;
+pub use handed::{Handed, SCHEME};
 use logger::Logger;
 use progress::Progress;
 use relay::Sink;
@@ -42,6 +46,9 @@ pub enum Error {
     /// A form that we do not know.
     #[error("{0:?} is no stream that this shim knows: a path, fifo://, file:// and binary:// are")]
     Form(String),
+    /// Nothing was handed over by this ticket, or it was used.
+    #[error("no stream was handed over by the ticket {0:?}")]
+    Ticket(String),
     /// It cannot be opened.
     #[error("cannot open the stream {path}")]
     Open {
@@ -81,6 +88,15 @@ pub struct Owner<'a> {
     pub namespace: &'a str,
     /// The container.
     pub container: &'a str,
+    /// What was handed over for streams to be, where that can be.
+    pub handed: Option<&'a Handed>,
+}
+
+impl Owner<'_> {
+    fn take(&self, ticket: &str, index: usize) -> Result<OwnedFd, Error> {
+        let found = self.handed.and_then(|handed| handed.take(ticket, index));
+        found.ok_or_else(|| Error::Ticket(ticket.into()))
+    }
 }
 
 /// A parsed name.
@@ -90,11 +106,15 @@ enum Name {
     Fifo(PathBuf),
     File(PathBuf),
     Binary(PathBuf, Vec<String>),
+    Handed(String),
 }
 
 fn parse(name: &str) -> Result<Name, Error> {
     if name.is_empty() {
         return Ok(Name::Null);
+    }
+    if let Some(ticket) = name.strip_prefix(SCHEME) {
+        return Ok(Name::Handed(ticket.into()));
     }
     let (scheme, rest) = name.split_once("://").unwrap_or(("fifo", name));
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -112,10 +132,17 @@ fn parse(name: &str) -> Result<Name, Error> {
 /// The host's ends of a process' streams, opened.
 #[derive(Debug)]
 pub struct Ends {
-    stdin: Option<PathBuf>,
+    stdin: Option<Origin>,
     stdout: Option<Target>,
     stderr: Option<Target>,
     logger: Option<Logger>,
+}
+
+/// Where input comes from.
+#[derive(Debug)]
+enum Origin {
+    Fifo(PathBuf),
+    Handed(Source),
 }
 
 /// Where output goes.
@@ -144,7 +171,8 @@ impl Ends {
     pub async fn open(names: &Names, owner: Owner<'_>) -> Result<Ends, Error> {
         let stdin = match parse(&names.stdin)? {
             Name::Null => None,
-            Name::Fifo(path) => Some(path),
+            Name::Fifo(path) => Some(Origin::Fifo(path)),
+            Name::Handed(ticket) => handed::source(owner.take(&ticket, 0)?)?.map(Origin::Handed),
             _ => return Err(Error::Form(names.stdin.clone())),
         };
         if let Name::Binary(path, arguments) = parse(&names.stdout)? {
@@ -158,11 +186,11 @@ impl Ends {
         }
         let stderr = match names.terminal {
             true => None,
-            false => open_output(&names.stderr)?,
+            false => open_output(&names.stderr, owner, 2)?,
         };
         Ok(Ends {
             stdin,
-            stdout: open_output(&names.stdout)?,
+            stdout: open_output(&names.stdout, owner, 1)?,
             stderr,
             logger: None,
         })
@@ -208,13 +236,14 @@ fn open_input(path: &Path) -> Result<Input, Error> {
     })
 }
 
-fn open_output(name: &str) -> Result<Option<Target>, Error> {
+fn open_output(name: &str, owner: Owner<'_>, index: usize) -> Result<Option<Target>, Error> {
     match parse(name)? {
         Name::Null => Ok(None),
         Name::Fifo(path) => open_fifo(&path).map(Some),
         Name::File(path) => Ok(Some(open_file(&path)?.into())),
         // stdout's logger has both.
         Name::Binary(..) => Ok(None),
+        Name::Handed(ticket) => handed::target(owner.take(&ticket, index)?),
     }
 }
 
@@ -273,7 +302,7 @@ impl Output {
 #[derive(Debug, Default)]
 pub struct Streams {
     /// The input before the process is started.
-    waiting: Option<(PathBuf, UnixStream)>,
+    waiting: Option<(Origin, UnixStream)>,
     holder: Option<OwnedFd>,
     input: Option<JoinHandle<()>>,
     /// stdout's and stderr's.
@@ -285,14 +314,41 @@ impl Streams {
     /// Begins to pass the input on. Not before the process is started: a client whose writing is taken earlier may come to its
     /// input's end before it has a task on which to call CloseIO (`ctr` 1.7 forgets the call then).
     pub fn open_input(&mut self) -> Result<(), Error> {
-        let Some((path, stream)) = self.waiting.take() else {
+        let Some((origin, stream)) = self.waiting.take() else {
             return Ok(());
+        };
+        let path = match origin {
+            Origin::Fifo(path) => path,
+            Origin::Handed(source) => return self.feed(source, stream),
         };
         let input = open_input(&path)?;
         self.holder = Some(input.holder);
         let fed = relay::feed(input.reader, stream);
         self.input = Some(fed.map_err(|source| Error::Open { path, source })?);
         Ok(())
+    }
+
+    fn feed(&mut self, source: Source, stream: UnixStream) -> Result<(), Error> {
+        let failed = |source| Error::Open {
+            path: "the standard input".into(),
+            source,
+        };
+        match source {
+            Source::Watched(fd) => {
+                self.input = Some(relay::feed(fd, stream).map_err(failed)?);
+            }
+            // It ends with the file.
+            Source::Plain(fd) => drop(crate::io::feed(fd, stream).map_err(failed)?),
+        }
+        Ok(())
+    }
+
+    /// Takes no more input: the process has ended, and what comes is somebody else's.
+    pub fn stop_input(&mut self) {
+        self.waiting = None;
+        if let Some(input) = self.input.take() {
+            input.abort();
+        }
     }
 
     /// Lets the input end when its last client has closed it.
@@ -317,9 +373,7 @@ impl Streams {
     /// open for ever, and a client may never read: hence `limit`. `false`: it has passed.
     pub async fn finish(mut self, limit: Duration) -> bool {
         self.holder = None;
-        if let Some(input) = self.input.take() {
-            input.abort();
-        }
+        self.stop_input();
         let output = &mut self.output;
         let all = async {
             for output in output.iter_mut().flatten() {

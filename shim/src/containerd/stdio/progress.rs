@@ -9,7 +9,6 @@ use std::{
 use tokio::time::Instant;
 
 use super::relay::Passed;
-use crate::sys;
 
 /// How long a client may read nothing before it is not waited for.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
@@ -42,7 +41,7 @@ impl Progress {
     /// Bytes that the client has read.
     fn read(&self) -> u64 {
         // A FIFO has no reason to refuse.
-        let unread = |fifo: &Arc<OwnedFd>| sys::unread(fifo.as_fd()).unwrap_or(0);
+        let unread = |fifo: &Arc<OwnedFd>| linux::descriptor::unread(fifo.as_fd()).unwrap_or(0);
         let unread = self.fifo.as_ref().map_or(0, unread);
         self.passed.bytes().saturating_sub(unread.into())
     }

@@ -5,6 +5,7 @@ use super::*;
 const OWNER: Owner<'_> = Owner {
     namespace: "ns",
     container: "c",
+    handed: None,
 };
 
 fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
@@ -235,4 +236,95 @@ async fn a_logger_gets_everything_and_is_waited_for() {
     drop((out, err));
     assert!(streams.finish(Duration::from_secs(60)).await);
     assert_eq!(std::fs::read_to_string(log).unwrap(), "out err ns/c\n");
+}
+
+/// All three by the ticket "t".
+fn handed_names() -> Names {
+    let [stdin, stdout, stderr] = [(); 3].map(|()| "keeper:t".into());
+    Names {
+        stdin,
+        stdout,
+        stderr,
+        terminal: false,
+    }
+}
+
+/// Streams of all kinds that an engine gives, handed over by a ticket.
+#[tokio::test]
+async fn descriptors_that_were_handed_over_are_streams() {
+    let dir = tempfile::tempdir().unwrap();
+    let handed = Handed::default();
+    let owner = Owner {
+        handed: Some(&handed),
+        ..OWNER
+    };
+    let file = dir.path().join("in");
+    std::fs::write(&file, "from a file").unwrap();
+    let (out_reader, out) = nix::unistd::pipe().unwrap();
+    let (err_reader, err) = UnixStream::pair().unwrap();
+    let input = File::open(&file).unwrap();
+    assert!(handed.put("t", [input.into(), out, err.into()]));
+    let names = handed_names();
+    let ends = Ends::open(&names, owner).await.unwrap();
+    assert_eq!(ends.wanted(), [true; 3]);
+    // Each is given out once.
+    assert!(matches!(
+        Ends::open(&names, owner).await,
+        Err(Error::Ticket(_))
+    ));
+    let pairs = [(); 3].map(|()| UnixStream::pair().unwrap());
+    let [(mut stdin, a), (mut stdout, b), (mut stderr, c)] = pairs;
+    let mut streams = ends.join([Some(a), Some(b), Some(c)]).unwrap();
+    streams.open_input().unwrap();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        stdin.read_to_string(&mut text).unwrap();
+        text
+    });
+    assert_eq!(read.await.unwrap(), "from a file");
+    stdout.write_all(b"out").unwrap();
+    stderr.write_all(b"err").unwrap();
+    drop((stdout, stderr));
+    assert!(streams.finish(LIMIT).await);
+    let mut text = [String::new(), String::new()];
+    File::from(out_reader).read_to_string(&mut text[0]).unwrap();
+    let mut err_reader = err_reader;
+    err_reader.read_to_string(&mut text[1]).unwrap();
+    assert_eq!(text, ["out", "err"]);
+}
+
+#[tokio::test]
+async fn dev_null_is_no_stream() {
+    let handed = Handed::default();
+    let owner = Owner {
+        handed: Some(&handed),
+        ..OWNER
+    };
+    let null = || File::options().read(true).write(true).open("/dev/null");
+    handed.put("t", [(); 3].map(|()| null().unwrap().into()));
+    let names = handed_names();
+    let ends = Ends::open(&names, owner).await.unwrap();
+    assert_eq!(ends.wanted(), [false; 3]);
+    assert!(!handed.put("t", [(); 3].map(|()| null().unwrap().into())));
+    handed.forget("t");
+    assert!(handed.put("t", [(); 3].map(|()| null().unwrap().into())));
+}
+
+#[test]
+fn the_pids_by_which_an_engine_knows_a_pod_are_the_pods() {
+    let handed = Handed::default();
+    handed.stand_in(42);
+    let of = |path: &str| handed.of_pod(Path::new(path), 7);
+    assert_eq!(of("/proc/42/ns/net"), Some("/proc/7/ns/net".into()));
+    for other in [
+        "/proc/43/ns/net",
+        "/proc",
+        "/proc/self/ns/net",
+        "/run/42",
+        "",
+    ] {
+        assert_eq!(of(other), None, "{other}");
+    }
+    handed.leave(42);
+    assert_eq!(of("/proc/42/ns/net"), None);
 }

@@ -124,7 +124,7 @@ macro_rules! plain {
 plain!(
     Empty: 0,
     StartSandboxResponse: 5,
-    CreateProcessResponse: 1,
+    CreateProcessResponse: 3,
     StartProcessResponse: 3,
     WaitProcessResponse: 6,
     SocketConnection: 2,

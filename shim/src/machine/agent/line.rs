@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
 };
@@ -21,6 +21,7 @@ use tokio::{
 use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_RESPONSE, MessageHeader};
 
 use super::answer::check_envelope;
+use crate::audit::{Audit, Event};
 
 /// Largest frame from the agent: its longest answers are a list of ports and the text of an error.
 const MAX_FRAME: u32 = 256 << 10;
@@ -39,6 +40,9 @@ struct Shared {
     ended: watch::Sender<Option<String>>,
     /// Requests whose answers may be long.
     long: AtomicU32,
+    /// Requests that no answer has come to.
+    asked: AtomicU64,
+    audit: Audit,
 }
 
 /// As long as this is there, an answer may be long.
@@ -51,10 +55,12 @@ impl Drop for Long {
 }
 
 impl State {
-    fn new() -> State {
+    fn new(audit: &Audit) -> State {
         State(Arc::new(Shared {
             ended: watch::Sender::new(None),
             long: AtomicU32::new(0),
+            asked: AtomicU64::new(0),
+            audit: audit.clone(),
         }))
     }
 
@@ -64,6 +70,21 @@ impl State {
         Long(self.clone())
     }
 
+    /// One more answer may come, whenever that is. Call it before the request is sent.
+    pub(super) fn ask(&self) {
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes the right to an answer. A guest that answers what nobody has asked would have us read
+    /// nothing else.
+    fn is_asked(&self) -> bool {
+        let less_one = |asked: u64| asked.checked_sub(1);
+        let asked = &self.0.asked;
+        asked
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less_one)
+            .is_ok()
+    }
+
     /// The connection cannot be used any more; the first reason stays.
     pub(super) fn end(&self, reason: &str) {
         self.0.ended.send_if_modified(|ended| {
@@ -71,6 +92,13 @@ impl State {
             ended.get_or_insert_with(|| reason.into());
             first
         });
+    }
+
+    /// The same, because the guest broke a rule: it is told of.
+    pub(super) fn refuse(&self, limit: &str, reason: &str) {
+        let event = Event::limit("agent", limit, None, reason);
+        self.0.audit.tell(event);
+        self.end(reason);
     }
 
     /// Waits for the connection's end: the reason.
@@ -107,8 +135,8 @@ impl<S> Drop for Line<S> {
 }
 
 impl<S> Line<S> {
-    pub(super) fn new(stream: S) -> (Line<S>, State) {
-        let state = State::new();
+    pub(super) fn new(stream: S, audit: &Audit) -> (Line<S>, State) {
+        let state = State::new(audit);
         let line = Line {
             stream,
             state: state.clone(),
@@ -139,6 +167,9 @@ impl<S> Line<S> {
                     "a frame of type {}, which is no answer",
                     header.type_
                 ));
+            }
+            if !self.state.is_asked() {
+                return Err("an answer to nothing".into());
             }
             check_envelope(&self.frame[MESSAGE_HEADER_LENGTH..])
                 .map_err(|refusal| format!("an answer that is not understood: {refusal}"))?;
@@ -172,7 +203,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Line<S> {
                 Ok(lacks) => lacks,
                 Err(what) => {
                     let reason = format!("the guest's agent has sent {what}");
-                    line.state.end(&reason);
+                    line.state.refuse("frame", &reason);
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, reason)));
                 }
             };
@@ -240,7 +271,9 @@ mod tests {
 
     async fn read(sent: Vec<u8>, long: bool) -> (io::Result<Vec<u8>>, State) {
         let (ours, mut theirs) = tokio::io::duplex(1000);
-        let (mut line, state) = Line::new(ours);
+        let (mut line, state) = Line::new(ours, &Audit::default());
+        // As many as a test has answers.
+        (0..3).for_each(|_| state.ask());
         let allowed = long.then(|| state.allow_long());
         let send = async {
             // It may be refused before its end.

@@ -87,6 +87,60 @@ async fn a_request_given_up_once_it_is_sent_keeps_its_answer() {
 }
 
 #[tokio::test]
+async fn what_a_machine_says_of_its_devices_is_told_and_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut peer, theirs) = peer::tests::idle();
+    let audit = Audit::in_directory(dir.path());
+    peer.audit = audit.clone();
+    let vm = Vm::of(Arc::new(peer));
+    let reset = |number: usize| Event::NeedsReset {
+        device: format!("net{number}"),
+        reason: "ring\nforged".into(),
+    };
+    for number in 0..MAX_RESETS {
+        theirs.send(&reset(number), &[]).await.unwrap();
+    }
+    is_in_step(&vm, &theirs).await;
+    theirs.send(&reset(MAX_RESETS), &[]).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(10), vm.ended()).await;
+    assert!(matches!(ended.expect("it goes on"), End::Failed { .. }));
+    let told = audit.told();
+    assert_eq!(told.len(), MAX_RESETS + 1);
+    let first = audit::Event::NeedsReset {
+        device: "net0".into(),
+        reason: "ring\\nforged".into(),
+    };
+    assert_eq!(told[0], first);
+    assert!(
+        matches!(&told[MAX_RESETS], audit::Event::Limit { of, limit, .. } if of == "vmm" && limit == "packet"),
+        "{told:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_thread_that_was_stopped_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut peer, theirs) = peer::tests::idle();
+    let audit = Audit::in_directory(dir.path());
+    peer.audit = audit.clone();
+    let vm = Vm::of(Arc::new(peer));
+    let blocked = bulkhead_vmm_config::Blocked {
+        role: bulkhead_vmm_config::Role::Vcpu,
+        call: libc::SYS_execve as i32,
+    };
+    theirs.send(&Event::Blocked(blocked), &[]).await.unwrap();
+    drop(theirs);
+    let ended = tokio::time::timeout(Duration::from_secs(10), vm.ended()).await;
+    assert!(matches!(ended.expect("it goes on"), End::Failed { .. }));
+    let told = audit::Event::Blocked {
+        role: "vcpu".into(),
+        call: "execve".into(),
+        number: libc::SYS_execve as i32,
+    };
+    assert_eq!(audit.told(), [told]);
+}
+
+#[tokio::test]
 async fn a_machine_that_is_not_understood_is_ended() {
     let (vm, theirs) = machine();
     theirs.send(&"no event", &[]).await.unwrap();
@@ -155,7 +209,8 @@ async fn a_machine_that_says_what_nothing_led_to_is_ended() {
     };
     use bulkhead_vmm_config::Phase::{Init, VmmStart};
     let done = [Event::Done, Event::Done];
-    let running = [Event::Running, Event::Running];
+    let runs = Event::Running { landlock: Some(6) };
+    let running = [runs.clone(), runs.clone()];
     let reached = [stamp(VmmStart), stamp(VmmStart)];
     for said in [&done[..], &running[..], &reached[..]] {
         let (vm, theirs) = machine();
@@ -170,7 +225,7 @@ async fn a_machine_that_says_what_nothing_led_to_is_ended() {
     }
     // Each phase once is what a boot is.
     let (vm, theirs) = machine();
-    for event in [stamp(VmmStart), Event::Running, stamp(Init)] {
+    for event in [stamp(VmmStart), runs, stamp(Init)] {
         theirs.send(&event, &[]).await.unwrap();
     }
     is_in_step(&vm, &theirs).await;

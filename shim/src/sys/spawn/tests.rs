@@ -1,11 +1,14 @@
 //! What a program that fell to an attacker can do with what it was started with. Each script is the attack.
 
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 
 use super::{
-    super::{device_filter, mount, process},
+    super::{device_filter, mount},
     *,
 };
+
+/// keyctl(2): with no name, a new keyring that belongs to nobody else.
+const JOIN_SESSION_KEYRING: libc::c_int = 1;
 
 /// A cgroup v2 of the test's own.
 pub(crate) struct OwnCgroup(PathBuf);
@@ -56,7 +59,7 @@ fn run(executable: &Executable, cgroup: &OwnCgroup, script: &str) -> String {
     said.read_to_string(&mut text).unwrap();
     let limit = std::time::Duration::from_secs(30);
     assert!(process::wait_gone(child.pidfd.as_fd(), limit).unwrap());
-    process::reap(child.pidfd.as_fd());
+    process::collect(child.pidfd.as_fd());
     text
 }
 
@@ -130,7 +133,11 @@ fn no_keys_are_inherited() {
     // SAFETY: strings are NUL-terminated, the payload has the length that is passed, and all outlive the calls. The keyring is
     // this thread's own.
     let status = unsafe {
-        libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, ptr::null::<u8>());
+        libc::syscall(
+            libc::SYS_keyctl,
+            JOIN_SESSION_KEYRING,
+            std::ptr::null::<u8>(),
+        );
         let key = libc::syscall(
             libc::SYS_add_key,
             kind.as_ptr(),

@@ -3,6 +3,7 @@
 mod configs;
 mod life;
 mod network;
+mod sizes;
 
 use bulkhead_tests::cri::Cri;
 use bulkhead_tests::cri::messages::{
@@ -115,6 +116,19 @@ impl<'a> Pod<'a> {
     }
 
     fn create(&self, script: &str, mounts: &[(&str, &str)]) -> Result<String, String> {
+        let resources = LinuxContainerResources {
+            memory_limit_in_bytes: 64 << 20,
+            ..Default::default()
+        };
+        self.create_with(script, mounts, resources)
+    }
+
+    fn create_with(
+        &self,
+        script: &str,
+        mounts: &[(&str, &str)],
+        resources: LinuxContainerResources,
+    ) -> Result<String, String> {
         let mounts = mounts.iter().map(|(host, inside)| Mount {
             host_path: (*host).into(),
             container_path: (*inside).into(),
@@ -136,11 +150,7 @@ impl<'a> Pod<'a> {
             command: ["/bin/sh", "-c", script].map(String::from).into(),
             mounts: mounts.collect(),
             linux: Some(LinuxContainerConfig {
-                resources: Some(LinuxContainerResources {
-                    memory_limit_in_bytes: 64 << 20,
-                    ..Default::default()
-                })
-                .into(),
+                resources: Some(resources).into(),
                 security_context: Some(LinuxContainerSecurityContext {
                     privileged: self.config.linux.security_context.privileged,
                     namespace_options: Some(namespaces(self.pid)).into(),

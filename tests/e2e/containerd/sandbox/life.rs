@@ -16,7 +16,61 @@ use ttrpc::Code;
 
 use super::{SHIM, Shim, member};
 use crate::rpc::{UNMOVED, block_on, code, context, state};
-use crate::{eventually, processes, shims_end};
+use crate::{cgroup_of, eventually, processes, shims_end};
+
+#[test]
+fn a_pods_resources_make_its_machine() {
+    let host = Host::now();
+    let shim = Shim::start();
+    let id = shim.id.as_str();
+    block_on(async {
+        let services = shim.services().await;
+        let asked = |cpu_quota, memory_limit_in_bytes| {
+            let mut config = PodSandboxConfig::default();
+            let linux = config.linux.mut_or_insert_default();
+            linux.overhead.mut_or_insert_default().memory_limit_in_bytes = 128 << 20;
+            let resources = linux.resources.mut_or_insert_default();
+            resources.cpu_quota = cpu_quota;
+            resources.memory_limit_in_bytes = memory_limit_in_bytes;
+            shim.create(&config)
+        };
+        for (quota, memory, name) in [
+            (-5, 0, "linux.resources.cpu_quota is -5"),
+            (1 << 50, 0, "linux.resources.cpu_quota"),
+            (0, -5, "linux.resources.memory_limit_in_bytes is -5"),
+        ] {
+            let create = asked(quota, memory);
+            let refused = services.sandbox.create_sandbox(context(), &create).await;
+            let text = refused.as_ref().unwrap_err().to_string();
+            assert!(text.contains(name), "{text}");
+            assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+        }
+        let create = asked(100_000, 100 << 20);
+        let created = services.sandbox.create_sandbox(context(), &create).await;
+        created.expect("created");
+        services.start(id).await.expect("it boots");
+        let verbose = api::SandboxStatusRequest {
+            sandbox_id: id.into(),
+            verbose: true,
+            ..Default::default()
+        };
+        let verbose = services.sandbox.sandbox_status(context(), &verbose).await;
+        let info = verbose.expect("known").info;
+        assert_eq!(info["vcpus"], "1");
+        assert_eq!(info["memory_bytes"], ((100 + 2 + 64) << 20).to_string());
+        let shim_group = Path::new(&info["cgroup"]).join("shim/cgroup.procs");
+        let inside = fs::read_to_string(shim_group).expect("the shim's group");
+        assert_eq!(inside.trim(), info["shim_pid"]);
+        // It has come from where this test is, and goes back when the pod ends, which it outlives.
+        services.stop(id).await.expect("it stops");
+        let shim_pid = info["shim_pid"].parse().expect("a pid");
+        assert_eq!(cgroup_of(shim_pid), cgroup_of(std::process::id() as i32));
+        assert!(!Path::new(&info["cgroup"]).exists());
+        services.shut_down(id).await.expect("it ends");
+    });
+    shims_end();
+    host.assert_nothing_left();
+}
 
 #[test]
 fn a_pod_is_made_asked_about_and_ended_by_its_service() {

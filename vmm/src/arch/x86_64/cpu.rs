@@ -3,10 +3,9 @@
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::layout;
-use crate::memory::GuestMemory;
 
 /// What may fail when a vCPU is prepared.
 #[derive(Debug, Error)]
@@ -56,7 +55,7 @@ const DATA: u64 = 0x00cf_9300_0000_ffff;
 ///
 /// # Errors
 /// The layout is wrong.
-pub fn write_tables(memory: &GuestMemory) -> Result<(), CpuError> {
+pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), CpuError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
     let table = |level: u64| layout::PAGE_TABLES + level * layout::PAGE;
@@ -164,7 +163,7 @@ mod tests {
 
     #[test]
     fn the_first_gibibyte_is_mapped_onto_itself() {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
         write_tables(&memory).unwrap();
         let entry = |table: u64, index: u64| -> u64 {
             memory.read_obj(GuestAddress(table + index * 8)).unwrap()

@@ -50,7 +50,7 @@ pub enum ActivateError {
     Host(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// A virtio device. Called with the transport locked, on a vCPU's thread: nothing here may wait for the guest.
+/// A virtio device. Called with the transport locked, while a vCPU waits: nothing here may wait for the guest.
 pub trait VirtioDevice: Send {
     /// VIRTIO 1.2 §5.
     fn id(&self) -> u32;
@@ -62,10 +62,6 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
     /// The device's configuration space at the start; reads past its end are zeros. No driver writes into it.
     fn config(&self) -> &[u8];
-    /// Whether another process takes the kicks and raises the interrupt.
-    fn interrupts_directly(&self) -> bool {
-        false
-    }
     /// Starts the queues.
     ///
     /// # Errors

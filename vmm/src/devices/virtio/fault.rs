@@ -115,6 +115,9 @@ impl Fault {
     }
 }
 
+/// Why a device needs a reset that the guest has not caused.
+pub const HOST: &str = "host";
+
 /// Something that the machine, not the guest, wants to know of a device.
 pub enum Notice<'a> {
     /// The guest's fault. A guest can cause any number of them: count, do not log each.
@@ -130,6 +133,13 @@ pub enum Notice<'a> {
         device: &'static str,
         /// What failed.
         error: &'a (dyn Error + 'a),
+    },
+    /// The device asks the guest for a reset, because of the one before.
+    NeedsReset {
+        /// The device's name.
+        device: &'static str,
+        /// The fault's name, or [`HOST`].
+        reason: &'static str,
     },
     /// The guest's vsock connection to an offered host port is made.
     Connected {

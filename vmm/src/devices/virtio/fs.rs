@@ -235,10 +235,6 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
-    fn interrupts_directly(&self) -> bool {
-        true
-    }
-
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         // The lock is not held while the back end is asked: its death is noticed meanwhile.
         if self.watch().gone {
@@ -341,4 +337,4 @@ impl<T> Step<T> for vhost::Result<T> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

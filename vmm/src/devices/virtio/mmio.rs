@@ -11,6 +11,8 @@
 //! Kicks do not come here: each queue has an eventfd that KVM signals (ioeventfd on QueueNotify with the queue's index). Nor do
 //! reads, where the host can show the guest the page that they are answered from ([`Registers`]).
 
+use std::sync::{Mutex, MutexGuard};
+
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::*;
@@ -42,6 +44,11 @@ const VENDOR: u32 = 0x484b_4c42;
 
 /// §2.1: the steps of the status register in their order.
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+
+/// The transport, for whoever has it next.
+pub(super) fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
+    transport.lock().expect("a device does not panic")
+}
 
 /// There is a device already, or its place has too few queues.
 #[derive(Debug, Error)]
@@ -83,19 +90,14 @@ impl MmioTransport {
         irq: IrqFd,
         observer: Observer,
     ) -> std::io::Result<MmioTransport> {
-        // A back end in another process waits by reading the eventfd; the event loop must never wait by reading.
-        let blocking = if device.interrupts_directly() {
-            0
-        } else {
-            libc::EFD_NONBLOCK
-        };
         let queues = device.queue_sizes().iter().map(|&max_size| {
             assert!(max_size.is_power_of_two() && max_size <= MAX_SIZE);
             Ok(QueueSetup {
                 max_size,
                 layout: Layout::default(),
                 ready: false,
-                kick: EventFd::new(blocking | libc::EFD_CLOEXEC)?,
+                // A back end in another process has it too, and may fill or empty it at any moment.
+                kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             })
         });
         let transport = MmioTransport {
@@ -306,9 +308,8 @@ impl MmioTransport {
         for queue in &mut self.queues {
             queue.layout = Layout::default();
             queue.ready = false;
-            // An old kick must not wake the next driver's device. The write makes sure that the read does not wait; neither can
-            // fail otherwise.
-            let _ = queue.kick.write(1).and_then(|()| queue.kick.read());
+            // An old kick must not wake the next driver's device. An error: there was none.
+            let _ = queue.kick.read();
         }
     }
 

@@ -157,4 +157,4 @@ impl Running {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

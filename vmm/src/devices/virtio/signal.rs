@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_mmio::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::fault::{Fault, Notice, Observer};
+use super::fault::{Fault, HOST, Notice, Observer};
 use super::registers::Registers;
 use super::registers::{DRIVER_OK, FAILED};
 use crate::irq::{Interrupt, IrqFd};
@@ -70,7 +70,7 @@ impl Signal {
     /// The guest's fault in a queue: asks for a reset (§2.1.2) and counts.
     pub fn fault(&self, fault: Fault) {
         self.note(fault);
-        self.ask_for_reset();
+        self.ask_for_reset(fault.name());
     }
 
     /// Counts a guest's fault that the device goes on after.
@@ -87,7 +87,7 @@ impl Signal {
             device: self.0.device,
             error,
         });
-        self.ask_for_reset();
+        self.ask_for_reset(HOST);
     }
 
     /// Reports something else.
@@ -111,12 +111,16 @@ impl Signal {
         self.0.registers.clear(VIRTIO_MMIO_INTERRUPT_STATUS, bits);
     }
 
-    fn ask_for_reset(&self) {
+    fn ask_for_reset(&self, reason: &'static str) {
         let registers = self.0.registers;
         if registers.set(VIRTIO_MMIO_STATUS, NEEDS_RESET) & NEEDS_RESET == 0 {
             // §4.2.2: the status before the interrupt, or the driver finds nothing to do.
             registers.set(VIRTIO_MMIO_INTERRUPT_STATUS, CONFIG_CHANGE);
             self.raise();
+            (self.0.observer)(Notice::NeedsReset {
+                device: self.0.device,
+                reason,
+            });
         }
     }
 

@@ -62,6 +62,7 @@ pub(crate) struct Notices {
     pub(crate) faults: FaultCounters,
     pub(crate) connected: Arc<Mutex<Vec<u32>>>,
     pub(crate) failures: Arc<Mutex<Vec<String>>>,
+    pub(crate) resets: Arc<Mutex<Vec<(&'static str, &'static str)>>>,
 }
 
 impl Notices {
@@ -71,6 +72,9 @@ impl Notices {
             Notice::Fault { device, fault } => notices.faults.count(device, &fault),
             Notice::Failed { error, .. } => {
                 notices.failures.lock().unwrap().push(error.to_string());
+            }
+            Notice::NeedsReset { device, reason } => {
+                notices.resets.lock().unwrap().push((device, reason));
             }
             Notice::Connected { port } => notices.connected.lock().unwrap().push(port),
         })
@@ -112,6 +116,21 @@ impl DriverQueue {
         let descriptor = Descriptor::new(address, len, flags, next);
         let at = GuestAddress(self.table + 16 * u64::from(index));
         self.memory.write_obj(descriptor, at).unwrap();
+    }
+
+    /// The same queue with another table, to be named by an indirect descriptor.
+    pub(crate) fn with_table(&self, table: u64) -> DriverQueue {
+        DriverQueue {
+            table,
+            memory: self.memory.clone(),
+            ..*self
+        }
+    }
+
+    /// Says that there are more available than fit, by so many.
+    pub(crate) fn overrun(&mut self, past: u16) {
+        let more = self.size.wrapping_add(past);
+        self.set_available(self.next_available.wrapping_add(more));
     }
 
     /// Writes a chain of (address, length, flags) in the next descriptors and makes it available.

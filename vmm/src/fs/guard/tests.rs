@@ -1,8 +1,10 @@
 //! Each rule by the violation that it stops.
 
+use std::ffi::CStr;
+
 use super::*;
 use crate::fs::wire::*;
-use proptest::prelude::*;
+use bulkhead_fuzz::{Unstructured, arbitrary};
 use vm_memory::ByteValued;
 
 const STARTED: Session = Session {
@@ -482,15 +484,61 @@ fn nothing_comes_before_init_and_nothing_behind_the_arguments() {
     );
 }
 
-proptest! {
-    #[test]
-    fn any_bytes_are_judged(opcode in 0..60_u32, args in prop::collection::vec(any::<u8>(), 0..300), data in 0..5000_usize, room in 0..5000_usize) {
-        let mut bytes = message(opcode, &[&args]);
-        let total = (bytes.len() + data) as u32;
+/// Any bytes are judged, and what passes is within its bounds.
+fn guard(data: &[u8]) {
+    let mut input = Unstructured::new(data);
+    let judge = || -> arbitrary::Result<()> {
+        let (opcode, session) = (input.arbitrary::<u8>()?, input.arbitrary::<u8>()?);
+        let session = Session {
+            started: session & 1 == 0,
+            setxattr_ext: session & 2 != 0,
+        };
+        let data = match input.arbitrary::<u8>()? {
+            0xf0..=0xff => input.arbitrary::<u32>()? as usize,
+            small => usize::from(small),
+        };
+        let room = input.arbitrary::<u16>()? as usize;
+        let args = input.take_rest();
+        let mut bytes = message(u32::from(opcode) % 60, &[args]);
+        let total = u32::try_from(bytes.len() + data).unwrap_or(u32::MAX);
         bytes[..4].copy_from_slice(&total.to_ne_bytes());
-        if let Ok(request) = check(&bytes, data, room, STARTED) {
-            prop_assert!(request.op.is_silent() || room >= REPLY_HEADER);
+        if let Ok(request) = check(&bytes, data, room, session) {
+            let op = request.op;
+            assert!(op.is_silent() || room >= REPLY_HEADER + op.reply_size());
+            assert!(session.started || matches!(op, Op::Init { .. }));
+            assert!(names(&op).all(is_one_component), "{op:?}");
         }
-        let _ = check(&args, data, room, STARTED);
-    }
+        let _ = check(args, data, room, session);
+        let _ = header(args).map(|header| head_length(&header, data));
+        Ok(())
+    };
+    // Too short an input says nothing.
+    let _ = judge();
+}
+
+/// The names of directories' entries in an operation.
+fn names<'a>(op: &Op<'a>) -> impl Iterator<Item = &'a CStr> {
+    let (first, second) = match *op {
+        Op::Rename { name, new_name, .. } => (Some(name), Some(new_name)),
+        Op::Lookup { name }
+        | Op::Symlink { name, .. }
+        | Op::Mknod { name, .. }
+        | Op::Mkdir { name, .. }
+        | Op::Unlink { name }
+        | Op::Rmdir { name }
+        | Op::Link { name, .. }
+        | Op::Create { name, .. } => (Some(name), None),
+        _ => (None, None),
+    };
+    [first, second].into_iter().flatten()
+}
+
+fn is_one_component(name: &CStr) -> bool {
+    let name = name.to_bytes();
+    !matches!(name, b"" | b"." | b"..") && !name.contains(&b'/') && name.len() <= 255
+}
+
+#[test]
+fn fuzz_guard() {
+    bulkhead_fuzz::run("guard", guard);
 }

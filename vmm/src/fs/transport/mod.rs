@@ -1,4 +1,4 @@
-//! vhost-user's back end: what the VMM says about memory and queues, and a thread for each queue.
+//! vhost-user's back end: what the VMM says about memory and queues. Each queue has its thread ([`ring`]).
 //!
 //! The vhost crate reads the messages; its companion vhost-user-backend is not used because it only listens on or connects to
 //! a path, and this process has neither paths nor a network, only one end of a socketpair.
@@ -7,10 +7,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -29,8 +30,11 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::tree::Engine;
 use crate::memory::keep_out_of_dumps;
-use ring::{Call, Ring};
+use crate::seccomp::SeccompError;
+use ring::{Call, Ring, Server};
 
+#[cfg(test)]
+mod fuzz;
 mod parts;
 mod ring;
 
@@ -40,12 +44,29 @@ pub const MAX_QUEUE_SIZE: u16 = 1024;
 const FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+/// The threads of the queues.
+pub struct Servers(Vec<Server>);
+
+impl Servers {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// The host refuses threads, or what they must become.
+    pub fn start(
+        queues: usize,
+        engine: &Arc<Engine>,
+    ) -> std::result::Result<Servers, SeccompError> {
+        let servers = (0..queues).map(|index| Server::start(index, engine.clone()));
+        servers.collect::<std::result::Result<_, _>>().map(Servers)
+    }
+}
+
 /// Serves the VMM at the other end of `socket` until it closes.
 ///
 /// # Errors
 /// The VMM broke the protocol, or the socket failed.
-pub fn serve(socket: OwnedFd, queues: usize, engine: Arc<Engine>) -> Result<()> {
-    let backend = Arc::new(Mutex::new(Backend::new(queues, engine)));
+pub fn serve(socket: OwnedFd, servers: Servers) -> Result<()> {
+    let backend = Arc::new(Mutex::new(Backend::new(servers)));
     let mut handler = BackendReqHandler::from_stream(UnixStream::from(socket), backend.clone());
     let end = loop {
         match handler.handle_request() {
@@ -58,6 +79,12 @@ pub fn serve(socket: OwnedFd, queues: usize, engine: Arc<Engine>) -> Result<()> 
     };
     backend.lock().expect("no request panics").stop_all();
     end
+}
+
+/// A descriptor of the VMM's that is of no use.
+fn refused(index: u32, what: &str, why: &dyn std::error::Error) -> Error {
+    let text = format!("queue {index}: {what}: {why}");
+    Error::ReqHandlerError(io::Error::other(text))
 }
 
 /// The VMM's addresses of a region of guest memory.
@@ -77,16 +104,11 @@ struct Vring {
     enabled: bool,
     kick: Option<File>,
     call: Call,
-    running: Option<Running>,
-}
-
-struct Running {
-    thread: JoinHandle<io::Result<u16>>,
-    stop: Arc<AtomicBool>,
+    running: Option<Server>,
 }
 
 struct Backend {
-    engine: Arc<Engine>,
+    servers: Vec<Server>,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemoryMmap>,
     mappings: Vec<Mapping>,
@@ -94,10 +116,10 @@ struct Backend {
 }
 
 impl Backend {
-    fn new(queues: usize, engine: Arc<Engine>) -> Backend {
+    fn new(Servers(servers): Servers) -> Backend {
         Backend {
-            engine,
-            vrings: (0..queues).map(|_| Vring::default()).collect(),
+            vrings: servers.iter().map(|_| Vring::default()).collect(),
+            servers,
             memory: Arc::new(GuestMemoryMmap::new()),
             mappings: Vec::new(),
             features: 0,
@@ -120,11 +142,12 @@ impl Backend {
             .ok_or(Error::InvalidParam)
     }
 
-    /// Starts a ring's thread when all that it needs has been said.
+    /// Has a ring served when all that it needs has been said.
     fn start(&mut self, index: u32) -> Result<()> {
         let memory = self.memory.clone();
         let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let engine = self.engine.clone();
+        let server = self.servers.get(index as usize).cloned();
+        let server = server.ok_or(Error::InvalidParam)?;
         let vring = self.vring(index)?;
         let (true, None, Some(kick)) = (vring.enabled, &vring.running, &vring.kick) else {
             return Ok(());
@@ -133,19 +156,15 @@ impl Backend {
             return Ok(());
         }
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
-        let stop = Arc::new(AtomicBool::new(false));
         let ring = Ring {
             queue: vring.queue(&memory, event_idx)?,
             memory,
             kick,
             call: vring.call.clone(),
-            stop: stop.clone(),
         };
-        let thread = thread::Builder::new()
-            .name(format!("fs-queue-{index}"))
-            .spawn(move || ring.serve(&engine))
-            .map_err(Error::ReqHandlerError)?;
-        vring.running = Some(Running { thread, stop });
+        let given = server.give(ring);
+        given.map_err(|error| refused(index, "the kick cannot be watched", &error))?;
+        vring.running = Some(server);
         Ok(())
     }
 
@@ -183,18 +202,10 @@ impl Vring {
         }
     }
 
-    /// Ends the ring's thread after the request it serves.
+    /// Ends the serving of the ring after the request that is served now.
     fn stop(&mut self) {
-        let Some(running) = self.running.take() else {
-            return;
-        };
-        running.stop.store(true, Ordering::Release);
-        if let Some(mut kick) = self.kick.as_ref() {
-            // Wakes the thread. A full counter cannot be written, and wakes it too.
-            let _ = io::Write::write(&mut kick, &1_u64.to_ne_bytes());
-        }
-        if let Ok(Ok(next)) = running.thread.join() {
-            self.next = next;
+        if let Some(server) = self.running.take() {
+            self.next = server.stop();
         }
     }
 }
@@ -308,6 +319,16 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let vring = self.vring(index.into())?;
+        if let Some(fd) = &fd {
+            // Interrupts that nobody takes would hold up the queue's thread, and with it whoever
+            // stops the queue. No filter of the VMM's lets it change this afterwards.
+            let flags = fcntl(fd, FcntlArg::F_GETFL).map_err(io::Error::from);
+            let flags = OFlag::from_bits_retain(flags.map_err(Error::ReqHandlerError)?);
+            if !flags.contains(OFlag::O_NONBLOCK) {
+                let what = "writes to the interrupt would wait";
+                return Err(refused(index.into(), what, &Errno::EINVAL));
+            }
+        }
         *vring.call.lock().expect("no code panics with it locked") = fd;
         Ok(())
     }

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use super::inodes::Inode;
 use super::lookup::attributes;
+use super::set_id::SetId;
 use super::sys::{self, Result};
 use super::{Call, Engine, reply};
 use crate::fs::wire::{AttrOut, FATTR_FH, SetattrIn, SetattrValid};
@@ -38,27 +39,24 @@ impl Engine {
         let valid = SetattrValid::from_bits_truncate(body.valid);
         inode.seen.changed_by_guest();
         if !valid.intersects(changes()) {
+            // Linux sends it where set-id bits have to go and the request that follows has no flag
+            // for it, FALLOCATE and COPY_FILE_RANGE by somebody without CAP_FSETID; and for a
+            // chown(2) of no id. It also sends it where only a file capability has to go, which it
+            // removes itself: who has that has no set-id bits.
             self.drop_set_id(call, &inode)?;
         }
         // The owner first: changing it clears set-id bits, and a mode that comes with it is meant to stay.
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let id = |flag, id| if valid.contains(flag) { id } else { u32::MAX };
             let uid = id(SetattrValid::UID, body.uid);
-            call.worker.keep_set_id()?;
             sys::change_owner(inode.as_fd(), uid, id(SetattrValid::GID, body.gid))?;
         }
         if valid.contains(SetattrValid::SIZE) {
-            if valid.contains(SetattrValid::KILL_SUIDGID) {
-                let group = sys::status(inode.as_fd())?.raw.stx_gid;
-                call.worker.clear_set_id(group)?;
-            } else {
-                call.worker.keep_set_id()?;
-            }
-            self.set_size(call, &inode, body)?;
+            let bits = SetId::of(valid.contains(SetattrValid::KILL_SUIDGID));
+            self.change_content(call, &inode, bits, |call| self.set_size(call, &inode, body))?;
         }
         if valid.contains(SetattrValid::MODE) {
-            call.worker.keep_set_id()?;
-            sys::change_mode(&call.worker.name(inode.as_fd()), body.mode & 0o7777)?;
+            self.set_mode(call, &inode, body.mode & 0o7777)?;
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
             let times = [
@@ -78,28 +76,6 @@ impl Engine {
             sys::change_times(&call.worker.name(inode.as_fd()), &times)?;
         }
         self.reply_attributes(call, &inode)
-    }
-
-    /// A SETATTR that changes nothing: Linux sends it where set-id bits have to go and the request
-    /// that follows has no flag for it, FALLOCATE and COPY_FILE_RANGE by somebody without
-    /// CAP_FSETID; and for a chown(2) of no id. It also sends it where only a file capability has
-    /// to go, which it removes itself: who has that has no set-id bits.
-    fn drop_set_id(&self, call: &mut Call<'_>, inode: &Inode) -> Result<()> {
-        if matches!(inode.kind, libc::S_IFDIR | libc::S_IFLNK) {
-            return Ok(());
-        }
-        let mode = u32::from(sys::status(inode.as_fd())?.raw.stx_mode) & 0o7777;
-        let mut kept = mode & !libc::S_ISUID;
-        // Without the group's execute bit the other one gives no rights, and only the guest knows
-        // who may keep it.
-        if mode & libc::S_IXGRP != 0 {
-            kept &= !libc::S_ISGID;
-        }
-        if kept == mode {
-            return Ok(());
-        }
-        call.worker.keep_set_id()?;
-        sys::change_mode(&call.worker.name(inode.as_fd()), kept)
     }
 
     fn set_size(&self, call: &mut Call<'_>, inode: &Inode, body: &SetattrIn) -> Result<()> {

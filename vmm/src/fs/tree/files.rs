@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::handles::Handle;
 use super::inodes::Inode;
+use super::set_id::SetId;
 use super::sys::{self, Result};
 use super::version::Cache;
 use super::{Call, Engine, Payload, reply};
@@ -47,7 +48,6 @@ impl Engine {
         self.check_regular(&inode)?;
         let flags = body.flags as i32;
         let status = sys::status(inode.as_fd())?;
-        let group = status.raw.stx_gid;
         // An aliased file is never kept: the guest may have changed it by its other inode.
         let keep = !inode.is_aliased()
             && match inode.seen.open(&status) {
@@ -55,31 +55,30 @@ impl Engine {
                 Cache::Drop => false,
                 Cache::LookAgain => return Err(Errno::ESTALE),
             };
-        if flags & libc::O_TRUNC != 0 {
-            inode.seen.changed_by_guest();
-            set_id(call, group, body.fuse_flags & OPEN_KILL_SUIDGID != 0)?;
-        }
-        let name = call.worker.name(inode.as_fd());
-        let file = match sys::reopen(&name, flags & OPEN_FLAGS) {
-            // A file with the append-only attribute opens for nothing else.
-            Err(Errno::EPERM) if flags & libc::O_APPEND != 0 => {
-                sys::reopen(&name, flags & OPEN_FLAGS | libc::O_APPEND)?
+        let open = |call: &mut Call<'_>| {
+            let name = call.worker.name(inode.as_fd());
+            match sys::reopen(&name, flags & OPEN_FLAGS) {
+                // A file with the append-only attribute opens for nothing else.
+                Err(Errno::EPERM) if flags & libc::O_APPEND != 0 => {
+                    sys::reopen(&name, flags & OPEN_FLAGS | libc::O_APPEND)
+                }
+                other => other,
             }
-            other => other?,
+        };
+        let file = if flags & libc::O_TRUNC == 0 {
+            open(call)?
+        } else {
+            inode.seen.changed_by_guest();
+            let bits = SetId::of(body.fuse_flags & OPEN_KILL_SUIDGID != 0);
+            self.change_content(call, &inode, bits, open)?
         };
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
             inode.seen.copied_up(&status, &sys::status(file.as_fd())?);
         }
-        self.opened(inode, file, flags, (keep, group))
+        self.opened(inode, file, flags, keep)
     }
 
-    fn opened(
-        &self,
-        inode: Arc<Inode>,
-        file: OwnedFd,
-        flags: i32,
-        (keep, group): (bool, u32),
-    ) -> Result<OpenOut> {
+    fn opened(&self, inode: Arc<Inode>, file: OwnedFd, flags: i32, keep: bool) -> Result<OpenOut> {
         let mut open_flags = OPEN_PARALLEL_DIRECT_WRITES;
         if self.cache.keep_data && keep {
             open_flags |= OPEN_KEEP_CACHE;
@@ -87,7 +86,7 @@ impl Engine {
         if flags & libc::O_ACCMODE == libc::O_RDONLY {
             open_flags |= OPEN_NO_FLUSH;
         }
-        let fh = self.handles.insert(Handle::file(inode, file, group))?;
+        let fh = self.handles.insert(Handle::file(inode, file))?;
         Ok(OpenOut {
             fh,
             open_flags,
@@ -154,7 +153,7 @@ impl Engine {
     ) -> Result<()> {
         let path = sys::reopen(&call.worker.name(file.as_fd()), libc::O_PATH)?;
         let (entry, inode) = self.entry(parent, path)?;
-        let opened = self.opened(inode, file, flags, (true, entry.attr.gid))?;
+        let opened = self.opened(inode, file, flags, true)?;
         reply(call, &entry);
         reply(call, &opened);
         Ok(())
@@ -173,15 +172,13 @@ impl Engine {
         payload: &mut dyn Payload,
     ) -> Result<()> {
         let handle = self.handles.get(body.fh)?;
-        set_id(
-            call,
-            handle.group,
-            body.fuse_flags & WRITE_KILL_SUIDGID != 0,
-        )?;
         handle.inode.seen.changed_by_guest();
         // The guest computed the offset from a size that may be old; only its cache's write-back knows better.
         let append = body.flags as i32 & libc::O_APPEND != 0 && body.fuse_flags & WRITE_CACHE == 0;
-        let written = payload.write_to(handle.as_fd(), body.offset, body.size as usize, append)?;
+        let bits = SetId::of(body.fuse_flags & WRITE_KILL_SUIDGID != 0);
+        let written = self.change_content(call, &handle.inode, bits, |_| {
+            payload.write_to(handle.as_fd(), body.offset, body.size as usize, append)
+        })?;
         reply(
             call,
             &WriteOut {
@@ -198,12 +195,13 @@ impl Engine {
 
     pub(super) fn fallocate(&self, call: &mut Call<'_>, body: &FallocateIn) -> Result<()> {
         let handle = self.handles.get(body.fh)?;
-        // A guest whose caller may not keep set-id bits has dropped them by a SETATTR before.
-        call.worker.keep_set_id()?;
         handle.inode.seen.changed_by_guest();
         // The guard has checked that both fit an i64.
         let (offset, length) = (body.offset as i64, body.length as i64);
-        sys::allocate(handle.as_fd(), body.mode as i32, offset, length)
+        // A guest whose caller may not keep set-id bits has dropped them by a SETATTR before.
+        self.change_content(call, &handle.inode, SetId::Stays, |_| {
+            sys::allocate(handle.as_fd(), body.mode as i32, offset, length)
+        })
     }
 
     pub(super) fn lseek(&self, call: &mut Call<'_>, body: &LseekIn) -> Result<()> {
@@ -220,13 +218,14 @@ impl Engine {
     ) -> Result<()> {
         let from = self.handles.get(body.fh_in)?;
         let to = self.handles.get(body.fh_out)?;
-        // As for fallocate.
-        call.worker.keep_set_id()?;
         to.inode.seen.changed_by_guest();
         // The answer has 32 bits; the caller asks again for the rest.
         let length = body.len.min(1 << 30) as usize;
         let (in_offset, out_offset) = (body.offset_in as i64, body.offset_out as i64);
-        let copied = sys::copy_range(from.as_fd(), in_offset, to.as_fd(), out_offset, length)?;
+        // As for fallocate.
+        let copied = self.change_content(call, &to.inode, SetId::Stays, |_| {
+            sys::copy_range(from.as_fd(), in_offset, to.as_fd(), out_offset, length)
+        })?;
         reply(
             call,
             &WriteOut {
@@ -235,13 +234,5 @@ impl Engine {
             },
         );
         Ok(())
-    }
-}
-
-/// Sets whether what follows clears the set-id bits of a file of `group`.
-fn set_id(call: &mut Call<'_>, group: u32, clear: bool) -> Result<()> {
-    match clear {
-        true => call.worker.clear_set_id(group),
-        false => call.worker.keep_set_id(),
     }
 }

@@ -16,19 +16,15 @@ pub struct Handle {
     pub inode: Arc<Inode>,
     /// The position of a directory; files have none, each request brings its offset.
     pub stream: Option<Mutex<Stream>>,
-    /// The file's group when it was opened: see
-    /// [`Worker::clear_set_id`](super::identity::Worker::clear_set_id).
-    pub group: u32,
     fd: OwnedFd,
 }
 
 impl Handle {
     /// An open file.
-    pub fn file(inode: Arc<Inode>, fd: OwnedFd, group: u32) -> Handle {
+    pub fn file(inode: Arc<Inode>, fd: OwnedFd) -> Handle {
         Handle {
             inode,
             stream: None,
-            group,
             fd,
         }
     }
@@ -38,7 +34,6 @@ impl Handle {
         Handle {
             inode,
             stream: Some(Mutex::default()),
-            group: 0,
             fd,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -11,8 +11,8 @@ use super::sys::{Result, Status};
 use super::version::Seen;
 use crate::fs::wire::ROOT_ID;
 
-/// What makes an object one object. Two volumes may both have an inode 17, even of one device (bind mounts of parts, btrfs
-/// subvolumes): the mount tells them apart.
+/// What makes an object one object. Two volumes may both have an inode 17, even of one device (bind
+/// mounts of parts, btrfs subvolumes): the mount tells them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// The mount it was reached through.
@@ -42,17 +42,24 @@ pub struct Inode {
     pub kind: u32,
     /// Directory that is the root of another mount than its parent's.
     pub submount: bool,
-    /// Added (exclusive or) to the inode number that the guest sees: a mounted file shares its parent's device there.
+    /// Added (exclusive or) to the inode number that the guest sees: a mounted file shares its
+    /// parent's device there.
     pub number_tag: u64,
     /// The version of the file that the guest has.
     pub seen: Seen,
-    /// It is known by another mount too, and so is another inode with a cache of its own to the guest.
+    /// Until when, in milliseconds of the engine's clock, it is taken to have no set-id bits
+    /// without a look, which would cost each write a system call more. The guest trusts a mode that
+    /// it knows for as long.
+    pub plain_until: AtomicU64,
+    /// It is known by another mount too, and so is another inode with a cache of its own to the
+    /// guest.
     aliased: AtomicBool,
     fd: OwnedFd,
 }
 
 impl Inode {
-    /// Whether the guest has, or had, the same object as another inode: what it caches of this one may be out of date.
+    /// Whether the guest has, or had, the same object as another inode: what it caches of this one
+    /// may be out of date.
     pub fn is_aliased(&self) -> bool {
         self.aliased.load(Ordering::Relaxed)
     }
@@ -290,6 +297,7 @@ fn insert(table: &mut Table, id: u64, found: Found) -> Arc<Inode> {
         submount: found.submount,
         number_tag: found.number_tag,
         seen: Seen::new(&found.status),
+        plain_until: AtomicU64::new(0),
         fd: found.fd,
     });
     let entry = Entry {

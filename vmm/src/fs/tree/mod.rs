@@ -37,6 +37,7 @@ mod lookup;
 mod mounts;
 mod names;
 mod session;
+mod set_id;
 mod sockets;
 mod stream;
 pub mod sys;
@@ -96,6 +97,7 @@ pub struct Engine {
     agreed: AtomicU64,
     faults: Faults,
     requests: [AtomicU64; NAMES.len()],
+    set_id: set_id::Turn,
     /// Read while a request is served; a detach takes it alone.
     gate: RwLock<()>,
 }
@@ -137,6 +139,7 @@ impl Engine {
             agreed: AtomicU64::new(0),
             faults: Faults::default(),
             requests: [const { AtomicU64::new(0) }; NAMES.len()],
+            set_id: set_id::Turn::default(),
             gate: RwLock::new(()),
         };
         engine.forget_everything()?;

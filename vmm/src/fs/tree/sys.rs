@@ -1,4 +1,4 @@
-//! The system calls of the file system: every `unsafe` of the tree but the identity of a thread is here.
+//! The system calls of the file system: every `unsafe` of the tree is here.
 //!
 //! Names are C strings that the guard has checked; directories are descriptors. Nothing here takes a path of more than one
 //! component except `"N"` in `/proc/self/fd`, which [`FdName`] makes.

@@ -3,10 +3,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 
-use proptest::prelude::*;
 use vm_memory::ByteValued;
 
 use super::*;
@@ -14,9 +13,11 @@ use crate::fs::guard::HEADER;
 use crate::fs::wire::*;
 
 mod containment;
+mod fuzz;
 mod limits;
 mod mounts;
 mod objects;
+mod opens;
 mod session;
 
 #[derive(Default)]

@@ -78,16 +78,14 @@ impl Engine {
         let inode = self.inodes.get(call.node)?;
         let name = host_name(name, Errno::EPERM)?;
         inode.seen.changed_by_guest();
-        if kill_sgid {
-            // The host clears the bit with an access list that somebody outside the file's group
-            // without CAP_FSETID sets.
-            let group = sys::status(inode.as_fd())?.raw.stx_gid;
-            call.worker.leave_group(group)?;
-        } else {
-            call.worker.keep_set_id()?;
-        }
         let object = call.worker.name(inode.as_fd());
-        sys::set_attribute(&object, &name, value, flags as i32)
+        sys::set_attribute(&object, &name, value, flags as i32)?;
+        // SETXATTR_ACL_KILL_SGID: by somebody outside the file's group without CAP_FSETID. Linux
+        // sends it with default lists, too, which change no mode.
+        if kill_sgid && *name == *c"system.posix_acl_access" {
+            self.drop_set_group_id(call, &inode)?;
+        }
+        Ok(())
     }
 
     pub(super) fn getxattr(&self, call: &mut Call<'_>, name: &CStr, size: u32) -> Result<()> {

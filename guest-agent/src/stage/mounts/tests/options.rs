@@ -40,7 +40,7 @@ fn every_flag_of_a_bind_mount_is_set_and_cleared() {
             let tmpfs = new("tmpfs", "/", flags, "");
             let tmpfs = filesystem::create(&tmpfs, None, false).expect("tmpfs");
             let target = RootDir::open(Path::new(path)).expect("open");
-            sys::move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
+            move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
         }
         let proc_fd = proc_fd();
         enter(&spec);
@@ -218,16 +218,17 @@ fn recursive_attributes_reach_the_mounts_beneath() {
     let source = image.directory("source/below");
     let source = Path::new(&source).parent().expect("a parent").to_owned();
     let mut recursive = bind(source.to_str().expect("text"), "/r", MS_REC);
-    recursive.recursive_attr_set = sys::attr::RDONLY | sys::attr::NOEXEC | sys::attr::NOATIME;
+    recursive.recursive_attr_set =
+        linux::mount::attr::RDONLY | linux::mount::attr::NOEXEC | linux::mount::attr::NOATIME;
     let mut plain = bind(source.to_str().expect("text"), "/p", MS_REC | MS_RDONLY);
-    plain.recursive_attr_clear = sys::attr::NOSUID;
+    plain.recursive_attr_clear = linux::mount::attr::NOSUID;
     let single = bind(source.to_str().expect("text"), "/s", 0);
     let spec = image.spec(vec![recursive, plain, single]);
     in_mount_namespace(|| {
         let tmpfs =
             filesystem::create(&new("tmpfs", "/", MS_NOSUID, ""), None, false).expect("tmpfs");
         let target = RootDir::open(&source.join("below")).expect("open");
-        sys::move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
+        move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
         let proc_fd = proc_fd();
         enter(&spec);
         let mounts = mountinfo(&proc_fd);

@@ -38,7 +38,7 @@ fn propagation_is_what_the_spec_asks() {
             // The agent's volume is shared, as it has to be for events to pass at all.
             let tmpfs = filesystem::create(&new("tmpfs", "/", 0, ""), None, false).expect("tmpfs");
             let target = RootDir::open(Path::new(&source)).expect("open");
-            sys::move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
+            move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
             set_propagation(tmpfs.as_fd(), MS_SHARED, false).expect("shared");
             in_container(&spec, |mounts| {
                 for (point, tags) in expected {
@@ -96,7 +96,7 @@ fn a_shared_volume_of_a_shared_root_passes_mounts_on_and_others_do_not() {
         in_mount_namespace(|| {
             let tmpfs = filesystem::create(&new("tmpfs", "/", 0, ""), None, false).expect("tmpfs");
             let target = RootDir::open(&source).expect("open");
-            sys::move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
+            move_mount(tmpfs.as_fd(), target.as_fd()).expect("mount");
             set_propagation(tmpfs.as_fd(), MS_SHARED, false).expect("shared");
             fs::create_dir(source.join("below")).expect("mkdir");
             let (own, agents) = (proc_fd(), source.join("below"));
@@ -104,7 +104,7 @@ fn a_shared_volume_of_a_shared_root_passes_mounts_on_and_others_do_not() {
                 let inner =
                     filesystem::create(&new("tmpfs", "/", 0, ""), None, false).expect("tmpfs");
                 let below = RootDir::open(Path::new("/volume/below")).expect("open");
-                sys::move_mount(inner.as_fd(), below.as_fd()).expect("mount");
+                move_mount(inner.as_fd(), below.as_fd()).expect("mount");
             });
             let seen = mountinfo(&own).contains_key(agents.to_str().expect("text"));
             assert_eq!(seen, reaches, "root propagation {root_propagation:#x}");

@@ -1,4 +1,5 @@
 //! A container whose root is nobody outside.
+#![allow(unsafe_code)] // fork(2)
 
 use super::*;
 

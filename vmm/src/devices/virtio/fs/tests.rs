@@ -1,4 +1,5 @@
-//! The front end against a back end on a thread of its own, which speaks the real protocol and maps the real memory.
+//! The front end against a back end on a thread of its own, which speaks the real protocol and maps
+//! the real memory.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use vhost::vhost_user::{
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::super::test_driver::{BUFFERS, Driver, HIGH_RAM, Loop, Notices, RAM_SIZE, WRITE, reg};
+use super::super::tests::{Direction, Subject};
 use super::{Fs, FsError, WANTED};
 
 const ALL: u64 = WANTED | 1 << 30;
@@ -228,6 +230,42 @@ fn setup() -> Setup {
     }
 }
 
+impl Subject for Setup {
+    fn driver(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+
+    fn events(&mut self) -> &mut Loop {
+        &mut self.events
+    }
+
+    /// Another process has them.
+    fn queues(&self) -> &'static [Direction] {
+        &[]
+    }
+
+    fn assert_works(&mut self) {
+        self.driver.notify(1);
+        assert!(!self.driver.needs_reset());
+        let record = self.record.lock().unwrap();
+        let queues = &self.driver.queues;
+        let last = record.addresses.len() - queues.len();
+        for (index, queue) in (0..).zip(queues) {
+            let rings = [queue.table, queue.used, queue.available];
+            assert_eq!(record.addresses[last + index as usize], (index, rings));
+        }
+        let last = record.kicks.len() - queues.len();
+        let mut count = [0; 8];
+        let mut kick = record.kicks[last + 1].as_ref().unwrap();
+        std::io::Read::read_exact(&mut kick, &mut count).unwrap();
+        assert_ne!(u64::from_ne_bytes(count), 0);
+    }
+}
+
+pub(in super::super) fn subject() -> Box<dyn Subject> {
+    Box::new(setup())
+}
+
 #[test]
 fn the_configuration_space_has_the_tag_and_the_queues() {
     let mut setup = setup();
@@ -314,6 +352,29 @@ fn a_reset_stops_every_queue_and_a_second_driver_starts_anew() {
     assert!(!setup.driver.needs_reset());
 }
 
+/// The back end has the kicks too: a full one must hold up neither the thread that resets nor a
+/// vCPU's.
+#[test]
+fn a_back_end_that_fills_the_kicks_holds_up_neither_a_kick_nor_a_reset() {
+    let (done, waited) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut setup = setup();
+        for _ in 0..2 {
+            setup.driver.start();
+            for kick in setup.record.lock().unwrap().kicks.drain(..) {
+                let most = (u64::MAX - 1).to_ne_bytes();
+                std::io::Write::write_all(&mut kick.unwrap(), &most).unwrap();
+            }
+            setup.driver.notify(1);
+            setup.driver.write(reg::STATUS, 0);
+        }
+        setup.driver.start();
+        done.send(setup.driver.needs_reset()).unwrap();
+    });
+    let limit = std::time::Duration::from_secs(20);
+    assert_eq!(waited.recv_timeout(limit), Ok(false), "it waits for ever");
+}
+
 /// Linux uses no more request queues than it has CPUs.
 #[test]
 fn queues_that_the_driver_leaves_out_are_left_out() {
@@ -373,4 +434,40 @@ fn bad_parameters_and_back_ends_without_the_basics_are_refused() {
     assert!(matches!(make("a", 1 << 30, 1), Some(FsError::Features(_))));
     assert!(matches!(make("a", 1 << 32, 1), Some(FsError::Features(_))));
     assert!(make(&"x".repeat(36), ALL, 32).is_none());
+}
+
+/// An fs process that a guest has taken: its answers are any bytes, there before they are asked
+/// for. The device refuses to be, or asks for a reset, and nothing waits.
+fn answers(data: &[u8]) {
+    let (front, mut back) = UnixStream::pair().unwrap();
+    let front = OwnedFd::from(front);
+    back.set_nonblocking(true).unwrap();
+    std::io::Write::write_all(&mut back, data).unwrap();
+    back.shutdown(std::net::Shutdown::Write).unwrap();
+    let notices = Notices::default();
+    let mut events = Loop::new();
+    let Ok(fs) = Fs::new("share", front, 1, events.poller(), notices.observer()) else {
+        return;
+    };
+    events.attach(fs.handler());
+    let mut driver = Driver::with_notices(fs, shared_memory(), notices);
+    let features = driver.offered();
+    assert_eq!(
+        features & !WANTED,
+        0,
+        "no more than what is known is passed on"
+    );
+    if driver.negotiate(features) == 0xb {
+        driver.place(0);
+        driver.place(1);
+        driver.write(reg::STATUS, 0xf);
+        events.settle();
+    }
+    driver.write(reg::STATUS, 0);
+    assert_eq!(driver.read(reg::STATUS), 0);
+}
+
+#[test]
+fn fuzz_vhost_answers() {
+    bulkhead_fuzz::run("vhost_answers", answers);
 }

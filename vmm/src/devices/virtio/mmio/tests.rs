@@ -1,6 +1,6 @@
 use std::sync::{Arc, Mutex};
 
-use proptest::prelude::*;
+use bulkhead_fuzz::{Unstructured, arbitrary};
 
 use super::super::device::QUEUE_FEATURES;
 use super::super::test_driver::{BUFFERS, Driver, HIGH_RAM, RAM_SIZE, memory, reg};
@@ -355,79 +355,87 @@ fn kicks_reach_only_running_queues() {
     assert_eq!(events[1].read().unwrap(), 1);
 }
 
-#[derive(Clone, Debug)]
-enum Access {
-    Read(u64, usize),
-    Write(u64, Vec<u8>),
+/// Any accesses, after the handshake or in the midst of it: nothing panics, and a device that runs
+/// is what it was at DRIVER_OK.
+fn registers(data: &[u8]) {
+    let mut input = Unstructured::new(data);
+    let (mut driver, life) = probe();
+    match input.arbitrary::<u8>().unwrap_or(0) % 3 {
+        0 => {}
+        1 => drop(driver.negotiate(QUEUE_FEATURES)),
+        _ => driver.start(),
+    }
+    while let Ok((write, at, bytes)) = access(&mut input) {
+        let transport = &driver.transport;
+        let running = transport.status & DRIVER_OK != 0;
+        let before = setups(transport);
+        let (status, accepted) = (transport.status, transport.accepted);
+        if write {
+            driver.transport.write(at, &bytes);
+        } else {
+            driver.transport.read(at, &mut bytes.clone());
+        }
+        let transport = &driver.transport;
+        // Either reset, or no status bit was cleared and what was frozen is the same.
+        if transport.status != 0 {
+            assert_eq!(transport.status & status, status);
+            if running {
+                assert_eq!(before, setups(transport));
+            }
+            if status & FEATURES_OK != 0 {
+                assert_eq!(transport.accepted, accepted);
+            }
+        }
+        let runs = transport.status & DRIVER_OK != 0;
+        assert_eq!(life.lock().unwrap().running, runs);
+        for queue in &transport.queues {
+            assert!(!queue.ready || queue.layout.is_valid(&transport.memory, queue.max_size));
+        }
+        if input.is_empty() {
+            break;
+        }
+    }
+}
+
+fn setups(transport: &MmioTransport) -> Vec<(Layout, bool)> {
+    let queues = transport.queues.iter();
+    queues.map(|queue| (queue.layout, queue.ready)).collect()
 }
 
 /// Mostly real registers with plausible values, so that scripts get past the handshake.
-fn access() -> impl Strategy<Value = Access> {
-    let register = prop_oneof![
-        4 => (0u64..0x40).prop_map(|register| register * 4),
-        1 => 0u64..0x1000,
-    ];
-    let value = prop_oneof![
-        0u32..=0x10,
-        Just(0x1000),
-        Just(0x2000),
-        Just(BUFFERS as u32),
-        any::<u32>(),
-    ];
-    let status = prop_oneof![
-        Just(1u32),
-        Just(3),
-        Just(0xb),
-        Just(0xf),
-        Just(0),
-        Just(0x8f)
-    ];
-    prop_oneof![
-        (register.clone(), 1usize..=8).prop_map(|(at, width)| Access::Read(at, width)),
-        (register.clone(), value)
-            .prop_map(|(at, value)| Access::Write(at, value.to_le_bytes().into())),
-        status.prop_map(|value| Access::Write(reg::STATUS, value.to_le_bytes().into())),
-        (register, prop::collection::vec(any::<u8>(), 1..=8))
-            .prop_map(|(at, data)| Access::Write(at, data)),
-    ]
+fn access(input: &mut Unstructured<'_>) -> arbitrary::Result<(bool, u64, Vec<u8>)> {
+    let kind: u8 = input.arbitrary()?;
+    let at = match input.arbitrary::<u8>()? {
+        0xff => u64::from(input.arbitrary::<u16>()?) % 0x1000,
+        register => u64::from(register % 0x40) * 4,
+    };
+    let word = |value: u32| value.to_le_bytes().to_vec();
+    Ok(match kind % 8 {
+        0 => (
+            false,
+            at,
+            vec![0; usize::from(input.arbitrary::<u8>()? % 8) + 1],
+        ),
+        1 => (
+            true,
+            reg::STATUS,
+            word(*input.choose(&[0, 1, 3, 0xb, 0xf, 0x8f])?),
+        ),
+        2 | 3 => (true, at, word(input.arbitrary::<u8>()?.into())),
+        4 => (
+            true,
+            at,
+            word(*input.choose(&[0x1000, 0x2000, 0x3000, BUFFERS as u32])?),
+        ),
+        5 | 6 => (true, at, word(input.arbitrary()?)),
+        _ => {
+            let width = usize::from(input.arbitrary::<u8>()? % 8) + 1;
+            (true, at, input.bytes(width.min(input.len()))?.to_vec())
+        }
+    })
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn no_script_of_accesses_panics_or_thaws_a_running_device(
-        started in any::<bool>(),
-        script in prop::collection::vec(access(), 0..200),
-    ) {
-        let (mut driver, life) = probe();
-        if started {
-            driver.start();
-        } else {
-            driver.negotiate(QUEUE_FEATURES);
-        }
-        for access in script {
-            let transport = &driver.transport;
-            let running = transport.status & DRIVER_OK != 0;
-            let before: Vec<_> = transport.queues.iter().map(|queue| (queue.layout, queue.ready)).collect();
-            let (status, accepted) = (transport.status, transport.accepted);
-            match access {
-                Access::Read(at, width) => driver.transport.read(at, &mut vec![0; width]),
-                Access::Write(at, data) => driver.transport.write(at, &data),
-            }
-            let transport = &driver.transport;
-            let after: Vec<_> = transport.queues.iter().map(|queue| (queue.layout, queue.ready)).collect();
-            // Either reset, or no status bit was cleared and what was frozen is the same.
-            if transport.status != 0 {
-                prop_assert_eq!(transport.status & status, status);
-                if running {
-                    prop_assert_eq!(before, after);
-                }
-                if status & FEATURES_OK != 0 {
-                    prop_assert_eq!(transport.accepted, accepted);
-                }
-            }
-            prop_assert_eq!(life.lock().unwrap().running, transport.status & DRIVER_OK != 0);
-        }
-    }
+#[test]
+fn fuzz_registers() {
+    bulkhead_fuzz::run("registers", registers);
 }

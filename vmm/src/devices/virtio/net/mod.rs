@@ -1,10 +1,12 @@
 //! The network device (VIRTIO 1.2 §5.1) on a tap interface.
 //!
 //! ```text
-//!  receiveq1  ◄── receive ──── tap queue 1        one thread for each pair of queues, from its activation on
+//!  receiveq1  ◄── receive ──── tap queue 1        thread net-0 for the first pair of every device
 //!  transmitq1 ─── transmit ──► tap queue 1        (control: on the first one's)
-//!  receiveq2 ...
+//!  receiveq2 ...                                  thread net-1 for the second
 //! ```
+//!
+//! The threads are there before the guest's first instruction, for devices that come later too ([`Workers`]).
 //!
 //! The guest gets every frame that the tap has, in the tap's form: with checksums to be finished and segments to be made where the
 //! driver has agreed. A slot for a device that may come later is a device with the id 0, which drivers ignore (§4.2.2).
@@ -20,12 +22,12 @@ mod receive;
 mod stats;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod transmit;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bulkhead_vmm_config::{NetStats, RateLimit};
+use bulkhead_vmm_config::{NetStats, RateLimit, Role};
 use virtio_bindings::bindings::virtio_net::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
@@ -43,6 +45,7 @@ use self::{
 use super::device::{ActivateError, Activation, QUEUE_FEATURES, VirtioDevice};
 use super::fault::Fault;
 use crate::event_loop::EventLoop;
+use crate::seccomp::{self, SeccompError};
 
 /// What counters and logs call it.
 pub const NAME: &str = "net";
@@ -118,34 +121,50 @@ impl VirtioDevice for Slot {
     fn reset(&mut self) {}
 }
 
-/// A thread that begins when it is first needed.
-struct Worker {
-    pair: Arc<Mutex<Pair>>,
-    /// Until the thread has it.
-    events: Option<EventLoop>,
-    runs: bool,
-}
+/// The pairs of queues of one device, each on a thread of its own.
+pub type Pairs = Vec<Arc<Mutex<Pair>>>;
 
-impl Worker {
-    fn lock(&self) -> MutexGuard<'_, Pair> {
-        self.pair.lock().expect("a handler does not panic")
+/// The threads of all network devices of a machine: one for the first pairs of queues, one for the second, and so on.
+#[derive(Default)]
+pub struct Workers(Vec<EventLoop>);
+
+impl Workers {
+    /// Makes places for a device of this many pairs.
+    ///
+    /// # Errors
+    /// epoll_create1(2)'s.
+    pub fn pairs(&mut self, count: usize) -> std::io::Result<Pairs> {
+        while self.0.len() < count {
+            self.0.push(EventLoop::new()?);
+        }
+        let place = |events: &mut EventLoop| {
+            let pair = Arc::new(Mutex::new(Pair::new(events.next_poller())));
+            events.attach(pair.clone());
+            pair
+        };
+        Ok(self.0.iter_mut().take(count).map(place).collect())
     }
 
-    fn begin(&mut self, index: usize) -> std::io::Result<()> {
-        if self.runs {
-            return Ok(());
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// The host refuses threads.
+    pub fn start(self) -> Result<(), SeccompError> {
+        for (index, mut events) in self.0.into_iter().enumerate() {
+            let serve = move |()| {
+                events
+                    .run(|| false)
+                    .expect("epoll_wait(2) on a descriptor that is open does not fail");
+            };
+            // It runs as long as the process does.
+            seccomp::spawn(format!("net-{index}"), Role::Net, || Ok(()), serve)?;
         }
-        let lost = || std::io::Error::other("its thread could not be started before");
-        let mut events = self.events.take().ok_or_else(lost)?;
-        let thread = std::thread::Builder::new().name(format!("net-{index}"));
-        thread.spawn(move || {
-            events
-                .run(|| false)
-                .expect("epoll_wait(2) on a descriptor that is open does not fail")
-        })?;
-        self.runs = true;
         Ok(())
     }
+}
+
+fn lock(pair: &Mutex<Pair>) -> MutexGuard<'_, Pair> {
+    pair.lock().expect("a handler does not panic")
 }
 
 /// The device.
@@ -153,7 +172,7 @@ pub struct Net {
     taps: Vec<Arc<Tap>>,
     limiters: [Limiter; 2],
     pace: Pace,
-    workers: Vec<Worker>,
+    pairs: Pairs,
     stats: Arc<Stats>,
     sizes: Vec<u16>,
     features: u64,
@@ -161,28 +180,11 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device that was not activated yet, with a thread for each pair of queues.
-    ///
-    /// # Errors
-    /// epoll_create1(2)'s.
-    pub fn new(backend: Backend) -> std::io::Result<Net> {
-        let workers = backend.taps.iter().map(|_| {
-            let mut events = EventLoop::new()?;
-            let pair = Arc::new(Mutex::new(Pair::new(events.next_poller())));
-            events.attach(pair.clone());
-            Ok(Worker {
-                pair,
-                events: Some(events),
-                runs: false,
-            })
-        });
-        let workers = workers.collect::<std::io::Result<_>>()?;
-        Ok(Net::with_workers(backend, workers))
-    }
-
-    fn with_workers(backend: Backend, workers: Vec<Worker>) -> Net {
+    /// A device that was not activated yet, with at least as many `pairs` as the backend has taps.
+    pub fn new(backend: Backend, pairs: Pairs) -> Net {
         let taps: Vec<Arc<Tap>> = backend.taps.into_iter().map(Arc::new).collect();
-        let pairs = taps.len() as u16;
+        assert!(taps.len() <= pairs.len());
+        let count = taps.len() as u16;
         let mut features = QUEUE_FEATURES | offload::features(&taps[0]);
         for feature in [
             VIRTIO_NET_F_MAC,
@@ -195,12 +197,12 @@ impl Net {
         ] {
             features |= 1 << feature;
         }
-        if pairs > 1 {
+        if count > 1 {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
         let mut config = [0; CONFIG];
         config[..STATUS].copy_from_slice(&backend.mac);
-        let words = [VIRTIO_NET_S_LINK_UP as u16, pairs, backend.mtu];
+        let words = [VIRTIO_NET_S_LINK_UP as u16, count, backend.mtu];
         for (place, word) in config[STATUS..].chunks_mut(2).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
@@ -209,7 +211,7 @@ impl Net {
             taps,
             limiters: [backend.receive_limit, backend.transmit_limit].map(Limiter::new),
             pace: Pace::default(),
-            workers,
+            pairs,
             stats: Arc::default(),
             features,
             config,
@@ -222,7 +224,7 @@ impl Net {
     }
 
     /// §5.1.2: the control queue comes behind all pairs, of which a driver without VIRTIO_NET_F_MQ knows one.
-    fn pairs(&self, features: u64) -> usize {
+    fn used_pairs(&self, features: u64) -> usize {
         match features & 1 << VIRTIO_NET_F_MQ {
             0 => 1,
             _ => self.taps.len(),
@@ -235,7 +237,7 @@ impl Net {
         activation: &mut Activation,
     ) -> Result<(), ActivateError> {
         let features = activation.features;
-        let pairs = self.pairs(features);
+        let pairs = self.used_pairs(features);
         let queue = 2 * index as u16;
         let receive = activation.take_queue(queue)?;
         let transmit = activation.take_queue(queue + 1)?;
@@ -274,9 +276,7 @@ impl Net {
             tap,
             activation.signal.clone(),
         );
-        let host = |error| ActivateError::Host(Box::new(error));
-        self.workers[index].begin(index).map_err(host)?;
-        self.workers[index].lock().start(running)
+        lock(&self.pairs[index]).start(running)
     }
 }
 
@@ -321,7 +321,7 @@ impl VirtioDevice for Net {
             // §5.1.6.5.5: one pair, until the driver asks for more.
             tap.attach_queue(false).map_err(host)?;
         }
-        for index in 0..self.pairs(activation.features) {
+        for index in 0..self.used_pairs(activation.features) {
             if let Err(error) = self.start_pair(index, &mut activation) {
                 self.reset();
                 return Err(error);
@@ -331,8 +331,8 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        for worker in &self.workers {
-            worker.lock().stop();
+        for pair in &self.pairs {
+            lock(pair).stop();
         }
     }
 }

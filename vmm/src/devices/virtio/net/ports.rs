@@ -1,14 +1,14 @@
 //! The machine's network devices and the places for more, for the thread that talks to the shim.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use bulkhead_vmm_config::NetStats;
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
-use super::{Backend, Counters, Net, STATUS};
-use crate::devices::virtio::mmio::{MmioTransport, PlaceTaken};
+use super::{Backend, Counters, Net, Pairs, STATUS};
+use crate::devices::virtio::mmio::{MmioTransport, PlaceTaken, lock};
 use crate::devices::virtio::signal::Signal;
 
 /// The word of the configuration space in which the status is, and the link's bit of it.
@@ -21,9 +21,6 @@ pub enum PlugError {
     /// Every place has its device.
     #[error("the machine has no place for another network device")]
     Full(#[from] PlaceTaken),
-    /// The host has no descriptors.
-    #[error("making the device's descriptors failed")]
-    Host(#[from] std::io::Error),
 }
 
 /// Devices first, then empty places; both in the order of the shim.
@@ -32,16 +29,20 @@ pub struct NetPorts {
     /// Of the transports, whose locks a driver can have held for long.
     signals: Vec<Signal>,
     counters: Vec<Counters>,
+    /// Of the empty places, the next one last.
+    spare: Vec<Pairs>,
     vcpus: usize,
 }
 
 impl NetPorts {
-    /// Those of a machine with this many vCPUs, with the counters of the devices that it has now.
-    pub fn new(counters: Vec<Counters>, vcpus: usize) -> NetPorts {
+    /// Those of a machine with this many vCPUs, with the counters of the devices that it has now, and a pair of queues for each
+    /// vCPU at each empty place.
+    pub fn new(counters: Vec<Counters>, spare: Vec<Pairs>, vcpus: usize) -> NetPorts {
         NetPorts {
             transports: Vec::new(),
             signals: Vec::new(),
             counters,
+            spare,
             vcpus,
         }
     }
@@ -63,7 +64,8 @@ impl NetPorts {
     /// There is none.
     pub fn plug(&mut self, backend: Backend) -> Result<(), PlugError> {
         let transport = self.transports.get(self.counters.len()).ok_or(PlaceTaken)?;
-        let device = Net::new(backend)?;
+        let pairs = self.spare.pop().ok_or(PlaceTaken)?;
+        let device = Net::new(backend, pairs);
         let counters = device.counters();
         lock(transport).replace_device(Box::new(device))?;
         self.counters.push(counters);
@@ -85,8 +87,4 @@ impl NetPorts {
 
 pub(super) fn set_link(signal: &Signal, up: bool) {
     signal.change_config(LINK_WORD, LINK_UP, up);
-}
-
-fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
-    transport.lock().expect("a device does not panic")
 }

@@ -28,7 +28,7 @@ mod muxer;
 pub mod packet;
 mod ring;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub use host::BUF_ALLOC;
 

@@ -1,5 +1,6 @@
 mod attacks;
 mod control;
+mod fuzz;
 mod wire;
 
 use std::os::fd::OwnedFd;
@@ -11,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use self::wire::{BAD_HEADERS, Wire, frame};
 use super::super::test_driver::{BUFFERS, Driver, Loop, WRITE, memory, reg};
+use super::super::tests::{Direction, Subject};
 use super::pair::Pair;
 use super::*;
 
@@ -37,17 +39,13 @@ fn backend(taps: Vec<OwnedFd>) -> Backend {
 
 /// A device on the test's own event loop.
 fn device(events: &mut Loop, backend: Backend) -> Net {
-    let workers = backend.taps.iter().map(|_| {
+    let pairs = backend.taps.iter().map(|_| {
         let pair = Arc::new(Mutex::new(Pair::new(events.poller())));
         events.attach(pair.clone());
-        Worker {
-            pair,
-            events: None,
-            runs: true,
-        }
+        pair
     });
-    let workers = workers.collect();
-    Net::with_workers(backend, workers)
+    let pairs = pairs.collect();
+    Net::new(backend, pairs)
 }
 
 impl Guest {
@@ -113,6 +111,34 @@ impl Guest {
     fn stats(&self) -> NetStats {
         self.counters.snapshot()
     }
+}
+
+impl Subject for Guest {
+    fn driver(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+
+    fn events(&mut self) -> &mut Loop {
+        &mut self.events
+    }
+
+    fn queues(&self) -> &'static [Direction] {
+        &[Direction::Writes, Direction::Reads, Direction::Both]
+    }
+
+    fn assert_works(&mut self) {
+        let sent = self.stats().sent;
+        self.send(&[0; header::SIZE], &frame(100, 3));
+        assert_eq!(self.stats().sent, sent + 1);
+    }
+
+    fn disturb(&mut self) {
+        self.wire.send(&frame(100, 1));
+    }
+}
+
+pub(in super::super) fn subject() -> Box<dyn Subject> {
+    Box::new(Guest::new())
 }
 
 #[test]
@@ -251,6 +277,7 @@ fn a_frame_that_the_whole_ring_cannot_hold_is_dropped_and_the_next_one_comes() {
     assert_eq!(guest.bytes(BUFFERS + HEADER, 20), frame(20, 8));
 }
 
+/// CVE-2020-16843's class.
 #[test]
 fn a_full_receive_queue_resumes_when_it_is_drained() {
     let mut guest = Guest::new();

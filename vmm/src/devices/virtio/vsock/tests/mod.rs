@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::test_driver::{BUFFERS, Driver, HIGH_RAM, Loop, NEXT, WRITE, memory};
+use super::super::test_driver::{BUFFERS, Driver, HIGH_RAM, Loop, WRITE, memory};
+use super::super::tests::{Direction, Subject};
 use super::packet::{
     GUEST_CID, HEADER_LEN, HOST_CID, Header, NO_RECEIVE, NO_SEND, TYPE_STREAM, op,
 };
@@ -14,6 +15,7 @@ use super::{BUF_ALLOC, OfferError, Ports, RX, TX, Vsock, Withdrawn};
 mod attacks;
 mod credit;
 mod ends;
+mod fuzz;
 mod stream;
 
 const RX_BUFFER: u64 = 4096;
@@ -25,6 +27,8 @@ struct Guest {
     driver: Driver,
     events: Loop,
     ports: Ports,
+    /// The host's end of the connection of a [`Subject`].
+    host: Option<UnixStream>,
     /// Room for data that REQUEST and the later packets announce, and what was taken out of it.
     buf_alloc: u32,
     taken: u32,
@@ -48,6 +52,7 @@ impl Guest {
             driver,
             events,
             ports,
+            host: None,
             buf_alloc: 256 * 1024,
             taken: 0,
         }
@@ -181,6 +186,67 @@ impl Guest {
     }
 }
 
+impl Subject for Guest {
+    fn driver(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+
+    fn events(&mut self) -> &mut Loop {
+        &mut self.events
+    }
+
+    /// The events' queue is never looked at.
+    fn queues(&self) -> &'static [Direction] {
+        &[Direction::Writes, Direction::Reads]
+    }
+
+    /// With a dial, so that there is something to put into the guest's buffers.
+    fn start(&mut self) {
+        self.ports.withdraw(PORT);
+        self.driver.start();
+        self.host = Some(self.offer(PORT));
+        self.send(op::REQUEST, 0);
+    }
+
+    /// A dial of a port that nobody offers is reset.
+    fn assert_works(&mut self) {
+        const NOWHERE: u32 = 77;
+        while self.driver.queues[0].take_used().is_some() {}
+        let at = |nth: u64| BUFFERS + 0x4000 + nth * RX_BUFFER;
+        // What waits for a buffer comes before it.
+        let heads: Vec<u16> = (0..8)
+            .map(|nth| self.driver.queues[0].add(&[(at(nth), RX_BUFFER as u32, WRITE)]))
+            .collect();
+        self.driver.notify(RX.into());
+        let dial = Header {
+            dst_port: NOWHERE,
+            ..self.header(op::REQUEST)
+        };
+        self.send_raw(&dial, &[]);
+        let mut answered = false;
+        while let Some((head, _)) = self.driver.queues[0].take_used() {
+            let nth = heads.iter().position(|&known| u32::from(known) == head);
+            let Some(nth) = nth else { continue };
+            let mut bytes = [0; HEADER_LEN];
+            let at = GuestAddress(at(nth as u64));
+            self.driver.memory.read_slice(&mut bytes, at).unwrap();
+            let header = Header::parse(&bytes);
+            answered |= (header.op, header.src_port) == (op::RST, NOWHERE);
+        }
+        assert!(answered);
+    }
+
+    fn disturb(&mut self) {
+        if let Some(host) = &mut self.host {
+            let _ = host.write(b"something");
+        }
+    }
+}
+
+pub(in super::super) fn subject() -> Box<dyn Subject> {
+    Box::new(Guest::without_buffers())
+}
+
 fn pattern(count: usize) -> Vec<u8> {
     (0..count as u32)
         .map(|nth| (nth.wrapping_mul(2_654_435_761) >> 13) as u8)
@@ -253,6 +319,7 @@ fn offers_made_before_the_driver_starts_are_kept_and_outlive_a_reset() {
         driver,
         events,
         ports,
+        host: None,
         buf_alloc: 4096,
         taken: 0,
     };
@@ -310,6 +377,7 @@ fn the_1025th_socket_is_refused() {
     );
 }
 
+/// CVE-2026-46214's class: connections that nobody has any more and that count all the same.
 #[test]
 fn a_thousand_connections_come_and_go_and_leave_nothing() {
     let mut guest = Guest::new();
