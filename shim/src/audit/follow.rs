@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io,
     os::unix::fs::{FileExt, OpenOptionsExt},
 };
@@ -99,34 +99,95 @@ impl Follower {
             None => None,
         };
         let mut found: Vec<File> = Vec::new();
-        for path in std::iter::once(self.log.path().to_path_buf()).chain(self.log.older()) {
-            let opened = OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                .open(path);
-            let file = match opened {
-                Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
+        let mut met = false;
+        for file in self.files() {
+            let file = file?;
             let this = file.metadata()?;
             if current.as_ref().is_some_and(|current| same(current, &this)) {
-                self.newer = found.into_iter().rev().collect();
-                return Ok(());
+                met = true;
+                break;
             }
-            let mut seen = false;
-            for other in &found {
-                seen |= same(&other.metadata()?, &this);
-            }
-            if !seen {
+            if position(&found, &this)?.is_none() {
                 found.push(file);
             }
         }
+        self.forget_newcomers(&mut found)?;
         // Without a log there is nothing to go on with, and nothing was missed.
         if !found.is_empty() {
-            self.missed = current.is_some();
+            self.missed |= !met && current.is_some();
             self.newer = found.into_iter().rev().collect();
         }
         Ok(())
+    }
+
+    /// Files that came during a look may stand behind older ones in `found`. What now stands before
+    /// the first that was found came after it; the next look finds it again.
+    fn forget_newcomers(&self, found: &mut Vec<File>) -> io::Result<()> {
+        let Some(first) = found.first() else {
+            return Ok(());
+        };
+        let first = first.metadata()?;
+        for file in self.files() {
+            let this = file?.metadata()?;
+            if same(&first, &this) {
+                break;
+            }
+            if let Some(at) = position(found, &this)? {
+                found.remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// The files that there are, newest first.
+    fn files(&self) -> impl Iterator<Item = io::Result<File>> + '_ {
+        let paths = std::iter::once(self.log.path().to_path_buf()).chain(self.log.older());
+        let opened = paths.map(|path| {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(path)
+        });
+        opened.filter(|file| !matches!(file, Err(error) if error.kind() == io::ErrorKind::NotFound))
+    }
+}
+
+/// Which of the files this one is.
+fn position(files: &[File], this: &Metadata) -> io::Result<Option<usize>> {
+    for (at, file) in files.iter().enumerate() {
+        if same(&file.metadata()?, this) {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a look finds when two rotations come between two of its opens.
+    #[test]
+    fn a_newcomer_does_not_go_before_what_is_older() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = Log::of(&crate::config::Audit {
+            path: dir.path().join("log"),
+            max_bytes: 1,
+            keep: 3,
+        });
+        let follower = Follower::new(log.unwrap());
+        let open = |path| File::open(path).unwrap();
+        follower.log.append(b"oldest\n").unwrap();
+        let oldest = open(follower.log.path().to_path_buf());
+        // Each line is a file.
+        follower.log.append(b"newcomer\n").unwrap();
+        follower.log.append(b"newest\n").unwrap();
+        let mut found = vec![oldest, open(follower.log.numbered(1))];
+        follower.forget_newcomers(&mut found).unwrap();
+        let found: Vec<String> = found
+            .into_iter()
+            .map(|file| io::read_to_string(file).unwrap())
+            .collect();
+        assert_eq!(found, ["oldest\n"]);
     }
 }
