@@ -35,6 +35,8 @@ def _parser():
                                        "a timeout, 125 when the lab itself failed).")
     run.add_argument("--timeout", metavar="SECONDS", type=_positive(float), default=1800,
                      help="kill a command that runs longer (default %(default)s)")
+    run.add_argument("--silence", metavar="SECONDS", type=_positive(float), default=session.SILENCE_SECONDS,
+                     help="stop a lab whose kernel has not answered for so long, with its processors' registers (default %(default)s)")
     run.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="after --: the command and its arguments")
     shell = verbs.add_parser("shell", parents=[options, size], help="an interactive root shell in a fresh lab")
     shell.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="after --: instead of bash")
@@ -84,8 +86,8 @@ def _run(arguments):
     begin = machine.boot if arguments.cold else machine.start
     lab = begin(image_files, Size(arguments.mem, arguments.cpus), carried.slots)
     try:
-        timeout = None if terminal else arguments.timeout
-        status, out_bytes = session.Session(lab, carried.slots, timeout).run(argv or ["bash", "-l"], terminal)
+        limits = (None, session.SILENCE_SECONDS) if terminal else (arguments.timeout, arguments.silence)
+        status, out_bytes = session.Session(lab, carried.slots, *limits).run(argv or ["bash", "-l"], terminal)
     except session.Unresponsive as error:
         say(str(error))
         return session.EXIT_TIMEOUT

@@ -34,6 +34,21 @@ class Machine:
         lines = "\n".join(f"lab: console: {line}" for line in tail) or "lab: console: (it printed nothing)"
         return LabError(f"{reason}{ended}; the console's last lines:\n{lines}")
 
+    def frozen(self, reason):
+        """The same, with what the processors do: three looks, a second apart, tell a loop from a halt."""
+        seen = []
+        try:
+            for _ in range(3):
+                seen.append(self.qemu.monitor("info registers -a"))
+                time.sleep(1)
+            seen += [self.qemu.monitor(question) for question in ("info status", "info lapic")]
+        except LabError as error:
+            seen.append(str(error))
+        wide = ("FPR", "XMM", "YMM", "ZMM", "Opmask", "MXCSR", "FCW")
+        told = (line.rstrip() for text in seen for line in text.splitlines() if not line.startswith(wide))
+        lines = "\n".join(f"lab: monitor: {line}" for line in told if line)
+        return self.failure(f"{reason}; its processors:\n{lines}\nlab: it was stopped")
+
     def wait_alive(self, seconds):
         """Waits for the agent to say that it is there."""
         deadline = time.monotonic() + seconds

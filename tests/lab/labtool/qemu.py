@@ -105,6 +105,10 @@ class Qemu:
         except OSError as error:
             raise LabError(f"QEMU does not answer {name}: {error}") from error
 
+    def monitor(self, question):
+        """What QEMU's monitor for people answers."""
+        return self.execute("human-monitor-command", **{"command-line": question})
+
     def wait_migration(self, seconds):
         """Waits until saving or restoring has completed."""
         end = time.monotonic() + seconds

@@ -13,12 +13,16 @@ import termios
 import time
 import tty
 
-from .channel import EXIT, FAILED, INPUT, KILL, RESIZE, RUN, STDERR, STDOUT, ChannelClosed
+from .channel import EXIT, FAILED, INPUT, KILL, PING, RESIZE, RUN, STDERR, STDOUT, ChannelClosed
 from .report import LabError, say
 
 EXIT_TIMEOUT = 124
 # How long the agent may take to kill the command and save /out after a timeout.
 GRACE_SECONDS = 60
+# A lab that says nothing is asked whether it is there, this often.
+PING_SECONDS = 30
+# Without an answer for so long its kernel stands still: on the busiest host the agent needed seconds.
+SILENCE_SECONDS = 300
 # A pipe that poll() calls writable takes this much without blocking (PIPE_BUF), so a slow reader delays no timeout.
 WRITE_CHUNK = 4096
 
@@ -26,8 +30,10 @@ WRITE_CHUNK = 4096
 class Session:
     """Runs `argv` in a machine whose agent is alive (or was, when its snapshot was taken)."""
 
-    def __init__(self, machine, slots, timeout=None):
+    def __init__(self, machine, slots, timeout=None, silence=SILENCE_SECONDS):
         self._machine = machine
+        self._silence = silence
+        self._heard = self._asked = time.monotonic()
         self._channel = machine.channel
         self._slots = slots
         self._timeout = timeout
@@ -57,7 +63,9 @@ class Session:
     def _loop(self, stdin=None):
         watched = [] if stdin is None else [stdin]
         while True:
-            frames, ready = self._channel.receive(self._deadline, watched)
+            frames, ready = self._channel.receive(self._next_look(), watched)
+            if frames:
+                self._heard = time.monotonic()
             for kind, payload in frames:
                 if kind == STDOUT:
                     self._write(1, payload)
@@ -75,6 +83,20 @@ class Session:
                 else:
                     watched = []
             self._check_deadline()
+            self._check_silence()
+
+    def _next_look(self):
+        times = [self._asked + min(PING_SECONDS, self._silence / 2), self._heard + self._silence]
+        return min(times if self._deadline is None else [*times, self._deadline])
+
+    def _check_silence(self):
+        """A lab whose kernel stands still stops the clocks of the tests in it: only the host can tell."""
+        now = time.monotonic()
+        if now - self._heard >= self._silence:
+            raise self._machine.frozen(f"the lab has not answered for {self._silence:g} s: its kernel stands still")
+        if now - self._asked >= min(PING_SECONDS, self._silence / 2):
+            self._asked = now
+            self._channel.send(PING)
 
     def _check_deadline(self):
         if self._deadline is None or time.monotonic() < self._deadline:
@@ -95,6 +117,8 @@ class Session:
                 data = data[os.write(fd, data[:WRITE_CHUNK]):]
             else:
                 self._check_deadline()
+        # A slow reader of ours is no silence of the lab's.
+        self._heard = time.monotonic()
 
 
 class Unresponsive(LabError):
