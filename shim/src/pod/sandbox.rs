@@ -240,12 +240,16 @@ impl Sandbox {
     /// Stops the machine to get the guest's console, and says how far it came.
     async fn too_slow(&self) -> Error {
         let reached = self.reached();
+        let processors = self.processors().await;
         let _ = self.vm.stop().await;
         let mut console = match tokio::time::timeout(LAST_WORDS, self.vm.ended()).await {
             Ok(end) => end.last_lines().to_vec(),
             Err(_) => Vec::new(),
         };
         console.extend(self.agent_log.lines());
+        if console.is_empty() {
+            console.extend(processors);
+        }
         Error::Timeout {
             secs: self.boot_timeout.as_secs(),
             reached,
@@ -254,6 +258,22 @@ impl Sandbox {
                 .map_or(String::new(), |line| format!(": {line}")),
             console,
         }
+    }
+
+    /// What the processors of a guest do that says nothing: one that loops has exits for interrupts,
+    /// one that waits for what never comes has few or none.
+    async fn processors(&self) -> Option<String> {
+        let before = self.vm.stats().await.ok()?.kvm;
+        tokio::time::sleep(LAST_WORDS).await;
+        let after = self.vm.stats().await.ok()?.kvm;
+        let told = ["exits", "halt_exits", "irq_exits", "io_exits", "mmio_exits"].map(|name| {
+            let [was, is] = [&before, &after].map(|all| all.get(name).copied().unwrap_or_default());
+            format!("{name} {is} (+{})", is.saturating_sub(was))
+        });
+        let told = told.join(", ");
+        Some(format!(
+            "its processors, with the last {LAST_WORDS:?}: {told}"
+        ))
     }
 
     /// Waits until the pod cannot go on, and tells why.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
-use bulkhead_vmm_config::Stamp;
+use bulkhead_vmm_config::{Stamp, VmStats};
 use tokio::task::{JoinError, yield_now};
 
 use super::{Parts, Request, Sandbox, error::Error, testing::Guest};
@@ -173,6 +173,10 @@ impl Vm {
 
     pub(super) fn stamps(&self) -> Vec<Stamp> {
         Vec::new()
+    }
+
+    pub(super) async fn stats(&self) -> Result<VmStats, vmm::Error> {
+        Ok(VmStats::default())
     }
 
     pub(super) async fn offer_port(&self, port: u32, fd: OwnedFd) -> Result<(), vmm::Error> {
