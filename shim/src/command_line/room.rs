@@ -24,7 +24,13 @@ use nix::sys::socket::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{ids, sys::process::ProcessId};
+use crate::{
+    ids,
+    sys::{
+        files::{Failed, failed},
+        process::ProcessId,
+    },
+};
 
 /// Where containers are written down when no `--root` is given. Not in the directory of the
 /// ledgers, whose directories are all pods'.
@@ -50,25 +56,8 @@ pub enum Error {
     #[error("container does not exist: {0:?}")]
     Missing(String),
     /// A system call.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// The verb.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
-
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io {
-        action,
-        path,
-        source,
-    }
+    #[error(transparent)]
+    Io(#[from] Failed),
 }
 
 /// The ledger's namespace of a root: several engines may use one id, each in a root of its own.
@@ -134,7 +123,7 @@ impl Room {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Error::Exists(id.into()))
             }
-            Err(error) => Err(failed("make the directory", &path)(error)),
+            Err(error) => Err(failed("make the directory", &path)(error).into()),
             Ok(()) => Room::open(root, id, path),
         }
     }
@@ -151,7 +140,7 @@ impl Room {
     fn open(root: &Path, id: &str, path: PathBuf) -> Result<Room, Error> {
         match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Missing(id.into())),
-            Err(error) => Err(failed("open the directory", &path)(error)),
+            Err(error) => Err(failed("open the directory", &path)(error).into()),
             Ok(directory) => Ok(Room {
                 id: id.into(),
                 // The last container takes the root with it.
@@ -248,7 +237,7 @@ impl Room {
             options.open(&new)?.write_all(bytes)?;
             fs::rename(&new, &path)
         };
-        written().map_err(failed("write", &path))
+        Ok(written().map_err(failed("write", &path))?)
     }
 
     /// What was written down; `None`: it is being made, or its maker died.
@@ -259,13 +248,13 @@ impl Room {
             other => other.map_err(failed("read", &path))?,
         };
         let record = serde_json::from_slice(&text).map_err(io::Error::other);
-        record.map(Some).map_err(failed("read", &path))
+        Ok(record.map(Some).map_err(failed("read", &path))?)
     }
 
     /// Listens for calls about the container.
     pub fn listen_for_calls(&self) -> Result<UnixListener, Error> {
         let path = self.file(TASKS);
-        UnixListener::bind(self.socket(TASKS)).map_err(failed("listen at", &path))
+        Ok(UnixListener::bind(self.socket(TASKS)).map_err(failed("listen at", &path))?)
     }
 
     /// Listens for keepers.
@@ -277,7 +266,7 @@ impl Room {
             Ok(listener)
         };
         let listening = listening().map(UnixListener::from);
-        listening.map_err(|errno| failed("listen at", &self.file(KEEPERS))(errno.into()))
+        Ok(listening.map_err(failed("listen at", &self.file(KEEPERS)))?)
     }
 
     /// A connection of a keeper.
@@ -298,14 +287,14 @@ impl Room {
             let path = self.file(name);
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(failed("remove", &path)(error));
+                    return Err(failed("remove", &path)(error).into());
                 }
                 _ => {}
             }
         }
         match fs::remove_dir(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove", &self.path)(error));
+                return Err(failed("remove", &self.path)(error).into());
             }
             _ => {}
         }
@@ -377,7 +366,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let room = Room::make(root.path(), "a").unwrap();
         fs::write(room.file(STATE), "{").unwrap();
-        assert!(matches!(room.read(), Err(Error::Io { .. })));
+        assert!(matches!(room.read(), Err(Error::Io(_))));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    Error, FILE_NAME, Ledger, Leftover, Resource, io_error, is_same,
+    Error, FILE_NAME, Ledger, Leftover, Resource, failed, is_same,
     list::names,
     lock_namespace,
     record::{self, CLAIMS},
@@ -113,13 +113,13 @@ pub enum Reclaimed {
 pub fn reclaim(state: &Path, namespace: &str, sandbox: &str) -> Result<Reclaimed, Error> {
     let state = match state.canonicalize() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Reclaimed::Nothing),
-        other => other.map_err(io_error("find", state))?,
+        other => other.map_err(failed("find", state))?,
     };
     let path = state.join(namespace).join(sandbox).join(FILE_NAME);
     match path.try_exists() {
         Ok(false) => return Ok(Reclaimed::Nothing),
         Ok(true) => {}
-        Err(error) => return Err(io_error("look for", &path)(error)),
+        Err(error) => return Err(failed("look for", &path)(error).into()),
     }
     let directory = state.join(namespace).join(sandbox);
     let guard = lock_namespace(&state, namespace)?;
@@ -147,9 +147,9 @@ fn adopt(state: &Path, directory: &Path) -> Result<Adopted, Error> {
     let path: PathBuf = directory.join(FILE_NAME);
     let mut file: File = match OpenOptions::new().append(true).read(true).open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Adopted::Nothing),
-        other => other.map_err(io_error("open", &path))?,
+        other => other.map_err(failed("open", &path))?,
     };
-    if !try_lock(&file).map_err(io_error("lock", &path))? {
+    if !try_lock(&file).map_err(failed("lock", &path))? {
         return Ok(Adopted::Alive);
     }
     if !is_same(&file, &path) || file.metadata().is_ok_and(|data| data.nlink() == 0) {
@@ -157,8 +157,7 @@ fn adopt(state: &Path, directory: &Path) -> Result<Adopted, Error> {
         return Ok(Adopted::Alive);
     }
     let mut text = Vec::new();
-    file.read_to_end(&mut text)
-        .map_err(io_error("read", &path))?;
+    file.read_to_end(&mut text).map_err(failed("read", &path))?;
     let (owner, mut held, next) = record::replay(&String::from_utf8_lossy(&text));
     held.retain(|entry| entry.resource.belongs_to(directory, state));
     Ok(Adopted::Ledger(Ledger {

@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path};
 
-use super::{Error, FILE_NAME, Resource, io_error, record};
+use super::{Error, FILE_NAME, Resource, failed, record};
 
 /// A sandbox and what its ledger says.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub fn list(state: &Path) -> Result<Vec<Listed>, Error> {
             let text = match fs::read(&path) {
                 // It has just ended, or not quite begun.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                other => other.map_err(io_error("read", &path))?,
+                other => other.map_err(failed("read", &path))?,
             };
             let (_, held, _) = record::replay(&String::from_utf8_lossy(&text));
             listed.push(Listed {
@@ -44,7 +44,7 @@ pub fn list(state: &Path) -> Result<Vec<Listed>, Error> {
 pub(super) fn names(directory: &Path) -> Result<Vec<String>, Error> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(io_error("read", directory))?,
+        other => other.map_err(failed("read", directory))?,
     };
     let mut names: Vec<String> = entries
         .filter_map(Result::ok)

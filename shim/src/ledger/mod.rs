@@ -41,7 +41,10 @@ pub use teardown::Leftover;
 
 use record::{Entry, Line};
 
-use crate::sys::process::ProcessId;
+use crate::sys::{
+    files::{Failed, failed},
+    process::ProcessId,
+};
 
 /// Name of the file in a sandbox' directory.
 pub const FILE_NAME: &str = "ledger";
@@ -66,28 +69,11 @@ pub enum Error {
         namespace: String,
     },
     /// A system call failed.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// The verb.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Failed),
     /// The resource is not where a sandbox keeps such things.
     #[error("{0} is not a place that this sandbox may hold")]
     Foreign(Resource),
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io {
-        action,
-        path,
-        source,
-    }
 }
 
 /// The record of one sandbox, open for its owner.
@@ -119,7 +105,7 @@ impl Ledger {
                     namespace: namespace.into(),
                 });
             }
-            other => other.map_err(io_error("make the directory", &directory))?,
+            other => other.map_err(failed("make the directory", &directory))?,
         }
         let opened = Ledger::begin(state, &directory);
         if opened.is_err() {
@@ -135,8 +121,8 @@ impl Ledger {
     fn begin(state: &Path, directory: &Path) -> Result<Ledger, Error> {
         let path = directory.join(FILE_NAME);
         let file = open_new(&path)?;
-        if !try_lock(&file).map_err(io_error("lock", &path))? {
-            return Err(io_error("lock", &path)(io::ErrorKind::WouldBlock.into()));
+        if !try_lock(&file).map_err(failed("lock", &path))? {
+            return Err(failed("lock", &path)(io::ErrorKind::WouldBlock).into());
         }
         let owner = Owner(ProcessId::own());
         let mut ledger = Ledger {
@@ -192,7 +178,7 @@ impl Ledger {
         loop {
             match fs::DirBuilder::new().mode(0o700).create(&claims) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(io_error("make the directory", &claims)(error));
+                    return Err(failed("make the directory", &claims)(error).into());
                 }
                 _ => {}
             }
@@ -204,7 +190,7 @@ impl Ledger {
                     self.release(ticket)?;
                     return Ok(false);
                 }
-                Err(error) => return Err(io_error("make the claim", &path)(error)),
+                Err(error) => return Err(failed("make the claim", &path)(error).into()),
             }
         }
     }
@@ -246,7 +232,7 @@ impl Ledger {
         if written.is_err() {
             let _ = fs::remove_file(&path);
         }
-        written.map_err(io_error("write", &path))?;
+        written.map_err(failed("write", &path))?;
         // The old one's lock goes with it: it is no longer the ledger, which whoever waits for the lock sees.
         self.file = file;
         self.dead = 0;
@@ -333,27 +319,24 @@ impl Ledger {
     fn write(&mut self, line: &Line) -> Result<(), Error> {
         let path = self.directory.join(FILE_NAME);
         let text = line.text();
-        let written = self
-            .file
-            .write(&text)
-            .map_err(io_error("write to", &path))?;
+        let written = self.file.write(&text).map_err(failed("write to", &path))?;
         if written < text.len() {
             // End the cut line, so that it cannot swallow the next one.
             let _ = self.file.write(b"\n");
-            return Err(io_error("write to", &path)(io::ErrorKind::WriteZero.into()));
+            return Err(failed("write to", &path)(io::ErrorKind::WriteZero).into());
         }
         Ok(())
     }
 }
 
-fn open_new(path: &Path) -> Result<File, Error> {
+fn open_new(path: &Path) -> Result<File, Failed> {
     OpenOptions::new()
         .append(true)
         .read(true)
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .map_err(io_error("make the ledger", path))
+        .map_err(failed("make the ledger", path))
 }
 
 /// The state directory by a path without symbolic links (`/var/run` is one on most hosts); it is made when missing.
@@ -363,11 +346,11 @@ pub fn canonical_state(state: &Path) -> Result<PathBuf, Error> {
             .recursive(true)
             .mode(0o711)
             .create(state)
-            .map_err(io_error("make the directory", state))?;
+            .map_err(failed("make the directory", state))?;
         match state.canonicalize() {
             // Tidied away by the last pod to go.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => return other.map_err(io_error("find", state)),
+            other => return Ok(other.map_err(failed("find", state))?),
         }
     }
 }
@@ -395,13 +378,13 @@ fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error>
                 races += 1;
                 continue;
             }
-            other => other.map_err(io_error("make the directory", &path))?,
+            other => other.map_err(failed("make the directory", &path))?,
         }
         let Ok(directory) = File::open(&path) else {
             // Another process has just tidied it away.
             continue;
         };
-        flock(&directory, libc::LOCK_EX).map_err(io_error("lock", &path))?;
+        flock(&directory, libc::LOCK_EX).map_err(failed("lock", &path))?;
         if is_same(&directory, &path) {
             return Ok(NamespaceLock(directory));
         }

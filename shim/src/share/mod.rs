@@ -35,6 +35,7 @@ use crate::{
     oci::{GUEST_SHARE, HostBind, HostPropagation, HostRoot, host_interfaces},
     share::identity::{Identity, Layout},
     sys::{
+        files::{Failed, failed},
         mount as mounts,
         mount::{Depth, DetachedTree, MountLine, Object},
     },
@@ -50,16 +51,8 @@ const MAX_SUBMOUNTS: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A system call failed.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// The verb.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Failed),
     /// More than a guest is asked to make.
     #[error(
         "{path} has {count} mounts beneath it, {max} are possible; bind a directory with fewer, or without \"r\" in \"rbind\"", max = MAX_SUBMOUNTS
@@ -120,15 +113,6 @@ impl Error {
             self,
             HostInterface { .. } | NestedInterface { .. } | Device(_)
         )
-    }
-}
-
-fn io_error<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Error {
-    let path = path.to_path_buf();
-    move |error| Error::Io {
-        action,
-        path,
-        source: error.into(),
     }
 }
 
@@ -243,7 +227,7 @@ impl Wish<'_> {
         if found.is_device {
             return Err(Error::Device(path()));
         }
-        let kind = host_interfaces::of_open(opened).map_err(io_error("look at", self.source))?;
+        let kind = host_interfaces::of_open(opened).map_err(failed("look at", self.source))?;
         if let Some(kind) = kind {
             return Err(Error::HostInterface { path: path(), kind });
         }
@@ -283,7 +267,7 @@ impl Share {
         ledger.take(Resource::Mount { path: pod.clone() })?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("bulkhead"), &pod, Some("tmpfs"), flags, Some(LIMITS))
-            .map_err(io_error("mount a tmpfs on", &pod))?;
+            .map_err(failed("mount a tmpfs on", &pod))?;
         change(&pod, MsFlags::MS_PRIVATE)?;
         let (tree, share) = (pod.join("tree"), pod.join("share"));
         // Inside the tmpfs, which takes them with it.
@@ -293,10 +277,10 @@ impl Share {
             path: share.clone(),
         })?;
         let view = DetachedTree::clone_of(&tree, Depth::Top)
-            .map_err(io_error("clone the mount of", &tree))?;
+            .map_err(failed("clone the mount of", &tree))?;
         view.set_read_only(Depth::Top)
-            .map_err(io_error("make read-only", &tree))?;
-        view.attach(&share).map_err(io_error("mount", &share))?;
+            .map_err(failed("make read-only", &tree))?;
+        view.attach(&share).map_err(failed("mount", &share))?;
         change(&share, MsFlags::MS_SHARED)?;
         Ok(Share {
             tree,
@@ -369,11 +353,10 @@ impl Share {
     /// A mount that shows the source: one that is there, or a new one.
     fn mount(&mut self, ledger: &mut Ledger, wish: &Wish<'_>) -> Result<Source, Error> {
         let source = wish.source;
-        let opened = open(source, wish.directory).map_err(io_error("open", source))?;
-        let found = mounts::object(opened.as_fd()).map_err(io_error("look at", source))?;
-        let mounts = mounts::mounts().map_err(io_error("list the mounts for", source))?;
-        let place =
-            identity::place(opened.as_fd()).map_err(io_error("find the mount of", source))?;
+        let opened = open(source, wish.directory).map_err(failed("open", source))?;
+        let found = mounts::object(opened.as_fd()).map_err(failed("look at", source))?;
+        let mounts = mounts::mounts().map_err(failed("list the mounts for", source))?;
+        let place = identity::place(opened.as_fd()).map_err(failed("find the mount of", source))?;
         let (identity, layout) =
             identity::look(&place, &mounts, &found, wish.depth, wish.propagation);
         let count = layout.beneath.len();
@@ -391,19 +374,19 @@ impl Share {
         }
         wish.check(opened.as_fd(), &found, &mounts, &place)?;
         let tree = DetachedTree::clone_of_open(opened.as_fd(), wish.depth)
-            .map_err(io_error("clone the mount of", source))?;
+            .map_err(failed("clone the mount of", source))?;
         let propagation = match wish.propagation {
             HostPropagation::Private => libc::MS_PRIVATE,
             HostPropagation::Slave => libc::MS_SLAVE,
         };
         tree.set_propagation(propagation)
-            .map_err(io_error("detach from its peers", source))?;
+            .map_err(failed("detach from its peers", source))?;
         // Before it can be seen: what the fs process could be made to do, it cannot do with these files.
         tree.set_inert()
-            .map_err(io_error("forbid devices and programs of", source))?;
+            .map_err(failed("forbid devices and programs of", source))?;
         if let Some(depth) = wish.read_only {
             tree.set_read_only(depth)
-                .map_err(io_error("make read-only", source))?;
+                .map_err(failed("make read-only", source))?;
         }
         self.last += 1;
         let number = self.last;
@@ -421,7 +404,7 @@ impl Share {
             ticket,
             serves: false,
         });
-        tree.attach(&target).map_err(io_error("mount", &target))?;
+        tree.attach(&target).map_err(failed("mount", &target))?;
         let mounted = self.mounted.last_mut().expect("just pushed");
         mounted.serves = true;
         Ok(Source { number, layout })
@@ -430,11 +413,11 @@ impl Share {
     fn make_mount_point(&self, number: u64, found: &Object) -> Result<(), Error> {
         let point = self.tree.join(number.to_string());
         if found.directory {
-            return make_directory(&point);
+            return Ok(make_directory(&point)?);
         }
         match fs::File::create_new(&point) {
             Ok(_) => Ok(()),
-            Err(error) => Err(io_error("make the mount point", &point)(error)),
+            Err(error) => Err(failed("make the mount point", &point)(error).into()),
         }
     }
 
@@ -480,7 +463,7 @@ impl Share {
         };
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(io_error("remove the mount point", &point)(error))
+                Err(failed("remove the mount point", &point)(error).into())
             }
             _ => Ok(()),
         }
@@ -499,14 +482,14 @@ fn open(source: &Path, directory: bool) -> io::Result<fs::File> {
         .open(source)
 }
 
-fn make_directory(path: &Path) -> Result<(), Error> {
+fn make_directory(path: &Path) -> Result<(), Failed> {
     fs::DirBuilder::new()
         .mode(0o755)
         .create(path)
-        .map_err(io_error("make the directory", path))
+        .map_err(failed("make the directory", path))
 }
 
-fn change(path: &Path, propagation: MsFlags) -> Result<(), Error> {
+fn change(path: &Path, propagation: MsFlags) -> Result<(), Failed> {
     mount(None::<&str>, path, None::<&str>, propagation, None::<&str>)
-        .map_err(io_error("set the propagation of", path))
+        .map_err(failed("set the propagation of", path))
 }

@@ -16,6 +16,29 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
+/// A system call on a path failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {path}")]
+pub struct Failed {
+    /// The verb.
+    action: &'static str,
+    /// On what.
+    path: PathBuf,
+    /// Why.
+    #[source]
+    source: io::Error,
+}
+
+/// What a call's error becomes that was to `action` the `path`.
+pub fn failed<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Failed {
+    let path = path.to_path_buf();
+    move |error| Failed {
+        action,
+        path,
+        source: error.into(),
+    }
+}
+
 /// Opens a directory as `O_PATH`; any symbolic link on the way is an error (`ELOOP`).
 pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
