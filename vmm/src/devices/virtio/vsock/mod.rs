@@ -182,13 +182,15 @@ impl VirtioDevice for Vsock {
         let mut worker = lock(&self.worker);
         let poller = worker.poller.clone();
         let muxer = Muxer::new(activation.memory, activation.signal, queues, poller.clone());
-        for (key, queue) in [RX, TX].into_iter().zip(muxer.kicks()) {
-            poller
-                .add(queue.kick(), key.into(), EventSet::IN)
-                .map_err(|error| ActivateError::Host(Box::new(error)))?;
-        }
-        worker.muxer = Some(muxer);
-        Ok(())
+        let [rx, tx] = worker.muxer.insert(muxer).kicks();
+        let watched = poller
+            .add(rx.kick(), RX.into(), EventSet::IN)
+            .and_then(|()| poller.add(tx.kick(), TX.into(), EventSet::IN));
+        // A kick that stays watched, and that nobody takes, would keep the thread busy.
+        watched.map_err(|error| {
+            worker.stop();
+            ActivateError::Host(Box::new(error))
+        })
     }
 
     fn reset(&mut self) {
