@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
 
-use crate::container::{self, Container, Launcher, Process, ProcessError, blocking};
+use crate::container::{self, Container, Launcher, Process, ProcessError, blocking, cgroup};
 use crate::error::Error;
 use crate::network::{self, Watch};
 use crate::reaper::Exit;
@@ -362,6 +363,28 @@ impl Sandbox {
                 .apply(&request.resources)
         })
         .await?)
+    }
+
+    /// Frees page cache of all containers, at most `most` bytes; how much it was.
+    pub(crate) async fn reclaim_memory(&self, most: u64) -> u64 {
+        /// The kernel may take long over what it has to write back first.
+        const LIMIT: Duration = Duration::from_secs(20);
+        let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
+        blocking(move || {
+            let end = Instant::now() + LIMIT;
+            let mut freed = 0;
+            for container in containers {
+                let cgroup = container.cgroup.read();
+                // Not under the lock: who sets limits does not wait for it.
+                let path = cgroup
+                    .expect("no code panics while it holds this lock")
+                    .path()
+                    .to_path_buf();
+                freed += cgroup::reclaim(&path, most.saturating_sub(freed), end);
+            }
+            freed
+        })
+        .await
     }
 
     /// Makes an empty volume.

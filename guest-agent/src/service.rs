@@ -199,6 +199,18 @@ impl agent_ttrpc::Agent for Service {
         empty(to_the_end(async move { sandbox.update_container(request).await }).await)
     }
 
+    async fn reclaim_memory(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ReclaimMemoryRequest,
+    ) -> ttrpc::Result<agent::ReclaimMemoryResponse> {
+        let bytes = self.0.reclaim_memory(request.bytes).await;
+        Ok(agent::ReclaimMemoryResponse {
+            bytes,
+            ..Default::default()
+        })
+    }
+
     async fn create_volume(
         &self,
         _: &TtrpcContext,

@@ -78,6 +78,11 @@ pub struct Config {
     pub overhead_mib: u64,
     /// What a pod may take of the host's memory beside its machine's, in MiB.
     pub host_overhead_mib: u64,
+    /// Whether pods give memory that they do not use back to the host.
+    pub return_memory: bool,
+    /// How long a pod must have been idle until page cache of its containers is freed, in seconds;
+    /// 0: never.
+    pub reclaim_idle_secs: u64,
     /// How long a guest may take until its agent answers, in seconds.
     pub boot_timeout_secs: u64,
     /// First of the uids (and gids) that VMMs run as, one a pod.
@@ -191,6 +196,8 @@ impl Default for Config {
             max_memory_mib: 0,
             overhead_mib: 64,
             host_overhead_mib: 64,
+            return_memory: true,
+            reclaim_idle_secs: 60,
             boot_timeout_secs: 60,
             // Above the ranges that login.defs (to 600,100,000), systemd (to 1,879,048,191) and
             // SSSD for the accounts of a directory (to 2,000,200,000) hand out, and below 2^31,

@@ -66,6 +66,11 @@ const NOT_HERE: &[(&str, &str, &str)] = &[
     ),
     ("a tap that is plugged", "vmm", "ioctl fcntl"),
     (
+        "memory that comes back some seconds after it is free",
+        "vmm",
+        "fallocate",
+    ),
+    (
         "a driver that changes offloads or queues",
         "net",
         "ioctl clock_nanosleep",

@@ -23,8 +23,8 @@ pub const MAX_VCPUS: u32 = 32;
 const MAX_FS_QUEUES: u32 = 16;
 /// VIRTIO 1.2 §5.11.4: the tag's field.
 const MAX_TAG: usize = 36;
-/// Beside them there are vsock and the random number generator.
-const _: () = assert!(MAX_DEVICES + 2 == layout::MAX_VIRTIO_DEVICES);
+/// Beside them there are vsock, the random number generator and the balloon.
+const _: () = assert!(MAX_DEVICES + 3 == layout::MAX_VIRTIO_DEVICES);
 
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
@@ -130,6 +130,8 @@ pub struct VmSpec {
     pub net: Vec<Backend>,
     /// Places for more of them.
     pub net_slots: usize,
+    /// Whether there is a balloon.
+    pub balloon: bool,
     /// Output of the serial console.
     pub serial: Option<File>,
     /// Log lines.
@@ -188,6 +190,7 @@ impl VmSpec {
             fs: fs_devices(&config.fs, &mut fds)?,
             net: net_devices(&config.net, vcpus.into(), &mut fds)?,
             net_slots: config.net_slots as usize,
+            balloon: config.balloon,
             serial: match config.serial {
                 Some(serial) => Some(fds.take(serial.output, "serial")?.into()),
                 None => None,

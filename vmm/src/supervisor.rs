@@ -7,6 +7,7 @@ use bulkhead_vmm_config::{Event, NetDevice, PortOffer, Request, VmStats};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{ControlError, ControlSocket, Descriptors};
+use crate::devices::virtio::balloon::Gauge;
 use crate::devices::virtio::net::NetPorts;
 use crate::devices::virtio::vsock::{Ports, Withdrawn};
 use crate::event_loop::{Handler, Poller};
@@ -38,6 +39,7 @@ pub struct Supervisor {
     vcpus: Vcpus,
     ports: Ports,
     net: NetPorts,
+    balloon: Option<Gauge>,
     poller: Poller,
     log: Log,
     outcome: Option<Outcome>,
@@ -49,7 +51,7 @@ impl Supervisor {
         control: ControlSocket,
         reports: Arc<Reports>,
         vcpus: Vcpus,
-        (ports, net): (Ports, NetPorts),
+        (ports, net, balloon): (Ports, NetPorts, Option<Gauge>),
         poller: Poller,
         log: Log,
     ) -> Supervisor {
@@ -59,6 +61,7 @@ impl Supervisor {
             vcpus,
             ports,
             net,
+            balloon,
             poller,
             log,
             outcome: None,
@@ -109,6 +112,7 @@ impl Supervisor {
         let mut stats = VmStats {
             guest_faults: self.reports.guest_faults(),
             net: self.net.stats(),
+            balloon: self.balloon.as_ref().map(Gauge::read),
             ..VmStats::default()
         };
         self.vcpus.add_stats(&mut stats.kvm, &mut stats.user_exits);

@@ -27,6 +27,7 @@ use crate::arch::x86_64::{cpu, cpuid, interrupts, layout};
 use crate::boot::{self, BootError, CmdlineError, Image};
 use crate::control::{ControlError, ControlSocket};
 use crate::devices::virtio::activator::Activator;
+use crate::devices::virtio::balloon::Gauge;
 use crate::devices::virtio::net::{NetPorts, Workers};
 use crate::devices::virtio::vsock::Ports;
 use crate::event_loop::EventLoop;
@@ -111,6 +112,7 @@ pub struct Vm {
     events: EventLoop,
     ports: Ports,
     net: NetPorts,
+    balloon: Option<Gauge>,
     net_workers: Workers,
     activator: Activator,
     reports: Arc<Reports>,
@@ -156,6 +158,7 @@ impl Vm {
             events,
             ports: board.ports,
             net: board.net,
+            balloon: board.balloon,
             net_workers: board.net_workers,
             activator: board.activator,
             reports,
@@ -191,7 +194,7 @@ impl Vm {
             control,
             self.reports.clone(),
             vcpus,
-            (self.ports, self.net),
+            (self.ports, self.net, self.balloon),
             poller,
             self.log.clone(),
         )));

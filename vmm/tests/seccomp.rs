@@ -189,6 +189,26 @@ const NARROW: &[(Role, Attack)] = &[
         ),
     ),
     (
+        Role::Vmm,
+        ("fallocate that makes no hole", libc::SYS_fallocate, [4; 6]),
+    ),
+    (
+        Role::Vmm,
+        (
+            "fallocate that cuts a file",
+            libc::SYS_fallocate,
+            [4, libc::FALLOC_FL_COLLAPSE_RANGE as i64, 0, 4096, 0, 0],
+        ),
+    ),
+    (
+        Role::Device,
+        (
+            "a hole in guest memory",
+            libc::SYS_fallocate,
+            [4, 3, 0, 4096, 0, 0],
+        ),
+    ),
+    (
         Role::FsVhost,
         (
             "fcntl that changes flags",

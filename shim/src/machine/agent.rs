@@ -18,10 +18,11 @@ use bulkhead_agent_protocol::{
         AnswerConnectionRequest, CgroupFile, ChangeVolumeRequest, ConnectListenerRequest,
         Container, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
         CreateExecRequest, CreateProcessResponse, Empty, EndSocketsRequest, Listeners, Network,
-        ProcessRequest, ProgramProblem, ResizeTerminalRequest, Resources, ServeSocketRequest,
-        SignalProcessRequest, SocketConnection, SocketRequest, StartProcessResponse,
-        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange,
-        VolumeRequest, WaitProcessResponse,
+        ProcessRequest, ProgramProblem, ReclaimMemoryRequest, ReclaimMemoryResponse,
+        ResizeTerminalRequest, Resources, ServeSocketRequest, SignalProcessRequest,
+        SocketConnection, SocketRequest, StartProcessResponse, StartSandboxRequest,
+        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
+        WaitProcessResponse,
     },
 };
 use protobuf::{EnumOrUnknown, Message};
@@ -419,6 +420,17 @@ impl Agent {
         let answer: ContainerStatsResponse =
             self.call("ContainerStats", &request, Some(QUICK)).await?;
         Ok(answer.files)
+    }
+
+    /// Has page cache of the containers freed, at most so many bytes; how many it were, in the guest's words.
+    pub async fn reclaim_memory(&self, bytes: u64) -> Result<u64, Error> {
+        let request = ReclaimMemoryRequest {
+            bytes,
+            ..ReclaimMemoryRequest::default()
+        };
+        let answer: ReclaimMemoryResponse =
+            self.call("ReclaimMemory", &request, Some(QUICK)).await?;
+        Ok(answer.bytes)
     }
 
     /// Makes an empty volume.

@@ -69,6 +69,8 @@ pub struct Hardware<'a> {
     pub net: Vec<Nic>,
     /// Places for more of them.
     pub net_slots: u32,
+    /// Whether the guest can give memory back.
+    pub balloon: bool,
     /// Where a debugging console goes.
     pub serial: Option<BorrowedFd<'a>>,
     /// The user and the group that the process becomes.
@@ -121,6 +123,7 @@ pub(super) fn config(
             .map(|nic| nic.config(&mut index))
             .collect(),
         net_slots: hardware.net_slots,
+        balloon: hardware.balloon,
         serial: hardware.serial.map(|fd| SerialConsole {
             output: index(fd.as_raw_fd()),
         }),

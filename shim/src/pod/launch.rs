@@ -119,6 +119,7 @@ impl Taken {
             share: (SHARE_TAG.into(), front.into(), config.share.queues),
             net: nics,
             net_slots: slots as u32,
+            balloon: config.return_memory,
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
             accept_missing: &config.accept_missing,

@@ -17,6 +17,7 @@ mod links;
 mod localhost;
 mod oom;
 mod pause;
+mod reclaim;
 mod sandbox;
 pub mod size;
 #[cfg(test)]

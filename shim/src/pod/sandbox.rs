@@ -27,6 +27,7 @@ use super::{
     jailed::Jailed,
     launch::{Cgroup, Fs, SHARE_TAG, Share, Taken, Vm},
     oom::OomScores,
+    reclaim,
     size::Size,
 };
 use crate::{
@@ -90,6 +91,8 @@ pub struct Sandbox {
     sockets: host_sockets::Owner,
     agent_log: Tail,
     shm_bytes: u64,
+    /// When page cache of the containers goes.
+    rules: Option<reclaim::Rules>,
     /// Queues of an interface, and what the operator says about them.
     pub(super) pairs: u32,
     pub(super) limits: config::Network,
@@ -104,6 +107,7 @@ pub struct Sandbox {
     // Held for their end.
     pub(super) links: Option<Background>,
     pub(super) localhost: Option<Background>,
+    reclaim: Option<Background>,
     // Last: its directory must be open until the processes are gone.
     pub(super) cgroup: Cgroup,
 }
@@ -148,6 +152,7 @@ impl Sandbox {
                 agent: taken.agent,
                 agent_log: taken.agent_log,
                 shm_bytes: 0,
+                rules: reclaim::Rules::of(config),
                 pairs: config.network.pairs(request.size.vcpus),
                 limits: config.network.clone(),
                 network: taken.network,
@@ -157,6 +162,7 @@ impl Sandbox {
                 stub: None,
                 links: None,
                 localhost: None,
+                reclaim: None,
                 cgroup: taken.cgroup,
             }),
             Err(error) => {
@@ -174,6 +180,9 @@ impl Sandbox {
         let answer = self.answer(hostname, network).await;
         let answer = answer.inspect_err(|error| error.tell_end(&self.audit))?;
         self.follow_network()?;
+        self.reclaim = self
+            .rules
+            .map(|rules| reclaim::start(self.cgroup.path(), self.agent.clone(), rules));
         Ok(answer)
     }
 

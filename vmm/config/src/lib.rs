@@ -34,8 +34,8 @@ pub use exit::{ExitCode, GuestEnd};
 pub use fs::{CachePolicy, FsConfig, FsEvent, FsRequest};
 pub use layer::Layer;
 pub use vm::{
-    Event, FsDevice, MAX_RESETS, NetDevice, NetStats, Phase, PortOffer, RateLimit, Request,
-    SerialConsole, Stamp, VmConfig, VmStats,
+    BalloonStats, Event, FsDevice, MAX_RESETS, NetDevice, NetStats, Phase, PortOffer, RateLimit,
+    Request, SerialConsole, Stamp, VmConfig, VmStats,
 };
 
 /// Version of these types; a process refuses a config with another one. Shim and VMM are installed together.
@@ -51,7 +51,7 @@ pub const MAX_PACKET: usize = 64 * 1024;
 pub const MAX_FDS: usize = 240;
 
 /// Most virtio-fs and network devices of a machine, with the places for those that may come later.
-pub const MAX_DEVICES: usize = 14;
+pub const MAX_DEVICES: usize = 13;
 
 /// An index into the `SCM_RIGHTS` array of the packet that names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -36,6 +36,10 @@ pub struct VmConfig {
     /// [`Request::PlugNet`].
     #[serde(default)]
     pub net_slots: u32,
+    /// Whether the machine has a balloon, by which the guest gives memory back that it does not
+    /// use.
+    #[serde(default)]
+    pub balloon: bool,
     /// A serial console, for debugging only: each character costs an exit.
     #[serde(default)]
     pub serial: Option<SerialConsole>,
@@ -243,6 +247,24 @@ pub struct VmStats {
     /// Of each network device, in the order in which they were given.
     #[serde(default)]
     pub net: Vec<NetStats>,
+    /// Of the balloon; none where the machine has none.
+    #[serde(default)]
+    pub balloon: Option<BalloonStats>,
+}
+
+/// Counters of the balloon, and what the guest says of its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStats {
+    /// Requests of the guest that gave memory back.
+    pub requests: u64,
+    /// Bytes that they named. Memory that the guest takes again and gives back again counts again.
+    pub returned_bytes: u64,
+    /// The guest's own words: `free`, `available`, `caches` and `total` in bytes; `major_faults`,
+    /// `minor_faults`, `oom_kills` and the like as counts since its boot. They are those of the
+    /// question before: each [`Request::Stats`] asks the guest for new ones. Empty until it has
+    /// said any.
+    pub guest: std::collections::BTreeMap<String, u64>,
 }
 
 /// Counters of a network device, from the guest's point of view.

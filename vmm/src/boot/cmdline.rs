@@ -73,6 +73,16 @@ impl Cmdline {
         self.push(&format!("virtio_mmio.device={size}K@{window:#x}:{pin}"))
     }
 
+    /// Tells from which size on the guest reports free blocks of pages to its balloon.
+    ///
+    /// # Errors
+    /// The line is full.
+    pub fn push_page_reporting(&mut self) -> Result<(), CmdlineError> {
+        /// 2^4 pages. docs/adr/0016-memory-that-returns.md has the figures.
+        const ORDER: u32 = 4;
+        self.push(&format!("page_reporting.page_reporting_order={ORDER}"))
+    }
+
     /// Appends one word.
     ///
     /// # Errors

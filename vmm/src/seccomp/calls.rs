@@ -72,6 +72,8 @@ const READ_WRITE: &[&[Test]] = &[&[Bits(2, libc::PROT_EXEC as u64, 0)]];
 const ANONYMOUS: u64 = libc::MAP_ANONYMOUS as u64;
 const SHARED: u64 = libc::MAP_SHARED as u64;
 const FORMAT: u64 = libc::S_IFMT as u64;
+/// The contents go, the file keeps its size.
+const HOLE: u64 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u64;
 const NONBLOCK: u64 = libc::O_NONBLOCK as u64;
 
 /// The list.
@@ -131,6 +133,7 @@ pub const CALLS: &[Call] = calls! {
     "fcntl" SYS_fcntl &[Device], &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]], "queues that start get copies of their kicks";
     "getrandom" SYS_getrandom ALL, ANY, "the guest's entropy device; seeds of hash maps";
     "tgkill" SYS_tgkill &[Vmm], &[&[Is(2, KICK)]], "the kick that makes KVM_RUN return";
+    "fallocate" SYS_fallocate &[Vmm], &[&[Is(1, HOLE)]], "the balloon: what the guest gives back becomes a hole in its memory";
     "timerfd_create" SYS_timerfd_create &[Device], ANY, "a rate-limited network device starts";
     "timerfd_settime" SYS_timerfd_settime &[Device, Net], ANY, "when the rate limit lets a frame pass";
     "clock_nanosleep" SYS_clock_nanosleep &[Device, Net], ANY, "the pace of changes to taps";

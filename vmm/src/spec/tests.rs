@@ -48,6 +48,7 @@ fn packet() -> Option<Packet> {
             }],
             net: Vec::new(),
             net_slots: 0,
+            balloon: false,
             serial: Some(SerialConsole { output: Fd(6) }),
             log: Fd(3),
             uid: 1000,

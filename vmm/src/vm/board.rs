@@ -19,6 +19,7 @@ use crate::devices::clock::{self, ClockPort};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::serial::SerialConsole;
 use crate::devices::virtio::activator::{Activator, Attended};
+use crate::devices::virtio::balloon::{Balloon, Gauge};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
@@ -77,6 +78,8 @@ pub struct Board {
     pub ports: Ports,
     /// The network devices and places for them.
     pub net: NetPorts,
+    /// The balloon's counters, where there is one.
+    pub balloon: Option<Gauge>,
     /// Threads of the network devices, to be started.
     pub net_workers: Workers,
     /// The thread on which devices start, to be started.
@@ -101,6 +104,7 @@ pub fn build(
         counters,
         spare,
         net_workers,
+        balloon,
     } = virtio_devices(spec, events, reports)?;
     let mut net = NetPorts::new(counters, spare, spec.vcpus.into());
     let activator = Activator::default();
@@ -137,6 +141,7 @@ pub fn build(
         pins,
         ports,
         net,
+        balloon,
         net_workers,
         activator,
     })
@@ -180,6 +185,7 @@ struct Devices {
     /// Of the places for network devices.
     spare: Vec<Pairs>,
     net_workers: Workers,
+    balloon: Option<Gauge>,
 }
 
 /// vsock first: the agent's first words go there.
@@ -226,12 +232,21 @@ fn virtio_devices(
     let rng = Rng::new(events.next_poller());
     events.attach(rng.handler());
     devices.push(Box::new(rng));
+    let mut gauge = None;
+    if spec.balloon {
+        let balloon = Balloon::new(events.next_poller());
+        events.attach(balloon.handler());
+        gauge = Some(balloon.gauge());
+        devices.push(Box::new(balloon));
+        spec.cmdline.push_page_reporting()?;
+    }
     Ok(Devices {
         devices,
         ports,
         counters,
         spare,
         net_workers,
+        balloon: gauge,
     })
 }
 

@@ -92,6 +92,7 @@ impl Setup {
                 fs: Vec::new(),
                 net: Vec::new(),
                 net_slots: 0,
+                balloon: true,
                 serial: None,
                 log: Fd(3),
                 uid: 64123,

@@ -47,6 +47,16 @@ const RNG: Device = Device {
     writes: &[true],
 };
 
+const BALLOON: Device = Device {
+    name: "balloon",
+    window: 3,
+    // Statistics, DEFLATE_ON_OOM, reports.
+    features: 1 << 1 | 1 << 2 | 1 << 5,
+    writes: &[false, false, false, true],
+};
+
+const INFLATE: u32 = 0;
+const REPORTS: u32 = 3;
 const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
 const CONTROL: u32 = 2;
@@ -107,6 +117,11 @@ impl Attacks {
                 driver.kick(SEND);
                 // Its reset.
                 driver.wait_for_used(RECEIVE, 1);
+            }
+            "balloon" => {
+                driver.chain(REPORTS, &[(ROOM, 0x1000, WRITE)]);
+                driver.kick(REPORTS);
+                driver.wait_for_used(REPORTS, 1);
             }
             _ => {
                 driver.chain(0, &[(ROOM, 64, WRITE)]);
@@ -234,51 +249,56 @@ fn network_headers_and_lengths() {
     attacks.run();
 }
 
+/// Descriptors that are wrong on any queue.
+fn broken_chains(attacks: &mut Attacks, device: Device) {
+    for (queue, &writes) in (0..).zip(device.writes) {
+        // The events' queue of vsock is never looked at.
+        if device.name == "vsock" && queue == CONTROL {
+            continue;
+        }
+        let piece = (BUFFERS, 64, flags(writes) | NEXT);
+        for bad in [
+            (RAM_END - 50, 100),
+            (u64::MAX - 10, 100),
+            (HOLE, 100),
+            (layout::virtio_window(device.window), 64),
+            (layout::RAMOOPS, 64),
+        ] {
+            attacks.refused(device, queue, "outside_memory", |driver| {
+                driver.chain(queue, &[(bad.0, bad.1, flags(writes))]);
+            });
+        }
+        attacks.refused(device, queue, "chain_loop", |driver| {
+            driver.descriptor(queue, 0, piece, 0);
+            driver.publish(queue, 0);
+        });
+        attacks.refused(device, queue, "next_out_of_range", |driver| {
+            driver.descriptor(queue, 0, piece, SIZE);
+            driver.publish(queue, 0);
+        });
+        attacks.refused(device, queue, "head_out_of_range", |driver| {
+            driver.publish(queue, SIZE);
+        });
+        attacks.refused(device, queue, "available_index", |driver| {
+            driver.set_available(queue, SIZE + 1);
+        });
+        attacks.refused(device, queue, "indirect", |driver| {
+            driver.chain(queue, &[(BUFFERS, 16, flags(writes) | INDIRECT)]);
+        });
+        attacks.refused(device, queue, "length_overflow", |driver| {
+            let flags = flags(writes);
+            driver.chain(queue, &[(BUFFERS, 2, flags), (BUFFERS, u32::MAX, flags)]);
+        });
+    }
+}
+
 /// The classes of Dragonball's a957054dd3 (a buffer's end) and of looped and lost descriptors, for
 /// each queue of each device.
 #[test]
 fn descriptors_that_break_a_rule() {
     let mut attacks = Attacks::new();
     for device in [NET, VSOCK, RNG] {
-        for (queue, &writes) in (0..).zip(device.writes) {
-            // The events' queue of vsock is never looked at.
-            if device.name == "vsock" && queue == CONTROL {
-                continue;
-            }
-            let piece = (BUFFERS, 64, flags(writes) | NEXT);
-            for bad in [
-                (RAM_END - 50, 100),
-                (u64::MAX - 10, 100),
-                (HOLE, 100),
-                (layout::virtio_window(device.window), 64),
-                (layout::RAMOOPS, 64),
-            ] {
-                attacks.refused(device, queue, "outside_memory", |driver| {
-                    driver.chain(queue, &[(bad.0, bad.1, flags(writes))]);
-                });
-            }
-            attacks.refused(device, queue, "chain_loop", |driver| {
-                driver.descriptor(queue, 0, piece, 0);
-                driver.publish(queue, 0);
-            });
-            attacks.refused(device, queue, "next_out_of_range", |driver| {
-                driver.descriptor(queue, 0, piece, SIZE);
-                driver.publish(queue, 0);
-            });
-            attacks.refused(device, queue, "head_out_of_range", |driver| {
-                driver.publish(queue, SIZE);
-            });
-            attacks.refused(device, queue, "available_index", |driver| {
-                driver.set_available(queue, SIZE + 1);
-            });
-            attacks.refused(device, queue, "indirect", |driver| {
-                driver.chain(queue, &[(BUFFERS, 16, flags(writes) | INDIRECT)]);
-            });
-            attacks.refused(device, queue, "length_overflow", |driver| {
-                let flags = flags(writes);
-                driver.chain(queue, &[(BUFFERS, 2, flags), (BUFFERS, u32::MAX, flags)]);
-            });
-        }
+        broken_chains(&mut attacks, device);
         attacks.refused(device, RECEIVE, "unexpected_readable", |driver| {
             driver.chain(RECEIVE, &[(BUFFERS, 2048, 0)]);
         });
@@ -299,12 +319,45 @@ fn descriptors_that_break_a_rule() {
     attacks.run();
 }
 
+/// The balloon's guest names memory, and what is not its own is not taken.
+#[test]
+fn memory_given_back_that_is_not_the_guests() {
+    let mut attacks = Attacks::new();
+    broken_chains(&mut attacks, BALLOON);
+    for queue in INFLATE..REPORTS {
+        attacks.refused(BALLOON, queue, "unexpected_writable", |driver| {
+            driver.chain(queue, &[(BUFFERS, 64, WRITE)]);
+        });
+    }
+    attacks.refused(BALLOON, REPORTS, "unexpected_readable", |driver| {
+        driver.chain(REPORTS, &[(BUFFERS, 0x1000, 0)]);
+    });
+    for (at, length) in [(ROOM + 1, 0x1000), (ROOM, 0xfff), (ROOM + 0x800, 0x800)] {
+        attacks.refused(BALLOON, REPORTS, "part_of_page", |driver| {
+            driver.chain(REPORTS, &[(ROOM, 0x1000, WRITE), (at, length, WRITE)]);
+        });
+    }
+    let window = layout::virtio_window(BALLOON.window);
+    for at in [RAM_END, HOLE, layout::RAMOOPS, window, 0xffff_ffff << 12] {
+        let list = BUFFERS + 0x100 * attacks.faults.values().sum::<u64>();
+        attacks.refused(BALLOON, INFLATE, "outside_memory", |driver| {
+            let numbers = [ROOM, at].map(|at| ((at >> 12) as u32).to_le_bytes());
+            driver.put(list, numbers.as_flattened());
+            driver.chain(INFLATE, &[(list, 8, 0)]);
+        });
+    }
+    attacks.refused(BALLOON, INFLATE, "chain_too_short", |driver| {
+        driver.chain(INFLATE, &[(BUFFERS, 6, 0)]);
+    });
+    attacks.run();
+}
+
 /// Every width at every offset of a running device's window and of the interrupt controller, and
 /// ports: nobody minds, and the devices run on where they were put (CVE-2026-5747's class).
 #[test]
 fn accesses_of_every_width_to_devices_that_run() {
     let mut attacks = Attacks::new();
-    for device in [VSOCK, NET, RNG] {
+    for device in [VSOCK, NET, RNG, BALLOON] {
         attacks.start(device);
         let driver = &mut attacks.driver;
         for queue in 0..device.writes.len() as u32 + 1 {
@@ -345,6 +398,11 @@ fn accesses_of_every_width_to_devices_that_run() {
                 driver.kick(SEND);
                 driver.wait_for_used(SEND, 1);
             }
+            "balloon" => {
+                driver.chain(REPORTS, &[(ROOM, 0x1000, WRITE)]);
+                driver.kick(REPORTS);
+                driver.wait_for_used(REPORTS, 1);
+            }
             _ => {
                 driver.chain(SEND, &[(DIAL, 44, 0)]);
                 driver.kick(SEND);
@@ -374,12 +432,12 @@ fn accesses_of_every_width_to_devices_that_run() {
     for port in ANNOUNCE_PORT..ANNOUNCE_PORT + 8 {
         driver.port(port, 0xee);
     }
-    for device in [VSOCK, NET, RNG] {
+    for device in [VSOCK, NET, RNG, BALLOON] {
         attacks.use_it(device);
     }
     let counted = attacks.counted();
     if support::kernel().is_some() {
-        for device in [VSOCK, NET, RNG] {
+        for device in [VSOCK, NET, RNG, BALLOON] {
             for fault in ["frozen", "register"] {
                 let name = format!("{}.{fault}", device.name);
                 assert!(counted.get(&name) > Some(&0), "{name}: {counted:?}");

@@ -10,6 +10,7 @@
 mod devices;
 mod huge_pages;
 mod limits;
+mod reclaim;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -28,6 +29,7 @@ use crate::bpf::{self, Purpose};
 pub use devices::RuleError;
 use huge_pages::HugePages;
 use limits::write_file;
+pub use reclaim::reclaim;
 
 /// Where the guest's cgroup hierarchy is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";

@@ -5,8 +5,8 @@
 //! keeping anything: fields that an answer does not have, and more elements than it can have, are refused.
 
 use bulkhead_agent_protocol::agent::{
-    ContainerStatsResponse, CreateProcessResponse, Empty, Listeners, SocketConnection,
-    StartProcessResponse, StartSandboxResponse, WaitProcessResponse,
+    ContainerStatsResponse, CreateProcessResponse, Empty, Listeners, ReclaimMemoryResponse,
+    SocketConnection, StartProcessResponse, StartSandboxResponse, WaitProcessResponse,
 };
 use protobuf::Message;
 
@@ -128,6 +128,7 @@ plain!(
     StartProcessResponse: 3,
     WaitProcessResponse: 6,
     SocketConnection: 2,
+    ReclaimMemoryResponse: 1,
     // Numbers: what comes out is four bytes for one that came, at most.
     Listeners: 2
 );

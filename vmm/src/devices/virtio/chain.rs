@@ -18,8 +18,10 @@ const DESCRIPTOR_SIZE: u64 = 16;
 /// A buffer that lies wholly in one region of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    address: GuestAddress,
-    length: u32,
+    /// Where it begins.
+    pub address: GuestAddress,
+    /// Bytes.
+    pub length: u32,
 }
 
 /// A checked chain: readable pieces, then writable ones. Reused from pop to pop to spare the allocator.
@@ -159,6 +161,11 @@ pub struct Buffers<'c> {
 }
 
 impl Buffers<'_> {
+    /// The buffers one by one, for a device that wants their places and not their bytes.
+    pub fn pieces(&self) -> &[Piece] {
+        self.pieces
+    }
+
     /// Bytes in all pieces.
     pub fn length(&self) -> u32 {
         self.length
@@ -169,8 +176,21 @@ impl Buffers<'_> {
     /// # Errors
     /// The chain is shorter.
     pub fn read(&self, memory: &GuestMemoryMmap, data: &mut [u8]) -> Result<(), Fault> {
+        self.read_at(memory, 0, data)
+    }
+
+    /// Copies `data.len()` bytes from behind the first `skip` bytes.
+    ///
+    /// # Errors
+    /// The chain is shorter.
+    pub fn read_at(
+        &self,
+        memory: &GuestMemoryMmap,
+        skip: usize,
+        data: &mut [u8],
+    ) -> Result<(), Fault> {
         let mut done = 0;
-        self.each(memory, 0, data.len(), |slice| {
+        self.each(memory, skip, data.len(), |slice| {
             done += slice.copy_to(&mut data[done..]);
         })
     }

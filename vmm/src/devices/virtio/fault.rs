@@ -79,6 +79,9 @@ pub enum Fault {
     /// An access to a register that does not exist, or of the wrong width or direction.
     #[error("no such register or width at {0:#x}")]
     Register(u16),
+    /// Memory that the guest gives back in other units than pages.
+    #[error("memory at {0:?}+{1:#x} is given back, which is not whole pages")]
+    PartOfPage(GuestAddress, u32),
     /// A vsock packet for a connection broke the connection's rules; only the connection ends.
     #[error("a vsock packet breaks its connection's rules")]
     Packet,
@@ -110,6 +113,7 @@ impl Fault {
             Fault::Frozen(_) => "frozen",
             Fault::QueueLayout(_) => "queue_layout",
             Fault::Register(_) => "register",
+            Fault::PartOfPage(..) => "part_of_page",
             Fault::Packet => "packet",
         }
     }

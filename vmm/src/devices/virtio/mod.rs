@@ -1,7 +1,7 @@
 //! virtio devices over the MMIO transport.
 //!
 //! ```text
-//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs, net), on the activator's thread
+//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs, net, balloon), on the activator's thread
 //!        ── kick (ioeventfd) ───────────────────────►   │ on the event loop's thread (net: its own)
 //!        ◄─ interrupt (irqfd) ── signal ◄───────────────┘ queue: checked chains, used ring
 //! ```
@@ -9,6 +9,7 @@
 //! A device knows its queues, guest memory and a [`signal::Signal`]; it never names its transport. Whatever a guest gets
 //! wrong is a [`fault::Fault`]: the device stops, asks for a reset and the fault is counted; the process goes on.
 pub mod activator;
+pub mod balloon;
 pub mod chain;
 pub mod device;
 pub mod fault;

@@ -1,11 +1,13 @@
 //! A driver for tests: does the status handshake, lays out rings in guest memory and speaks to a device through its
 //! registers, as a guest would, without KVM.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -47,13 +49,15 @@ pub(crate) mod reg {
     pub(crate) const QUEUE_USED: u64 = 0xa0;
 }
 
-/// Guest RAM with a hole in it.
+/// Guest RAM with a hole in it, a part of one file as in a machine.
 pub(crate) fn memory() -> GuestMemoryMmap {
-    let ranges = [
-        (GuestAddress(0), RAM_SIZE as usize),
-        (GuestAddress(HIGH_RAM), RAM_SIZE as usize),
-    ];
-    GuestMemoryMmap::from_ranges(&ranges).unwrap()
+    let file = File::from(memfd_create("RAM", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(2 * RAM_SIZE).unwrap();
+    let range = |start, offset| {
+        let file = FileOffset::new(file.try_clone().unwrap(), offset);
+        (GuestAddress(start), RAM_SIZE as usize, Some(file))
+    };
+    GuestMemoryMmap::from_ranges_with_files([range(0, 0), range(HIGH_RAM, RAM_SIZE)]).unwrap()
 }
 
 /// Counts faults, ports and failures.

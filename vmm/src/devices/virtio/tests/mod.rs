@@ -6,7 +6,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::test_driver::{Driver, HIGH_RAM, Loop, RAM_SIZE, reg};
-use super::{fs, net, rng, vsock};
+use super::{balloon, fs, net, rng, vsock};
 
 mod moments;
 mod queues;
@@ -39,7 +39,8 @@ pub(super) enum Direction {
 
 type New = fn() -> Box<dyn Subject>;
 
-const DEVICES: [(&str, New); 4] = [
+const DEVICES: [(&str, New); 5] = [
+    ("balloon", balloon::tests::subject),
     ("rng", rng::tests::subject),
     ("vsock", vsock::tests::subject),
     ("net", net::tests::subject),

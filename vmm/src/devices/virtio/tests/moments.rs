@@ -13,7 +13,7 @@ fn act(subject: &mut dyn Subject, nth: usize) {
             _ => 0,
         };
         let at = BUFFERS + 0x1000 * (nth as u64 % 64);
-        subject.driver().queues[index].add(&[(at, 2048, flags)]);
+        subject.driver().queues[index].add(&[(at, 0x1000, flags)]);
     }
     subject.driver().notify((nth % 3) as u32);
     subject.disturb();

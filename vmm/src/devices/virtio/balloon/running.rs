@@ -1,0 +1,284 @@
+//! A balloon whose driver runs.
+
+use std::io;
+use std::ops::Range;
+
+use bulkhead_vmm_config::BalloonStats;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::chain::{Chain, Piece, in_one_region};
+use super::super::device::Activation;
+use super::super::fault::Fault;
+use super::super::queue::VirtQueue;
+use super::super::signal::Signal;
+use super::lane::{Lane, Place, Turn};
+use super::{
+    DEFLATE, Error, INFLATE, PAGE, PAGE_REPORTING, REPORTING, STATISTICS, STATS_VQ, telling,
+};
+
+/// Bytes of a page number (§5.5.6: le32, in units of 4096 bytes whatever the guest's pages are).
+const NUMBER: usize = 4;
+/// Page numbers that are looked at together; Linux has as many in a list.
+const BLOCK: usize = 256 * NUMBER;
+/// Buffers of statistics that one wake-up looks at. Linux has one in all.
+const TELLINGS: usize = 8;
+
+/// The queues and what they are about.
+pub struct Running {
+    memory: GuestMemoryMmap,
+    signal: Signal,
+    inflate: Lane,
+    deflate: Lane,
+    reporting: Option<Lane>,
+    statistics: Option<VirtQueue>,
+    /// The last buffer of statistics; the device has it while `told_held` says so.
+    told: Chain,
+    told_held: bool,
+}
+
+impl Running {
+    /// Takes the queues that the accepted features have. §5.5.2 gives each queue a number; Linux's driver, and so every device,
+    /// leaves no numbers out for queues that are not there.
+    ///
+    /// # Errors
+    /// One is missing.
+    pub fn new(mut activation: Activation) -> Result<Running, Fault> {
+        let has = |feature| activation.features & feature != 0;
+        let (has_statistics, has_reporting) = (has(STATS_VQ), has(PAGE_REPORTING));
+        let mut indices = 0..;
+        let mut take = || activation.take_queue(indices.next().expect("it has no end"));
+        Ok(Running {
+            inflate: Lane::new(take()?),
+            deflate: Lane::new(take()?),
+            statistics: has_statistics.then(&mut take).transpose()?,
+            reporting: has_reporting.then(&mut take).transpose()?.map(Lane::new),
+            memory: activation.memory,
+            signal: activation.signal,
+            told: Chain::default(),
+            told_held: false,
+        })
+    }
+
+    /// The way to the driver.
+    pub fn signal(&self) -> &Signal {
+        &self.signal
+    }
+
+    /// What is to be watched, and under which keys.
+    pub fn kicks(&self) -> Vec<(u32, &EventFd)> {
+        let mut kicks = vec![
+            (INFLATE, self.inflate.queue().kick()),
+            (DEFLATE, self.deflate.queue().kick()),
+        ];
+        kicks.extend(
+            self.statistics
+                .iter()
+                .map(|queue| (STATISTICS, queue.kick())),
+        );
+        kicks.extend(
+            self.reporting
+                .iter()
+                .map(|lane| (REPORTING, lane.queue().kick())),
+        );
+        kicks
+    }
+
+    /// Takes blocks of free pages.
+    ///
+    /// # Errors
+    /// The guest's or the host's fault.
+    pub fn take_reports(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+        let Some(lane) = &mut self.reporting else {
+            return Ok(());
+        };
+        lane.serve(|chain, place, turn| report(&self.memory, chain, place, turn, stats))
+    }
+
+    /// Takes pages that the driver has put into the balloon.
+    ///
+    /// # Errors
+    /// The guest's or the host's fault.
+    pub fn inflate(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+        self.inflate
+            .serve(|chain, place, turn| swallow(&self.memory, chain, place, turn, stats))
+    }
+
+    /// Lets the driver have pages back. It may use them without being asked for (no MUST_TELL_HOST): which they are is of no
+    /// interest.
+    ///
+    /// # Errors
+    /// The guest's fault.
+    pub fn deflate(&mut self) -> Result<(), Error> {
+        self.deflate.serve(|chain, _, _| {
+            chain.only_readable()?;
+            Ok(true)
+        })
+    }
+
+    /// Takes statistics, and keeps the newest buffer for [`Running::ask`].
+    ///
+    /// # Errors
+    /// The guest's fault.
+    pub fn listen(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+        let Some(queue) = &mut self.statistics else {
+            return Ok(());
+        };
+        queue.take_kick();
+        let mut chain = Chain::default();
+        for nth in 0.. {
+            if nth == TELLINGS {
+                queue.kick_self();
+                break;
+            }
+            if queue.pop(&mut chain)? {
+                stats.guest = telling::read(&self.memory, chain.only_readable()?)?;
+                std::mem::swap(&mut self.told, &mut chain);
+                // A driver with more than one gets the older one back.
+                if std::mem::replace(&mut self.told_held, true) {
+                    queue.push(&chain, 0)?;
+                }
+            } else if !queue.ask_for_kick()? {
+                break;
+            }
+        }
+        Ok(queue.signal_used()?)
+    }
+
+    /// Asks for new statistics (§5.5.6.3: by giving the buffer back), once until they come.
+    ///
+    /// # Errors
+    /// The guest's fault.
+    pub fn ask(&mut self) -> Result<(), Error> {
+        if let Some(queue) = &mut self.statistics
+            && std::mem::take(&mut self.told_held)
+        {
+            queue.push(&self.told, 0)?;
+            queue.signal_used()?;
+        }
+        Ok(())
+    }
+}
+
+/// Gives back a part of the blocks that a chain names.
+fn report(
+    memory: &GuestMemoryMmap,
+    chain: &Chain,
+    place: &mut Place,
+    turn: &mut Turn,
+    stats: &mut BalloonStats,
+) -> Result<bool, Error> {
+    let buffers = chain.only_writable()?;
+    if *place == Place::default() {
+        for piece in buffers.pieces() {
+            whole_pages(piece)?;
+        }
+        stats.requests += 1;
+    }
+    let Some(piece) = buffers.pieces().get(place.piece) else {
+        return Ok(true);
+    };
+    let length = turn.part(piece.length - place.offset);
+    let start = piece.address.unchecked_add(place.offset.into());
+    give_back(memory, start, length)?;
+    turn.spend(length);
+    stats.returned_bytes += u64::from(length);
+    place.offset += length;
+    if place.offset == piece.length {
+        *place = Place {
+            piece: place.piece + 1,
+            offset: 0,
+        };
+    }
+    Ok(false)
+}
+
+/// Gives back the pages of the next block of a list of page numbers.
+fn swallow(
+    memory: &GuestMemoryMmap,
+    chain: &Chain,
+    place: &mut Place,
+    turn: &mut Turn,
+    stats: &mut BalloonStats,
+) -> Result<bool, Error> {
+    let list = chain.only_readable()?;
+    if place.offset == 0 {
+        stats.requests += 1;
+    }
+    let mut block = [0; BLOCK];
+    let count = BLOCK.min((list.length() - place.offset) as usize);
+    if !count.is_multiple_of(NUMBER) {
+        return Err(Fault::ChainTooShort.into());
+    }
+    list.read_at(memory, place.offset as usize, &mut block[..count])?;
+    let runs = runs(&block[..count]);
+    for run in &runs {
+        let (start, length) = (GuestAddress(run.start), run.end - run.start);
+        if !in_one_region(memory, start, length) {
+            return Err(Fault::OutsideMemory(start, length as u32).into());
+        }
+    }
+    for run in &runs {
+        let length = (run.end - run.start) as u32;
+        give_back(memory, GuestAddress(run.start), length)?;
+        turn.spend(length);
+        stats.returned_bytes += u64::from(length);
+    }
+    place.offset += count as u32;
+    Ok(place.offset == list.length())
+}
+
+/// Page numbers as ranges of addresses; neighbours in order are one.
+fn runs(block: &[u8]) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for number in block.chunks_exact(NUMBER) {
+        let number = u32::from_le_bytes(number.try_into().expect("four bytes"));
+        let start = u64::from(number) * u64::from(PAGE);
+        let end = start + u64::from(PAGE);
+        match runs.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    runs
+}
+
+fn whole_pages(piece: &Piece) -> Result<(), Fault> {
+    let Piece { address, length } = *piece;
+    let whole = address.raw_value().is_multiple_of(PAGE.into()) && length.is_multiple_of(PAGE);
+    whole
+        .then_some(())
+        .ok_or(Fault::PartOfPage(address, length))
+}
+
+/// Makes a hole in the file of guest RAM: what was there is free for the host, and reads as zeros from now on.
+fn give_back(memory: &GuestMemoryMmap, start: GuestAddress, length: u32) -> Result<(), Error> {
+    let outside = Fault::OutsideMemory(start, length);
+    if length == 0 {
+        return Ok(());
+    }
+    let region = memory.find_region(start).ok_or(outside)?;
+    if !in_one_region(memory, start, length.into()) {
+        return Err(outside.into());
+    }
+    let host = |source| Error::Host {
+        start,
+        length,
+        source,
+    };
+    let file = region
+        .file_offset()
+        .ok_or_else(|| host(io::ErrorKind::Unsupported.into()))?;
+    // Both are below the size of the file, which fits an off_t.
+    let offset = file.start() + start.unchecked_offset_from(region.start_addr());
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    loop {
+        match fallocate(file.file(), mode, offset as i64, length.into()) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(host(error.into())),
+        }
+    }
+}
