@@ -99,8 +99,8 @@ fn without_a_network_there_is_lo_and_no_device() {
     let script = "ls /sys/class/net; ls /sys/bus/virtio/devices 2>/dev/null | wc -l";
     let ran = Bundle::tools().script(script).run();
     let text = ran.ok();
-    // vsock, the share and random numbers.
-    assert_eq!(text, "lo\n3");
+    // vsock, the share, random numbers and the balloon.
+    assert_eq!(text, "lo\n4");
 }
 
 #[test]
