@@ -90,21 +90,29 @@ pub enum Error {
 
 /// How many processes the kernel has killed for memory in the cgroup at `path`.
 pub fn oom_kills(path: &Path) -> io::Result<u64> {
-    event(&path.join("memory.events"), "oom_kill")
+    Ok(count(&path.join("memory.events"), "oom_kill")?.unwrap_or(0))
 }
 
 /// How often `pids.max` has refused a process or a thread to the machine of the pod whose cgroup is
 /// at `path`.
 pub fn refused_forks(path: &Path) -> io::Result<u64> {
-    event(&path.join(MACHINE).join("pids.events"), "max")
+    Ok(count(&path.join(MACHINE).join("pids.events"), "max")?.unwrap_or(0))
+}
+
+/// Processor time that the machine of the pod whose cgroup is at `path` has taken since its start.
+/// The shim's, beside it in the pod's cgroup, does not count.
+pub fn processor_time(path: &Path) -> io::Result<Duration> {
+    let used = count(&path.join(MACHINE).join("cpu.stat"), "usage_usec")?;
+    used.map(Duration::from_micros)
+        .ok_or_else(|| io::Error::other("cpu.stat has no usage_usec"))
 }
 
 /// A count of a file of `NAME COUNT` lines.
-fn event(file: &Path, name: &str) -> io::Result<u64> {
+fn count(file: &Path, name: &str) -> io::Result<Option<u64>> {
     let text = fs::read_to_string(file)?;
     let mut words = text.lines().filter_map(|line| line.split_once(' '));
     let found = words.find(|(found, _)| *found == name);
-    Ok(found.and_then(|(_, count)| count.parse().ok()).unwrap_or(0))
+    Ok(found.and_then(|(_, count)| count.parse().ok()))
 }
 
 /// Refuses a host whose cgroups are not version 2 alone.
@@ -503,6 +511,21 @@ mod tests {
                 removed.expect("empty again");
             }
         }
+    }
+
+    #[test]
+    fn processor_time_is_that_of_the_machine() {
+        let dir = tempfile::TempDir::new().unwrap();
+        assert!(processor_time(dir.path()).is_err());
+        fs::create_dir(dir.path().join("machine")).unwrap();
+        let file = dir.path().join("machine/cpu.stat");
+        fs::write(&file, "usage_usec 1500\nuser_usec 7\n").unwrap();
+        assert_eq!(
+            processor_time(dir.path()).unwrap(),
+            Duration::from_micros(1500)
+        );
+        fs::write(&file, "user_usec 7\n").unwrap();
+        assert!(processor_time(dir.path()).is_err());
     }
 
     #[test]

@@ -108,6 +108,12 @@ fn guest_memory(pid: &str) -> Option<u64> {
     Some(fs::metadata(found.path()).ok()?.blocks() * 512)
 }
 
+fn configured(text: &str) -> NamedTempFile {
+    let file = NamedTempFile::new().expect("a file");
+    fs::write(&file, text).expect("it can be written");
+    file
+}
+
 #[test]
 fn memory_that_a_container_frees_is_the_hosts_and_comes_back() {
     let host = Host::now();
@@ -148,8 +154,7 @@ for step in sys.stdin:
 #[test]
 fn page_cache_of_an_idle_pod_returns_and_not_before() {
     const CACHED: u64 = 64 * MIB;
-    let mut config = NamedTempFile::new().expect("a file");
-    writeln!(config, "reclaim_idle_secs = 10").expect("it can be written");
+    let config = configured("reclaim_idle_secs = 10\n");
     let path = config.path().to_str().expect("a plain path").to_owned();
     let mut pod = Pod::start("idle", &["--config", &path], CACHE);
     let base = pod.resident();
@@ -168,23 +173,15 @@ fn page_cache_of_an_idle_pod_returns_and_not_before() {
 
 #[test]
 fn a_machine_without_a_balloon_keeps_what_it_has() {
-    let mut config = NamedTempFile::new().expect("a file");
-    writeln!(config, "return_memory = false").expect("it can be written");
+    let config = configured("return_memory = false\n");
     let path = config.path().to_str().expect("a plain path").to_owned();
     let bundle =
         Bundle::busybox().script("cat /sys/bus/virtio/devices/*/device; cat /proc/cmdline");
-    bundle.write();
-    let mut command = std::process::Command::new("bulkhead");
-    command.args(["--config", &path, "run", "--bundle"]);
-    command.arg(bundle.path()).arg("unreturned");
-    let ran = Started::spawn(command).finish();
+    let ran = bundle.run_with(Runtime::Bulkhead, &["--config", &path]);
     let text = ran.ok();
     // VIRTIO 1.2 §5: 5 is the memory balloon.
     assert!(!text.lines().any(|line| line == "0x0005"), "{text}");
     assert!(!text.contains("page_reporting"), "{text}");
-    let with = Bundle::busybox()
-        .script("cat /sys/bus/virtio/devices/*/device; cat /proc/cmdline")
-        .run()
-        .ok();
+    let with = bundle.run().ok();
     assert!(with.lines().any(|line| line == "0x0005"), "{with}");
 }

@@ -1,4 +1,5 @@
-//! A pod that stands idle, or whose cgroup is short of memory, gives up page cache of its containers.
+//! A pod that stands idle, or whose cgroup is short of memory, gives up page cache of its
+//! containers.
 //!
 //! ```text
 //!  busy ── a stretch with next to no processor time: asks the agent, once ──► quiet
@@ -7,11 +8,12 @@
 //!  either ── the cgroup's processes wait for memory (PSI) ──► asks for a part
 //! ```
 //!
-//! What becomes free in the guest goes to the host by the balloon, which needs no word from here. To notice idleness costs the
-//! host one read of cpu.stat a stretch, and the guest nothing: nobody wakes it, and a pod that stays quiet is not asked again.
+//! What becomes free in the guest goes to the host by the balloon, which needs no word from here.
+//! To notice idleness costs the host one read of cpu.stat a stretch, and the guest nothing: nobody
+//! wakes it, and a pod that stays quiet is not asked again.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::OpenOptions,
     io::{self, Write},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
@@ -21,13 +23,15 @@ use std::{
 use tokio::io::Interest;
 
 use super::background::Background;
-use crate::{config::Config, error::line, machine::agent::Agent, sys};
+use crate::{cgroup::processor_time, config::Config, error::line, machine::agent::Agent, sys};
 
-/// A pod is idle that takes at most this part of one processor: the timers of a JVM or of Node are a few hundredths of one.
+/// A pod is idle that takes at most this part of one processor: the timers of a JVM or of Node are
+/// a few hundredths of one.
 const IDLE_SHARE: u32 = 20;
 /// Under pressure the agent is asked for this much.
 const PART: u64 = 256 << 20;
-/// And not again before this has passed: what was freed takes two seconds until the guest reports it.
+/// And not again before this has passed: what was freed takes two seconds until the guest reports
+/// it.
 const REST: Duration = Duration::from_secs(10);
 /// 150 ms in 2 s in which somebody has waited for memory (Documentation/accounting/psi.rst).
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
@@ -113,16 +117,6 @@ async fn watch_idleness(cgroup: &Path, agent: &Agent, stretch: Duration) -> io::
     }
 }
 
-/// What the machine's processes have used since their start. The shim, which is beside them in the pod's cgroup, does not count.
-fn processor_time(cgroup: &Path) -> io::Result<Duration> {
-    let text = fs::read_to_string(cgroup.join("machine/cpu.stat"))?;
-    let used = text
-        .lines()
-        .find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
-    used.map(Duration::from_micros)
-        .ok_or_else(|| io::Error::other("machine/cpu.stat has no usage_usec"))
-}
-
 async fn watch_pressure(cgroup: &Path, agent: &Agent) -> io::Result<std::convert::Infallible> {
     let pressure = trigger(cgroup.join("memory.pressure"))?;
     let pressure = sys::watch(pressure, Interest::PRIORITY)?;
@@ -149,7 +143,8 @@ fn trigger(file: PathBuf) -> io::Result<OwnedFd> {
 async fn ask(agent: &Agent, bytes: u64, why: &str) {
     match agent.reclaim_memory(bytes).await {
         Ok(freed) => tracing::debug!(freed, why, "page cache of the containers was freed"),
-        // Nobody has asked for it: a guest that is stopped does not answer, and is asked the next time.
+        // Nobody has asked for it: a guest that is stopped does not answer, and is asked the next
+        // time.
         Err(error) => tracing::debug!(error = %line(&error), why, "no page cache was freed"),
     }
 }
@@ -184,21 +179,6 @@ mod tests {
         assert!(Rules::of(&config(0, true)).unwrap().idle.is_none());
         let rules = Rules::of(&Config::default()).unwrap();
         assert_eq!(rules.idle, Some(Duration::from_secs(60)));
-    }
-
-    #[test]
-    fn processor_time_is_that_of_the_machine() {
-        let dir = tempfile::TempDir::new().unwrap();
-        assert!(processor_time(dir.path()).is_err());
-        fs::create_dir(dir.path().join("machine")).unwrap();
-        let file = dir.path().join("machine/cpu.stat");
-        fs::write(&file, "usage_usec 1500\nuser_usec 7\n").unwrap();
-        assert_eq!(
-            processor_time(dir.path()).unwrap(),
-            Duration::from_micros(1500)
-        );
-        fs::write(&file, "user_usec 7\n").unwrap();
-        assert!(processor_time(dir.path()).is_err());
     }
 
     #[test]

@@ -33,6 +33,7 @@ class Session:
     def __init__(self, machine, slots, timeout=None, silence=SILENCE_SECONDS):
         self._machine = machine
         self._silence = silence
+        self._ask_after = min(PING_SECONDS, silence / 2)
         self._heard = self._asked = time.monotonic()
         self._channel = machine.channel
         self._slots = slots
@@ -86,7 +87,7 @@ class Session:
             self._check_silence()
 
     def _next_look(self):
-        times = [self._asked + min(PING_SECONDS, self._silence / 2), self._heard + self._silence]
+        times = [self._asked + self._ask_after, self._heard + self._silence]
         return min(times if self._deadline is None else [*times, self._deadline])
 
     def _check_silence(self):
@@ -94,7 +95,7 @@ class Session:
         now = time.monotonic()
         if now - self._heard >= self._silence:
             raise self._machine.frozen(f"the lab has not answered for {self._silence:g} s: its kernel stands still")
-        if now - self._asked >= min(PING_SECONDS, self._silence / 2):
+        if now - self._asked >= self._ask_after:
             self._asked = now
             self._channel.send(PING)
 
