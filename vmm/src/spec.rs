@@ -207,8 +207,8 @@ impl VmSpec {
 }
 
 impl VmSpec {
-    /// Most threads that the machine comes to: one for each vCPU and for each pair of queues that a network device may have, our
-    /// own, and what KVM starts in the name of its user.
+    /// Most threads that the machine comes to: one for each vCPU and for each pair of queues that a
+    /// network device may have, our own, and what KVM starts in the name of its user.
     pub fn thread_limit(&self) -> u64 {
         const ROOM: u64 = 16;
         2 * u64::from(self.vcpus) + ROOM

@@ -145,7 +145,8 @@ pub struct Vcpus {
     runners: Vec<Runner>,
     exits: Vec<Arc<UserExits>>,
     stats: KvmStatsOfAll,
-    /// So that no vCPU's thread is the last to hold them: devices end by system calls that it may not make.
+    /// So that no vCPU's thread is the last to hold them: devices end by system calls that it may
+    /// not make.
     _buses: Arc<Buses>,
 }
 

@@ -69,8 +69,8 @@ fn exits_of_a_boot(balloon: bool) -> Option<u64> {
     Some(init.exits - init.irq_exits)
 }
 
-/// A start pays for the balloon's handshake: each register that is written is an exit, nine for each of four queues, and
-/// pages of rings are touched. Its first report comes later.
+/// A start pays for the balloon's handshake: each register that is written is an exit, nine for
+/// each of four queues, and pages of rings are touched. Its first report comes later.
 #[test]
 fn a_balloon_costs_a_boot_its_handshake_alone() {
     const HANDSHAKE: u64 = 150;

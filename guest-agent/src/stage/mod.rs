@@ -99,7 +99,8 @@ fn run_steps<T>(stage: &mut T, steps: &[NamedStep<T>]) -> Result<(), Failure> {
 /// The socket to the agent.
 #[allow(unsafe_code)] // a number becomes a descriptor
 fn channel() -> BorrowedFd<'static> {
-    // SAFETY: the agent has put it there before execve; nothing here owns it, and only the next execve closes it.
+    // SAFETY: the agent has put it there before execve; nothing here owns it, and only the next
+    // execve closes it.
     unsafe { BorrowedFd::borrow_raw(message::CONTROL_FD) }
 }
 

@@ -367,8 +367,9 @@ fn lock_namespace(state: &Path, namespace: &str) -> Result<NamespaceLock, Error>
             .mode(0o711)
             .create(&path);
         match made {
-            // The last pod to go has tidied away the one above it, in the middle of this; or this one, after mkdir(2) had found it
-            // and before the standard library has looked what it is.
+            // The last pod to go has tidied away the one above it, in the middle of this; or this
+            // one, after mkdir(2) had found it and before the standard library has looked what it
+            // is.
             Err(error)
                 if matches!(
                     error.kind(),

@@ -422,7 +422,8 @@ impl Agent {
         Ok(answer.files)
     }
 
-    /// Has page cache of the containers freed, at most so many bytes; how many it were, in the guest's words.
+    /// Has page cache of the containers freed, at most so many bytes; how many it were, in the
+    /// guest's words.
     pub async fn reclaim_memory(&self, bytes: u64) -> Result<u64, Error> {
         let request = ReclaimMemoryRequest {
             bytes,

@@ -155,7 +155,8 @@ impl Fs {
         self.within(limit, "to serve", served).await
     }
 
-    /// The process and, once it serves, the version of Landlock by which it says that it is restricted.
+    /// The process and, once it serves, the version of Landlock by which it says that it is
+    /// restricted.
     pub async fn jailed(&self) -> (i32, Option<u32>) {
         (self.peer.pid, self.exchange.lock().await.landlock)
     }

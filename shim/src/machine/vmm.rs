@@ -165,7 +165,8 @@ impl Vm {
         }
     }
 
-    /// The process and, once it runs, the version of Landlock by which it says that it is restricted.
+    /// The process and, once it runs, the version of Landlock by which it says that it is
+    /// restricted.
     pub fn jailed(&self) -> (i32, Option<u32>) {
         (self.peer.pid, locked(&self.shared).landlock)
     }

@@ -1,6 +1,7 @@
 //! What a pod takes on the host before its guest runs.
 //!
-//! Unit tests have `testing/launch.rs` in this file's place, which takes nothing: whoever uses one of these types in a pod has it from here.
+//! Unit tests have `testing/launch.rs` in this file's place, which takes nothing: whoever uses one
+//! of these types in a pod has it from here.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -150,8 +151,8 @@ impl Taken {
 }
 
 impl Sandbox {
-    /// Forks the process whose pid stands for the pod's (see [`Stub`]). Of a pod that was given no network namespace, that of the
-    /// process is the pod's from now on.
+    /// Forks the process whose pid stands for the pod's (see [`Stub`]). Of a pod that was given no
+    /// network namespace, that of the process is the pod's from now on.
     pub fn start_stub(&mut self) -> Result<Stub, Error> {
         let given = match &self.namespace {
             None => None,

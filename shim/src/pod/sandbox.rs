@@ -269,8 +269,8 @@ impl Sandbox {
         }
     }
 
-    /// What the processors of a guest do that says nothing: one that loops has exits for interrupts,
-    /// one that waits for what never comes has few or none.
+    /// What the processors of a guest do that says nothing: one that loops has exits for
+    /// interrupts, one that waits for what never comes has few or none.
     async fn processors(&self) -> Option<String> {
         let before = self.vm.stats().await.ok()?.kvm;
         tokio::time::sleep(LAST_WORDS).await;

@@ -67,6 +67,7 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: only asked for its flags; the descriptor need not be open for that.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    // SAFETY: the descriptor is open, and at a program's start nobody else owns what it was started with.
+    // SAFETY: the descriptor is open, and at a program's start nobody else owns what it was started
+    // with.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -1,4 +1,5 @@
-//! What the shim wants of Linux: mounts, processes, identities, and the few calls that std, nix and `linux` do not offer.
+//! What the shim wants of Linux: mounts, processes, identities, and the few calls that std, nix and
+//! `linux` do not offer.
 
 pub mod daemon;
 pub mod device_filter;
@@ -48,8 +49,8 @@ pub fn trim_memory() {
 /// whole host, fewer than a node has pods.
 pub fn inotify_of(uid: u32) -> io::Result<Inotify> {
     let make = move || {
-        // Of this thread alone, which ends right after. Real and saved uid stay root's: nobody who has `uid` may signal or
-        // trace the thread.
+        // Of this thread alone, which ends right after. Real and saved uid stay root's: nobody who
+        // has `uid` may signal or trace the thread.
         linux::thread::set_uids(None, Some(uid), None)?;
         Ok(Inotify::init(
             InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC,

@@ -84,8 +84,9 @@ pub fn spawn(program: &Program<'_>) -> io::Result<Child> {
         arguments: &arguments,
         descriptors: &[program.null, program.null, program.stderr, program.control],
         mapped: None,
-        // A terminal's Ctrl-C goes to its foreground process group: not to the machine, which ends by its socket. The session
-        // keyring of whoever started us may hold keys of root's, or lead to them.
+        // A terminal's Ctrl-C goes to its foreground process group: not to the machine, which ends
+        // by its socket. The session keyring of whoever started us may hold keys of root's, or lead
+        // to them.
         fresh: true,
         report: Some(report.as_fd()),
     };

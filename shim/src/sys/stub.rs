@@ -71,7 +71,8 @@ impl Stub {
             namespaces: namespaces as u64,
             cgroup: Some(cgroup),
         };
-        // SAFETY: the child calls `Child::run`, which makes system calls only, so that no lock held by another thread can matter.
+        // SAFETY: the child calls `Child::run`, which makes system calls only, so that no lock held
+        // by another thread can matter.
         let made = unsafe { clone3(place, libc::SIGCHLD, || child.run()) }?;
         let stub = Stub {
             pid: made.pid,

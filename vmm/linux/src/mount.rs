@@ -1,4 +1,5 @@
-//! Mounts by descriptors (Linux 5.2 and later): trees that are copied, changed and only then attached; file systems set up step by step.
+//! Mounts by descriptors (Linux 5.2 and later): trees that are copied, changed and only then
+//! attached; file systems set up step by step.
 //!
 //! Numbers are those of include/uapi/linux/mount.h; they are ABI and never change.
 
@@ -92,8 +93,9 @@ impl Depth {
     }
 }
 
-/// Copies the mount at `path` in `dir`, or what `dir` refers to where `path` is empty, into a detached mount, which vanishes when it
-/// is dropped. A symbolic link at the path's end is followed, as mount(2) with MS_BIND does.
+/// Copies the mount at `path` in `dir`, or what `dir` refers to where `path` is empty, into a
+/// detached mount, which vanishes when it is dropped. A symbolic link at the path's end is
+/// followed, as mount(2) with MS_BIND does.
 ///
 /// # Errors
 /// `EINVAL`: the mount cannot be copied (it is unbindable, or of another mount namespace).
@@ -116,7 +118,8 @@ pub fn open_tree(dir: BorrowedFd<'_>, path: &CStr, depth: Depth) -> Result<Owned
 /// Attaches the detached mount `from` on the file that `to` refers to (above what is mounted there).
 ///
 /// # Errors
-/// `EINVAL`: `from` is not detached, or `to` is in another mount namespace; `ENOTDIR`: they are of two kinds.
+/// `EINVAL`: `from` is not detached, or `to` is in another mount namespace; `ENOTDIR`: they are of
+/// two kinds.
 pub fn move_mount(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
     let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
     // SAFETY: both paths are static empty strings; the descriptors are open for the length of the call.
@@ -132,13 +135,15 @@ pub fn move_mount(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
     })
 }
 
-/// Changes the attributes of the mount whose root `mount` is, and with [`Depth::Whole`] of all mounts beneath it.
+/// Changes the attributes of the mount whose root `mount` is, and with [`Depth::Whole`] of all
+/// mounts beneath it.
 ///
 /// # Errors
 /// `EINVAL`: the attributes exclude each other; `EPERM`: one is locked.
 pub fn mount_setattr(mount: BorrowedFd<'_>, depth: Depth, change: MountAttr) -> Result<()> {
     let flags = libc::AT_EMPTY_PATH as u32 | depth.flag();
-    // SAFETY: `change` is a live `struct mount_attr` of exactly the size passed; the kernel only reads it.
+    // SAFETY: `change` is a live `struct mount_attr` of exactly the size passed; the kernel only
+    // reads it.
     done(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

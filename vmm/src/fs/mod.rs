@@ -131,7 +131,8 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
     seccomp::report_blocked()?;
     serve_queues(socket, &config, &engine, log.clone())?;
     let worker = Worker::new().map_err(FsError::Worker)?;
-    // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open file.
+    // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open
+    // file.
     let mounts = File::open("/proc/self/mountinfo").map_err(FsError::Mounts)?;
     seccomp::lock_down(Role::FsControl)?;
     control.send(&FsEvent::Serving { landlock })?;

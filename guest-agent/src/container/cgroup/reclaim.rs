@@ -1,4 +1,5 @@
-//! Page cache of a container that nobody uses goes, so that its pages are free and the balloon gives them to the host.
+//! Page cache of a container that nobody uses goes, so that its pages are free and the balloon
+//! gives them to the host.
 
 use std::fs;
 use std::io;
@@ -12,9 +13,10 @@ const PART: u64 = 16 << 20;
 /// Less than this is not worth a walk of the kernel's lists.
 const LEAST: u64 = 256 << 10;
 
-/// Has the kernel reclaim page cache of the cgroup at `path` and beneath, at most `most` bytes and not past `end`. What
-/// processes have mapped stays: it is the programs that will run next. Returns how many bytes less there are; a cgroup that
-/// goes meanwhile, or a kernel that cannot, is no error.
+/// Has the kernel reclaim page cache of the cgroup at `path` and beneath, at most `most` bytes and
+/// not past `end`. What processes have mapped stays: it is the programs that will run next. Returns
+/// how many bytes less there are; a cgroup that goes meanwhile, or a kernel that cannot, is no
+/// error.
 pub fn reclaim(path: &Path, most: u64, end: Instant) -> u64 {
     let Some(before) = cached(path) else { return 0 };
     let mut now = before;
@@ -30,7 +32,8 @@ pub fn reclaim(path: &Path, most: u64, end: Instant) -> u64 {
         let Some(left) = cached(path) else { break };
         let gone = now.saturating_sub(left);
         now = left;
-        // Of dirty pages, or of pages that are used right now, nothing goes however often it is tried.
+        // Of dirty pages, or of pages that are used right now, nothing goes however often it is
+        // tried.
         if gone < LEAST {
             break;
         }
@@ -50,7 +53,8 @@ fn cached(path: &Path) -> Option<u64> {
     Some(files.saturating_sub(field("file_mapped")))
 }
 
-/// Documentation/admin-guide/cgroup-v2.rst, memory.reclaim: no anonymous memory, where the kernel can be told so.
+/// Documentation/admin-guide/cgroup-v2.rst, memory.reclaim: no anonymous memory, where the kernel
+/// can be told so.
 fn ask(path: &Path, bytes: u64) -> io::Result<()> {
     let file = path.join("memory.reclaim");
     match fs::write(&file, format!("{bytes} swappiness=0")) {

@@ -26,7 +26,8 @@ const LOOK_EVERY: u8 = 200;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Only what happened since then: 2026-11-30T12:00:00Z, 2026-11-30, or how long ago: 90s, 10m, 2h, 3d
+    /// Only what happened since then: 2026-11-30T12:00:00Z, 2026-11-30, or how long ago: 90s, 10m,
+    /// 2h, 3d
     #[arg(long, value_name = "TIME")]
     since: Option<String>,
     /// Only of pods whose id begins so

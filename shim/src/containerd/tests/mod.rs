@@ -2,7 +2,8 @@
 //! virtual time: random sequences of calls and of what happens in a guest and to it.
 //!
 //! - `one_call_after_another` compares every answer and every event with what a [`model`] says.
-//! - `calls_at_once` has calls that overlap, guests that hang and ends at the worst moment; what must hold whatever comes first is
+//! - `calls_at_once` has calls that overlap, guests that hang and ends at the worst moment; what
+//!   must hold whatever comes first is
 //!   checked on the [`trace`].
 //!
 //! docs/testing.md says how a failure is read and tried again.

@@ -50,7 +50,8 @@ pub enum ActivateError {
     Host(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// A virtio device. Called with the transport locked, while a vCPU waits: nothing here may wait for the guest.
+/// A virtio device. Called with the transport locked, while a vCPU waits: nothing here may wait for
+/// the guest.
 pub trait VirtioDevice: Send {
     /// VIRTIO 1.2 §5.
     fn id(&self) -> u32;

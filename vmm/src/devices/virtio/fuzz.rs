@@ -144,7 +144,8 @@ impl<'a, 'b> Hostile<'a, 'b> {
         }
     }
 
-    /// The same where a device takes pages, whose numbers may be anywhere: the page is as it was, or gone.
+    /// The same where a device takes pages, whose numbers may be anywhere: the page is as it was,
+    /// or gone.
     pub(super) fn finish_where_pages_go(self) {
         let canary = self.canary();
         if !self.named {

@@ -1,4 +1,5 @@
-//! vhost-user's back end: what the VMM says about memory and queues. Each queue has its thread ([`ring`]).
+//! vhost-user's back end: what the VMM says about memory and queues. Each queue has its thread
+//! ([`ring`]).
 //!
 //! The vhost crate reads the messages; its companion vhost-user-backend is not used because it only listens on or connects to
 //! a path, and this process has neither paths nor a network, only one end of a socketpair.

@@ -1,5 +1,5 @@
-//! A queue whose chains are worked off in turns: a guest may name as much memory at once as it likes, and others on the event
-//! loop do not wait for all of it.
+//! A queue whose chains are worked off in turns: a guest may name as much memory at once as it
+//! likes, and others on the event loop do not wait for all of it.
 
 use super::super::chain::Chain;
 use super::super::fault::Fault;
@@ -36,7 +36,8 @@ impl Turn {
         length.min(self.bytes)
     }
 
-    /// Takes a step, or a call that gives `bytes` back, off the turn. One that is more than is left ends it.
+    /// Takes a step, or a call that gives `bytes` back, off the turn. One that is more than is left
+    /// ends it.
     pub fn spend(&mut self, bytes: u32) {
         self.calls = self.calls.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);
@@ -75,8 +76,8 @@ impl Lane {
         &self.queue
     }
 
-    /// Works off chains until there is none or the turn is over. `step` does a bounded part of a chain and says whether that was
-    /// the last.
+    /// Works off chains until there is none or the turn is over. `step` does a bounded part of a
+    /// chain and says whether that was the last.
     ///
     /// # Errors
     /// The rings', or those of `step`: the queue must not be used any more.
@@ -99,7 +100,8 @@ impl Lane {
             let place = self.place.get_or_insert_default();
             if step(&self.chain, place, &mut turn)? {
                 self.place = None;
-                // Nothing is written into a buffer, not even into those that the guest lets us write.
+                // Nothing is written into a buffer, not even into those that the guest lets us
+                // write.
                 self.queue.push(&self.chain, 0)?;
             }
         }

@@ -1,4 +1,5 @@
-//! The balloon (VIRTIO 1.2 §5.5): the guest names memory that it does not use, and the host has it back.
+//! The balloon (VIRTIO 1.2 §5.5): the guest names memory that it does not use, and the host has it
+//! back.
 //!
 //! ```text
 //! driver ── reporting: blocks of free pages ──► checked ──► a hole in the file of guest RAM ──► used
@@ -7,12 +8,14 @@
 //!        ── statistics: one buffer, held until somebody asks for new ones
 //! ```
 //!
-//! Free page reporting does the work: Linux names what it has freed a while ago, and takes it again without a word. The target
-//! of the balloon itself is always 0, so that nothing is ever taken from a guest that it wants to keep; a driver that fills
-//! it all the same is served, and is told that it may let the air out before it kills for memory (DEFLATE_ON_OOM).
+//! Free page reporting does the work: Linux names what it has freed a while ago, and takes it again
+//! without a word. The target of the balloon itself is always 0, so that nothing is ever taken from
+//! a guest that it wants to keep; a driver that fills it all the same is served, and is told that
+//! it may let the air out before it kills for memory (DEFLATE_ON_OOM).
 //!
-//! A guest can only give back its own RAM: each range is checked to be whole pages in one region, all ranges of a chain before
-//! the first hole. Whoever still has such a page mapped, KVM, the fs process, this process, finds zeros there.
+//! A guest can only give back its own RAM: each range is checked to be whole pages in one region,
+//! all ranges of a chain before the first hole. Whoever still has such a page mapped, KVM, the fs
+//! process, this process, finds zeros there.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -129,7 +132,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn config(&self) -> &[u8] {
-        // §5.5.4: num_pages, the target, and actual, which a driver writes only after it has put pages in.
+        // §5.5.4: num_pages, the target, and actual, which a driver writes only after it has put
+        // pages in.
         &[0; 8]
     }
 

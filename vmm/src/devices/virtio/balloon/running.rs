@@ -40,8 +40,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Takes the queues that the accepted features have. §5.5.2 gives each queue a number; Linux's driver, and so every device,
-    /// leaves no numbers out for queues that are not there.
+    /// Takes the queues that the accepted features have. §5.5.2 gives each queue a number; Linux's
+    /// driver, and so every device, leaves no numbers out for queues that are not there.
     ///
     /// # Errors
     /// One is missing.
@@ -106,8 +106,8 @@ impl Running {
             .serve(|chain, place, turn| swallow(&self.memory, chain, place, turn, stats))
     }
 
-    /// Lets the driver have pages back. It may use them without being asked for (no MUST_TELL_HOST): which they are is of no
-    /// interest.
+    /// Lets the driver have pages back. It may use them without being asked for (no
+    /// MUST_TELL_HOST): which they are is of no interest.
     ///
     /// # Errors
     /// The guest's fault.
@@ -253,7 +253,8 @@ fn whole_pages(piece: &Piece) -> Result<(), Fault> {
         .ok_or(Fault::PartOfPage(address, length))
 }
 
-/// Makes a hole in the file of guest RAM: what was there is free for the host, and reads as zeros from now on.
+/// Makes a hole in the file of guest RAM: what was there is free for the host, and reads as zeros
+/// from now on.
 fn give_back(memory: &GuestMemoryMmap, start: GuestAddress, length: u32) -> Result<(), Error> {
     let outside = Fault::OutsideMemory(start, length);
     if length == 0 {

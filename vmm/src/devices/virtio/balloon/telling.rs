@@ -1,4 +1,5 @@
-//! What the guest tells of its memory (VIRTIO 1.2 §5.5.6.3): numbers with tags, which nobody here acts on.
+//! What the guest tells of its memory (VIRTIO 1.2 §5.5.6.3): numbers with tags, which nobody here
+//! acts on.
 
 use std::collections::BTreeMap;
 
@@ -32,7 +33,8 @@ const NAMES: [&str; 16] = [
     "direct_reclaims",
 ];
 
-/// Reads a buffer of statistics. Unknown tags are nothing to us, and of a tag that comes twice the last one counts.
+/// Reads a buffer of statistics. Unknown tags are nothing to us, and of a tag that comes twice the
+/// last one counts.
 ///
 /// # Errors
 /// The chain is not what it says.

@@ -6,7 +6,8 @@
 //!  receiveq2 ...                                  thread net-1 for the second
 //! ```
 //!
-//! The threads are there before the guest's first instruction, for devices that come later too ([`Workers`]).
+//! The threads are there before the guest's first instruction, for devices that come later too
+//! ([`Workers`]).
 //!
 //! The guest gets every frame that the tap has, in the tap's form: with checksums to be finished and segments to be made where the
 //! driver has agreed. A slot for a device that may come later is a device with the id 0, which drivers ignore (§4.2.2).
@@ -124,7 +125,8 @@ impl VirtioDevice for Slot {
 /// The pairs of queues of one device, each on a thread of its own.
 pub type Pairs = Vec<Arc<Mutex<Pair>>>;
 
-/// The threads of all network devices of a machine: one for the first pairs of queues, one for the second, and so on.
+/// The threads of all network devices of a machine: one for the first pairs of queues, one for the
+/// second, and so on.
 #[derive(Default)]
 pub struct Workers(Vec<EventLoop>);
 

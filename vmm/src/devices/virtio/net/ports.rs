@@ -35,8 +35,8 @@ pub struct NetPorts {
 }
 
 impl NetPorts {
-    /// Those of a machine with this many vCPUs, with the counters of the devices that it has now, and a pair of queues for each
-    /// vCPU at each empty place.
+    /// Those of a machine with this many vCPUs, with the counters of the devices that it has now,
+    /// and a pair of queues for each vCPU at each empty place.
     pub fn new(counters: Vec<Counters>, spare: Vec<Pairs>, vcpus: usize) -> NetPorts {
         NetPorts {
             transports: Vec::new(),
