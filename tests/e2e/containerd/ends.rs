@@ -104,7 +104,7 @@ fn the_host_kills_the_machine_for_memory() {
 #[test]
 fn the_guest_runs_out_of_memory() {
     let small = tempfile::NamedTempFile::new().expect("a file");
-    fs::write(&small, "memory_mib = 128\n").expect("it can be written");
+    fs::write(&small, "memory_mib = 80\n").expect("it can be written");
     let small = small.path().to_str().expect("a plain path");
     let listener = Engine::get().listen();
     let script = "sleep 2; exec tail /dev/zero";

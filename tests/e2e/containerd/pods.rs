@@ -147,19 +147,17 @@ fn namespaces_are_shared_as_asked() {
         let all = ["ipc", "uts", "network", "pid"];
         let [first, second] = [(); 2].map(|()| pod.member(&all, "exec sleep 1234"));
         let other = pod.member(&["ipc", "network"], "exec sleep 1000");
-        let space = |member: &Running, kind: &str| {
-            member.exec(&format!("readlink /proc/self/ns/{kind}")).ok()
+        let spaces = |member: &Running| -> [String; 4] {
+            let script = "cd /proc/self/ns; for kind in ipc net uts pid; do readlink $kind; done";
+            let text = member.exec(script).ok();
+            let lines: Vec<String> = text.lines().map(String::from).collect();
+            lines.try_into().expect("four lines")
         };
-        for kind in ["ipc", "uts", "net", "pid"] {
-            assert_eq!(
-                space(&first, kind),
-                space(&second, kind),
-                "{runtime}: {kind}"
-            );
-        }
-        assert_eq!(space(&first, "ipc"), space(&other, "ipc"), "{runtime}");
-        assert_ne!(space(&first, "uts"), space(&other, "uts"), "{runtime}");
-        assert_ne!(space(&first, "pid"), space(&other, "pid"), "{runtime}");
+        let [of_first, of_second, of_other] = [&first, &second, &other].map(spaces);
+        assert_eq!(of_first, of_second, "{runtime}");
+        assert_eq!(of_first[..2], of_other[..2], "{runtime}");
+        assert_ne!(of_first[2], of_other[2], "{runtime}");
+        assert_ne!(of_first[3], of_other[3], "{runtime}");
         let sleeping = first.exec("ps | grep -c '[s]leep 1234'").ok();
         assert_eq!(sleeping, "2", "{runtime}");
         // Killing all of one container spares the other one.
@@ -299,7 +297,7 @@ fn many_containers_live_in_one_pod() {
     let host = Host::now();
     let pod = Pod::start(BULKHEAD, &[]);
     let within = Host::now();
-    let count = if soak() { 50 } else { 20 };
+    let count = if soak() { 50 } else { 10 };
     let members: Vec<Running> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..count)
             .map(|_| scope.spawn(|| pod.member(&["ipc", "uts", "network"], "sleep 1000")))
@@ -307,9 +305,12 @@ fn many_containers_live_in_one_pod() {
         let joined = threads.into_iter().map(|thread| thread.join());
         joined.map(|member| member.expect("no panic")).collect()
     });
-    for member in &members {
+    for (n, member) in members.iter().enumerate() {
         assert_eq!(member.status().as_deref(), Some("RUNNING"));
-        assert_eq!(member.exec("exit 3").status, 3);
+        // Each exec costs seconds here.
+        if soak() || n % 3 == 0 {
+            assert_eq!(member.exec("exit 3").status, 3);
+        }
     }
     for member in members {
         member.remove();
