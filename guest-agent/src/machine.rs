@@ -110,6 +110,40 @@ pub fn vcpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
+/// Has the kernel run on its first `count` processors (Documentation/core-api/cpu_hotplug.rst).
+///
+/// # Errors
+/// There are not so many, or the kernel does not change one; those before it have changed.
+pub fn set_processors(count: u32) -> Result<(), MachineError> {
+    run_on(Path::new("/sys/devices/system/cpu"), count)
+}
+
+/// The first one is always online, and has no file that says so.
+fn run_on(directory: &Path, count: u32) -> Result<(), MachineError> {
+    let online = |number: u32| directory.join(format!("cpu{number}/online"));
+    let last = (1..).find(|number| !online(*number).exists()).unwrap_or(1);
+    let refuse = |what: String, source| MachineError::System { what, source };
+    if !(1..=last).contains(&count) {
+        let reason = format!("the machine has {last}, and one is the least");
+        return Err(refuse(
+            format!("run on {count} processors"),
+            io::Error::new(io::ErrorKind::InvalidInput, reason),
+        ));
+    }
+    let set = |number: u32, wanted: &str, verb: &str| {
+        let file = online(number);
+        let fail = |source| refuse(format!("take processor {number} {verb}"), source);
+        match std::fs::read_to_string(&file).map_err(fail)?.trim() == wanted {
+            true => Ok(()),
+            false => std::fs::write(&file, wanted).map_err(fail),
+        }
+    };
+    (1..count).try_for_each(|number| set(number, "1", "online"))?;
+    (count..last)
+        .rev()
+        .try_for_each(|number| set(number, "0", "offline"))
+}
+
 /// Writes a sysctl by its dotted name.
 pub fn write_sysctl(name: &str, value: &str) -> Result<(), String> {
     let path = sysctl_path(name).ok_or_else(|| format!("\"{name}\" is no name of a sysctl"))?;
@@ -186,6 +220,35 @@ fn unmount_all() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_processors_are_online_and_no_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |number: u32| directory.path().join(format!("cpu{number}"));
+        for number in 0..4 {
+            std::fs::create_dir(path(number)).unwrap();
+            if number > 0 {
+                std::fs::write(path(number).join("online"), "0\n").unwrap();
+            }
+        }
+        let now = || {
+            let files = (1..4).map(|number| std::fs::read_to_string(path(number).join("online")));
+            files
+                .map(|text| text.unwrap().trim().to_owned())
+                .collect::<String>()
+        };
+        for (count, states) in [(3, "110"), (4, "111"), (2, "100"), (1, "000"), (1, "000")] {
+            run_on(directory.path(), count).unwrap();
+            assert_eq!(now(), states, "{count}");
+        }
+        for count in [0, 5, u32::MAX] {
+            let error = run_on(directory.path(), count).unwrap_err();
+            assert!(error.to_string().contains(&count.to_string()), "{error}");
+            assert_eq!(now(), "000");
+        }
+        std::fs::remove_file(path(2).join("online")).unwrap();
+        assert!(run_on(directory.path(), 3).is_err(), "there are two");
+    }
 
     #[test]
     fn sysctl_names_become_paths() {

@@ -387,6 +387,11 @@ impl Sandbox {
         .await
     }
 
+    /// Has the machine run on its first `count` processors.
+    pub(crate) async fn set_processors(&self, count: u32) -> Result<(), Error> {
+        Ok(blocking(move || machine::set_processors(count)).await?)
+    }
+
     /// Makes an empty volume.
     pub(crate) async fn create_volume(&self, number: u64) -> Result<(), Error> {
         let volumes = Arc::clone(&self.volumes);

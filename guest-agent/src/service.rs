@@ -211,6 +211,15 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
+    async fn set_processors(
+        &self,
+        _: &TtrpcContext,
+        request: agent::SetProcessorsRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let sandbox = Arc::clone(&self.0);
+        empty(to_the_end(async move { sandbox.set_processors(request.count).await }).await)
+    }
+
     async fn create_volume(
         &self,
         _: &TtrpcContext,

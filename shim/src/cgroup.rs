@@ -215,25 +215,14 @@ impl Cgroup {
         };
         device_filter::allow_only_null(self.as_fd())
             .map_err(failed("forbid devices (CONFIG_CGROUP_BPF) in"))?;
-        for (file, value, action) in [
-            ("machine/pids.max", tasks, "set pids.max of"),
-            (
-                "machine/memory.max",
-                memory,
-                "set memory.max of the machine in",
-            ),
-            (
-                "memory.max",
-                memory.saturating_add(SHIM_ROOM),
-                "set memory.max of",
-            ),
-        ] {
-            match self.write(file, &value.to_string()) {
+        let tasks = ("machine/pids.max", tasks.to_string());
+        for (file, value) in memory_limits(memory).into_iter().chain([tasks]) {
+            match self.write(file, &value) {
                 // The parents were not given the controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     tracing::warn!(cgroup = %self.path.display(), file, "no such controller: the pod is not bounded by it");
                 }
-                other => other.map_err(failed(action))?,
+                other => other.map_err(failed("set the limits of"))?,
             }
         }
         Ok(())
@@ -243,6 +232,16 @@ impl Cgroup {
     pub fn write(&self, name: &str, value: &str) -> io::Result<()> {
         write(&self.path.join(name), value)
     }
+}
+
+/// Files of a pod's cgroup that bound it to so many bytes: the machine's group, and room for the
+/// shim beside it.
+pub fn memory_limits(bytes: u64) -> Vec<(&'static str, String)> {
+    let all = bytes.saturating_add(SHIM_ROOM);
+    vec![
+        ("memory.max", all.to_string()),
+        ("machine/memory.max", bytes.to_string()),
+    ]
 }
 
 /// The directories from the root of cgroups to the parent of `relative`.

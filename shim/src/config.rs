@@ -74,6 +74,12 @@ pub struct Config {
     pub max_vcpus: u32,
     /// Most memory of a machine that a pod may ask for, in MiB; 0: what the host has.
     pub max_memory_mib: u64,
+    /// vCPUs that a machine may get beside while it runs, at most; they wait in it. Never more than
+    /// the host has processors, or `max_vcpus`.
+    pub spare_vcpus: u32,
+    /// Memory that a machine may get beside while it runs, in MiB, at most; it is not there until
+    /// then. Never more than the host has, or `max_memory_mib`.
+    pub spare_memory_mib: u64,
     /// What a machine has of memory beside the limits of its containers, in MiB.
     pub overhead_mib: u64,
     /// What a pod may take of the host's memory beside its machine's, in MiB.
@@ -194,6 +200,8 @@ impl Default for Config {
             vcpus: 1,
             max_vcpus: 0,
             max_memory_mib: 0,
+            spare_vcpus: 1,
+            spare_memory_mib: 64 << 10,
             overhead_mib: 64,
             host_overhead_mib: 64,
             return_memory: true,
@@ -345,6 +353,18 @@ impl Config {
                 1..=MAX_VCPUS.into(),
             ),
             ("vcpus", vcpus, false, 1..=most_vcpus),
+            (
+                "spare_vcpus",
+                self.spare_vcpus.into(),
+                true,
+                1..=MAX_VCPUS.into(),
+            ),
+            (
+                "spare_memory_mib",
+                self.spare_memory_mib,
+                true,
+                1..=MAX_MEMORY_MIB,
+            ),
             (
                 "overhead_mib",
                 self.overhead_mib,

@@ -108,8 +108,10 @@ pub struct FsSpec {
 pub struct VmSpec {
     /// For log lines.
     pub sandbox_id: String,
-    /// 1 to [`MAX_VCPUS`].
+    /// Those that the guest starts by itself: 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// Those and the ones that wait: at most [`MAX_VCPUS`].
+    pub possible_vcpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
     /// `/dev/kvm`.
@@ -157,6 +159,11 @@ impl VmSpec {
             .ok()
             .filter(|&count| count >= 1 && config.vcpus <= MAX_VCPUS)
             .ok_or(SpecError::Vcpus(config.vcpus))?;
+        let possible = config.vcpus.saturating_add(config.spare_vcpus);
+        let possible_vcpus = u8::try_from(possible)
+            .ok()
+            .filter(|_| possible <= MAX_VCPUS)
+            .ok_or(SpecError::Vcpus(possible))?;
         let memory = config
             .memory_mib
             .checked_mul(1 << 20)
@@ -172,7 +179,10 @@ impl VmSpec {
                 return Err(SpecError::Identity { what, id });
             }
         }
-        let cmdline = Cmdline::new(config.serial.is_some());
+        let mut cmdline = Cmdline::new(config.serial.is_some());
+        if possible_vcpus > vcpus {
+            cmdline.push_processors(vcpus)?;
+        }
         let mut probe = cmdline.clone();
         for word in &config.extra_cmdline {
             probe.push(word)?;
@@ -180,6 +190,7 @@ impl VmSpec {
         let mut fds = Descriptors::new(fds);
         let spec = VmSpec {
             vcpus,
+            possible_vcpus,
             memory,
             kvm: kvm(fds.take(config.kvm, "kvm")?)?,
             kernel: regular_file(fds.take(config.kernel, "kernel")?, "kernel")?,
@@ -211,7 +222,7 @@ impl VmSpec {
     /// network device may have, our own, and what KVM starts in the name of its user.
     pub fn thread_limit(&self) -> u64 {
         const ROOM: u64 = 16;
-        2 * u64::from(self.vcpus) + ROOM
+        u64::from(self.vcpus) + u64::from(self.possible_vcpus) + ROOM
     }
 
     /// The longest that a regular file may become: nothing, unless the shim wants log or console in one.

@@ -159,6 +159,7 @@ impl Supervisor {
                 true => Ok(()),
                 false => Err(format!("there is no network device {device}")),
             },
+            Request::PlugMemory { .. } => Err("this machine has no memory device".into()),
             Request::Pause => {
                 self.vcpus.pause();
                 Ok(())

@@ -131,7 +131,7 @@ impl Vm {
         let vm = Arc::new(create_vm(&spec.kvm)?);
         // SAFETY: `Vm` drops `memory` last, and `run` joins the vCPUs before it drops anything.
         unsafe { memory.register(&vm)? };
-        let vcpus = create_vcpus(&spec.kvm, &vm, &memory, spec.vcpus)?;
+        let vcpus = create_vcpus(&spec.kvm, &vm, &memory, spec.possible_vcpus)?;
         let stats: KvmStatsOfAll = Arc::new(vcpus.iter().map(KvmStats::open).collect());
         let reports = Reports::new(stats.clone(), log.clone())?;
 
@@ -145,7 +145,7 @@ impl Vm {
             kernel: &spec.kernel,
             initrd: &mut spec.initrd,
             cmdline: &spec.cmdline,
-            vcpus: spec.vcpus,
+            vcpus: spec.possible_vcpus,
             pins: &board.pins,
         };
         let entry = boot::load(&memory, image)?;

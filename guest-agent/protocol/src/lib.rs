@@ -6,7 +6,7 @@ mod watched;
 pub use watched::Watched;
 
 /// Version of `agent.proto`, sent in `StartSandboxRequest`. Shim and agent are installed together.
-pub const PROTOCOL_VERSION: u32 = 10;
+pub const PROTOCOL_VERSION: u32 = 11;
 
 /// Largest RPC message that either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;

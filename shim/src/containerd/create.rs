@@ -22,7 +22,7 @@ use crate::{
         stdio::{Ends, Handed, Names, Owner, Streams},
     },
     ids,
-    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom},
+    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom, limits::Asked},
     pod::{self, Container, Held, Order, Parts, Pod, Request, Size, layers::Layer},
 };
 
@@ -240,6 +240,7 @@ impl Tasks {
         let limits = oci::limits::of_sandbox(&wanted.bundle)?;
         let linux = wanted.bundle.spec.linux().as_ref();
         let parts = Parts::open(&config)?;
+        let size = Size::of(&limits, &config).map_err(pod::Error::from)?;
         let order = Order {
             parts: &parts,
             plan: &plan,
@@ -249,7 +250,8 @@ impl Tasks {
                 cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
                 joins: true,
                 host_limits: &[],
-                size: Size::of(&limits, &config).map_err(pod::Error::from)?,
+                size,
+                spare: size.spare(&config),
                 network: plan.paths.network.as_deref(),
                 net_slots: plan.later_interfaces(),
                 serial: None,
@@ -291,6 +293,7 @@ impl Tasks {
                 joins: true,
                 host_limits: &host_limits,
                 size,
+                spare: size.spare(&config),
                 network: pod_plan.paths.network.as_deref(),
                 net_slots: pod_plan.later_interfaces(),
                 serial: None,
@@ -322,6 +325,7 @@ impl Tasks {
         let bounded = pod.bound_time(&plan.container.resources);
         // Nobody is there yet who could have it.
         let _ = pod.enter_guest(&container.id, &plan.container.namespaces);
+        pod.adopt(&container.id, Asked::of(&wanted.bundle)?).await;
         let spec = std::mem::take(&mut plan.container);
         let process = spec.process.clone().unwrap_or_default();
         let created = match bounded {
@@ -366,10 +370,13 @@ impl Tasks {
         if pod.plan.paths.alone {
             pod.free_time()?;
         }
+        let asked = Asked::of(&wanted.bundle)?;
         let limits = pod
             .limit(&plan.host_limits)
             .inspect_err(|_| pod.leave(&container.id))?;
         let made = async {
+            // Its end gives back what comes of it.
+            let _ = pod.claim(&container.id, asked).await?;
             let (stdio, streams) = {
                 let mut held = pod.held().await;
                 let held = held.as_mut().ok_or_else(|| pod.ended())?;

@@ -79,7 +79,7 @@ impl Usage {
         let agent = pod.agent().clone();
         let id = container.to_string();
         let question = async move { agent.stats(&id).await };
-        let told = self.ask_and_wait(question, pod.memory_bytes).await;
+        let told = self.ask_and_wait(question, pod.size().memory_bytes()).await;
         let Some(mut metrics) = told else {
             let text = format!("the guest has not told yet what container {container:?} uses");
             return Err(Error::Unavailable(text));
@@ -117,7 +117,7 @@ impl Usage {
     /// Asks at a moment after which the guest may not be able to answer.
     pub async fn refresh(&self, pod: &Pod, container: &str) {
         let answer = pod.agent().stats(container).await;
-        take(&self.last, answer, pod.memory_bytes);
+        take(&self.last, answer, pod.size().memory_bytes());
     }
 
     /// The same of a container that has just ended, before that is told: whoever hears of the end
@@ -127,7 +127,7 @@ impl Usage {
         let (last, pod, id) = (self.last.clone(), pod.clone(), container.to_string());
         let asked = tokio::spawn(async move {
             let answer = pod.agent().stats(&id).await;
-            take(&last, answer, pod.memory_bytes);
+            take(&last, answer, pod.size().memory_bytes());
         });
         let _ = tokio::time::timeout(FRESH, asked).await;
     }
@@ -140,7 +140,7 @@ impl Usage {
         if let Some(metrics) = of_pod(pod) {
             self.last.send_replace(Some(metrics));
         }
-        self.known(pod.memory_bytes)
+        self.known(pod.size().memory_bytes())
             .ok_or_else(|| Error::Unavailable(format!("the pod {:?} has ended, uncounted", pod.id)))
     }
 
@@ -179,7 +179,7 @@ fn is_whole(files: &[CgroupFile]) -> bool {
 
 /// What a pod uses as the host sees it: its machine, with all that is in it. `None`: it has ended.
 pub fn of_pod(pod: &Pod) -> Option<Metrics> {
-    of_cgroup(&pod.cgroup, pod.memory_bytes)
+    of_cgroup(&pod.cgroup, pod.size().memory_bytes())
 }
 
 fn of_cgroup(cgroup: &Path, memory_bytes: u64) -> Option<Metrics> {

@@ -55,6 +55,7 @@ use crate::{
     audit::Audit,
     config::Config,
     machine::agent,
+    oci::limits::Asked,
     pod::{self, Container, KILLED_PATIENCE, Pod, Trouble, promptly},
 };
 
@@ -477,18 +478,25 @@ impl Tasks {
             return Ok(task.pod.limit(&host).map(drop)?);
         }
         task.awake("update")?;
+        let pod = &task.pod;
+        let claim = pod.claim(id, Asked::anew(json)?).await?;
         if task.holds_pod {
-            let vcpus = task.pod.vcpus;
+            let vcpus = pod.size().vcpus;
             host.extend(crate::oci::limits::host_files(&mut resources, vcpus));
         }
-        let limits = task.pod.limit(&host)?;
-        if let Err(error) = promptly(task.pod.agent().update(id, resources.clone())).await {
-            limits.undo();
+        if task.holds_pod && !self.has_another(id) {
+            host.extend(pod.time_bound(&resources));
+        }
+        let set = async {
+            let limits = pod.limit(&host)?;
+            let set = promptly(pod.agent().update(id, resources)).await;
+            set.inspect_err(|_| limits.undo())
+        };
+        if let Err(error) = set.await {
+            pod.disclaim(claim).await;
             return Err(error.into());
         }
-        if task.holds_pod && !self.has_another(id) {
-            task.pod.bound_time(&resources)?;
-        }
+        pod.settle().await;
         // Whoever asks next is told of these limits, if the guest is quick.
         task.usage.settle(&task.pod, id).await;
         Ok(())

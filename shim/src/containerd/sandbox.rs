@@ -116,8 +116,9 @@ impl ApiPod {
         }
         if let Some(pod) = self.pod().as_ref() {
             info.push(("cgroup", pod.cgroup.display().to_string()));
-            info.push(("vcpus", pod.vcpus.to_string()));
-            info.push(("memory_bytes", pod.memory_bytes.to_string()));
+            let size = pod.size();
+            info.push(("vcpus", size.vcpus.to_string()));
+            info.push(("memory_bytes", size.memory_bytes().to_string()));
         }
         let pairs = info.into_iter();
         pairs.map(|(name, value)| (name.into(), value)).collect()
@@ -235,6 +236,7 @@ impl Tasks {
                 joins: true,
                 host_limits: &[],
                 size: sandbox.size,
+                spare: sandbox.size.spare(&sandbox.config),
                 network: sandbox.plan.paths.network.as_deref(),
                 net_slots: sandbox.plan.later_interfaces(),
                 serial: None,

@@ -19,10 +19,10 @@ use bulkhead_agent_protocol::{
         Container, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
         CreateExecRequest, CreateProcessResponse, Empty, EndSocketsRequest, Listeners, Network,
         ProcessRequest, ProgramProblem, ReclaimMemoryRequest, ReclaimMemoryResponse,
-        ResizeTerminalRequest, Resources, ServeSocketRequest, SignalProcessRequest,
-        SocketConnection, SocketRequest, StartProcessResponse, StartSandboxRequest,
-        StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange, VolumeRequest,
-        WaitProcessResponse,
+        ResizeTerminalRequest, Resources, ServeSocketRequest, SetProcessorsRequest,
+        SignalProcessRequest, SocketConnection, SocketRequest, StartProcessResponse,
+        StartSandboxRequest, StartSandboxResponse, Stdio, UpdateContainerRequest, VolumeChange,
+        VolumeRequest, WaitProcessResponse,
     },
 };
 use protobuf::{EnumOrUnknown, Message};
@@ -432,6 +432,17 @@ impl Agent {
         let answer: ReclaimMemoryResponse =
             self.call("ReclaimMemory", &request, Some(QUICK)).await?;
         Ok(answer.bytes)
+    }
+
+    /// Has the guest run on the first `count` processors of its machine.
+    pub async fn set_processors(&self, count: u32) -> Result<(), Error> {
+        let request = SetProcessorsRequest {
+            count,
+            ..SetProcessorsRequest::default()
+        };
+        self.call::<Empty>("SetProcessors", &request, Some(QUICK))
+            .await?;
+        Ok(())
     }
 
     /// Makes an empty volume.

@@ -53,6 +53,10 @@ pub struct Hardware<'a> {
     pub vcpus: u32,
     /// MiB.
     pub memory_mib: u64,
+    /// vCPUs that wait beside.
+    pub spare_vcpus: u32,
+    /// MiB that may be plugged beside.
+    pub spare_memory_mib: u64,
     /// `/dev/kvm`.
     pub kvm: BorrowedFd<'a>,
     /// vmlinux.
@@ -99,7 +103,9 @@ pub(super) fn config(
         version: WIRE_VERSION,
         sandbox_id: sandbox.into(),
         vcpus: hardware.vcpus,
+        spare_vcpus: hardware.spare_vcpus,
         memory_mib: hardware.memory_mib,
+        spare_memory_mib: hardware.spare_memory_mib,
         kvm: index(hardware.kvm.as_raw_fd()),
         kernel: index(hardware.kernel.as_raw_fd()),
         initrd: index(hardware.initrd.as_raw_fd()),

@@ -228,6 +228,13 @@ impl Vm {
         self.request(name, &request, &[]).await.map(drop)
     }
 
+    /// Has the guest plug memory until it has so many MiB beside what it was booted with, or unplug
+    /// it. It does so when it comes to it: the counters tell.
+    pub async fn plug_memory(&self, mib: u64) -> Result<(), Error> {
+        let request = Request::PlugMemory { mib };
+        self.request("other memory", &request, &[]).await.map(drop)
+    }
+
     /// Takes back a port that the guest has not dialled.
     pub async fn withdraw_port(&self, port: u32) -> Result<(), Error> {
         let request = Request::WithdrawPort { port };

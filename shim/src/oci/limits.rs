@@ -142,7 +142,7 @@ impl From<Wrong> for Error {
 }
 
 /// The numbers as they stand; 0 is an absent one, as in CRI's messages and in Go's JSON.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Raw {
     #[serde(rename = "cpu_quota")]
@@ -250,11 +250,72 @@ pub fn cpu_list(text: &str) -> Result<BTreeSet<u32>, String> {
 
 /// Of a container that is alone in its pod.
 pub fn of_container(bundle: &Bundle) -> Result<Limits, Error> {
-    let linux = bundle.spec.linux().as_ref();
-    match linux.and_then(|linux| linux.resources().as_ref()) {
-        None => Ok(Limits::default()),
-        Some(resources) => Ok(raw(resources)?.read(Source::Config)?),
+    let Asked(raw) = Asked::of(bundle)?;
+    Ok(raw.read(Source::Config)?)
+}
+
+/// What a container says that it may use, as it says it: a machine that runs follows it.
+#[derive(Clone, Debug, Default)]
+pub struct Asked(Raw);
+
+impl Asked {
+    /// In config.json.
+    pub fn of(bundle: &Bundle) -> Result<Asked, Error> {
+        let linux = bundle.spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let asked = resources.map_or(Ok(Raw::default()), raw)?;
+        asked.read(Source::Config)?;
+        Ok(Asked(asked))
     }
+
+    /// In the resources of an update, which name what changes.
+    pub fn anew(json: &[u8]) -> Result<Asked, Error> {
+        let asked = raw(&super::parse_resources(json)?)?;
+        asked.read(Source::Config)?;
+        Ok(Asked(asked))
+    }
+
+    /// What stands after an update.
+    pub fn updated(&self, new: Asked) -> Asked {
+        let (Asked(old), Asked(new)) = (self, new);
+        let or = |new, old| if new == 0 { old } else { new };
+        Asked(Raw {
+            quota: or(new.quota, old.quota),
+            period: or(new.period, old.period),
+            shares: or(new.shares, old.shares),
+            memory: or(new.memory, old.memory),
+            cpus: match new.cpus.is_empty() {
+                true => old.cpus.clone(),
+                false => new.cpus,
+            },
+        })
+    }
+}
+
+/// What several containers of a pod may use together. Of one that is alone the processors' list
+/// counts, which is the host's; a member's is the machine's.
+pub fn together<'a>(asked: impl ExactSizeIterator<Item = &'a Asked>) -> Result<Limits, Wrong> {
+    let alone = asked.len() == 1;
+    let mut total = Limits::default();
+    for Asked(raw) in asked {
+        let one = raw.read(Source::Config)?;
+        let sum = |total: Option<u64>, one: Option<u64>| match (total, one) {
+            (Some(total), Some(one)) => Some(total.saturating_add(one)),
+            (total, one) => total.or(one),
+        };
+        let time = |quota: Quota| {
+            let us = u128::from(quota.quota_us) * u128::from(DEFAULT_PERIOD);
+            u64::try_from(us.div_ceil(quota.period_us.into())).unwrap_or(u64::MAX)
+        };
+        let quota_us = sum(total.quota.map(time), one.quota.map(time));
+        total.quota = quota_us.map(|quota_us| Quota {
+            quota_us,
+            period_us: DEFAULT_PERIOD,
+        });
+        total.memory = sum(total.memory, one.memory);
+        total.cpus = one.cpus.filter(|_| alone);
+    }
+    Ok(total)
 }
 
 fn raw(resources: &oci_spec::runtime::LinuxResources) -> Result<Raw, Wrong> {
@@ -419,6 +480,33 @@ mod tests {
         // Without a period the kernel's own.
         let quota = container(r#"{"cpu": {"quota": 100001}}"#).unwrap().quota;
         assert_eq!(quota.unwrap().processors(), 2);
+    }
+
+    #[test]
+    fn containers_of_a_pod_add_up_and_an_update_changes_what_it_names() {
+        let asked = |json: &str| Asked::anew(json.as_bytes()).unwrap();
+        let sum = |all: &[&Asked]| together(all.iter().copied()).unwrap();
+        let one = asked(
+            r#"{"cpu": {"quota": 50000, "period": 100000, "cpus": "3"}, "memory": {"limit": 10}}"#,
+        );
+        let two = asked(r#"{"cpu": {"quota": 7500, "period": 10000}}"#);
+        let none = asked("{}");
+        let of = |all: &[&Asked]| {
+            let total = sum(all);
+            let time = total.quota.map(|quota| (quota.quota_us, quota.period_us));
+            (time, total.memory, total.cpus.map(|cpus| cpus.len()))
+        };
+        assert_eq!(of(&[]), (None, None, None));
+        assert_eq!(of(&[&none]), (None, None, None));
+        assert_eq!(of(&[&one]), (Some((50_000, 100_000)), Some(10), Some(1)));
+        let both = (Some((125_000, 100_000)), Some(10), None);
+        assert_eq!(of(&[&one, &none, &two]), both);
+        let more = one.updated(asked(r#"{"memory": {"limit": 30}}"#));
+        assert_eq!(of(&[&more]), (Some((50_000, 100_000)), Some(30), Some(1)));
+        let lifted = r#"{"cpu": {"quota": -1, "cpus": "0-3"}, "memory": {"limit": -1}}"#;
+        assert_eq!(of(&[&more.updated(asked(lifted))]), (None, None, Some(4)));
+        assert!(Asked::anew(br#"{"memory": {"limit": -5}}"#).is_err());
+        assert!(Asked::anew(b"{").is_err());
     }
 
     #[test]

@@ -351,15 +351,18 @@ pub fn exec_process(json: &[u8], of: &agent::Process) -> Result<agent::Process, 
 
 /// Converts new limits: `LinuxResources` as JSON. Device rules stay as they are.
 pub fn new_limits(json: &[u8]) -> Result<(agent::Resources, Vec<(String, String)>), Error> {
-    let parsed: spec::LinuxResources =
-        serde_json::from_slice(json).map_err(|source| Error::Parse {
-            path: "the resources of update".into(),
-            source,
-        })?;
+    let parsed = parse_resources(json)?;
     let (mut resources, host) = resources::convert(Some(&parsed), Moment::Update)?;
     resources.devices.clear();
     resources.set_devices = false;
     Ok((resources, host))
+}
+
+fn parse_resources(json: &[u8]) -> Result<spec::LinuxResources, Error> {
+    serde_json::from_slice(json).map_err(|source| Error::Parse {
+        path: "the resources of update".into(),
+        source,
+    })
 }
 
 /// Profiles that engines set by themselves on every container of a host with AppArmor. Nobody asked for them, and what they

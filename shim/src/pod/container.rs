@@ -157,6 +157,7 @@ impl Container {
             tracing::debug!(container = %self.id, error = %error.text(), "not deleted in the guest");
         }
         pod.leave(&self.id);
+        pod.release(&self.id).await;
         let mut held = pod.held().await;
         if let Some(held) = held.as_mut()
             && let Err(error) = held.withdraw(&self.id).await

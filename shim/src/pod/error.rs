@@ -41,6 +41,18 @@ pub enum Error {
     /// A machine of such a size cannot be.
     #[error(transparent)]
     Size(#[from] size::Error),
+    /// The guest has not taken the memory that it was offered.
+    #[error(
+        "the guest has plugged {plugged_mib} of the {wanted_mib} MiB that its containers need beside what it was booted with, within {secs} s"
+    )]
+    Growth {
+        /// What was asked for.
+        wanted_mib: u64,
+        /// What it has.
+        plugged_mib: u64,
+        /// The limit.
+        secs: u64,
+    },
     /// A limit that the host's cgroup does not take.
     #[error("cannot set {name} = {value:?} on the pod's cgroup")]
     Limit {

@@ -18,6 +18,7 @@ mod localhost;
 mod oom;
 mod pause;
 mod reclaim;
+mod resize;
 mod sandbox;
 pub mod size;
 #[cfg(test)]
@@ -57,6 +58,7 @@ use crate::{
     pod::{
         launch::Stub,
         layers::{Layer, Roots},
+        resize::Sizes,
         timeline::now_ns,
     },
     sys,
@@ -90,10 +92,9 @@ pub struct Pod {
     pub access: Access,
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
-    /// Its machine's memory.
-    pub memory_bytes: u64,
-    /// Its machine's virtual processors.
-    pub vcpus: u32,
+    /// What its machine has.
+    now: std::sync::Mutex<Size>,
+    sizes: Mutex<Sizes>,
     ending: AtomicBool,
     private_pids: AtomicBool,
     paused: AtomicBool,
@@ -198,7 +199,8 @@ impl Pod {
             plan,
             request,
         } = order;
-        let (id, size) = (request.id, request.size);
+        let id = request.id;
+        let sizes = Sizes::new(config, request.size, request.spare);
         let mut sandbox = Sandbox::launch(config, parts, request).await?;
         if plan.paths.shm.is_some() {
             sandbox.share_memory(plan.shm_bytes);
@@ -226,7 +228,7 @@ impl Pod {
         match done {
             Ok(done) => {
                 tell_boot(id, began, &held.sandbox.stamps());
-                let pod = Pod::new(id, plan.clone(), held, size);
+                let pod = Pod::new(id, plan.clone(), held, sizes);
                 Ok((pod, done))
             }
             Err(error) => {
@@ -241,7 +243,7 @@ impl Pod {
         self.access.agent()
     }
 
-    fn new(id: &str, mut plan: PodPlan, held: Held, size: Size) -> Pod {
+    fn new(id: &str, mut plan: PodPlan, held: Held, sizes: Sizes) -> Pod {
         plan.paths.pid = held.pid();
         Pod {
             id: id.into(),
@@ -249,8 +251,8 @@ impl Pod {
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
-            memory_bytes: size.memory_mib << 20,
-            vcpus: size.vcpus,
+            now: std::sync::Mutex::new(sizes.boot()),
+            sizes: Mutex::new(sizes),
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
             paused: AtomicBool::new(false),
@@ -298,17 +300,21 @@ impl Pod {
     /// Bounds the time that the pod takes of the host's processors by the limits of its only
     /// container.
     pub fn bound_time(&self, limits: &wire::Resources) -> Result<(), Error> {
+        let bound: Vec<_> = self.time_bound(limits).into_iter().collect();
+        self.limit(&bound).map(drop)
+    }
+
+    /// That bound, where these limits change it: a file of the pod's cgroup.
+    pub fn time_bound(&self, limits: &wire::Resources) -> Option<(String, String)> {
         let asked = limits.files.iter().rfind(|file| file.name == "cpu.max");
         // Without the controller the machine's vCPUs are the bound.
-        let Ok(now) = std::fs::read_to_string(self.cgroup.join("cpu.max")) else {
-            return Ok(());
-        };
+        let now = std::fs::read_to_string(self.cgroup.join("cpu.max")).ok()?;
         let ceiling = match (asked, limits.cpu_period) {
             (Some(asked), _) => size::cpu_ceiling(&asked.value, &now),
-            (None, 0) => return Ok(()),
+            (None, 0) => return None,
             (None, period) => size::cpu_ceiling_over(period, &now),
         };
-        self.limit(&[("cpu.max".into(), ceiling)]).map(drop)
+        Some(("cpu.max".into(), ceiling))
     }
 
     /// Lifts that bound: another container comes, whose time it would be as well.

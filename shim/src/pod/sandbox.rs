@@ -59,6 +59,8 @@ pub struct Request<'a> {
     pub id: &'a str,
     /// Of its machine.
     pub size: Size,
+    /// What its machine may get beside while it runs.
+    pub spare: Size,
     /// `linux.cgroupsPath`.
     pub cgroups_path: Option<&'a Path>,
     /// The process that makes the pod belongs to it and goes into its cgroup: a shim does, a

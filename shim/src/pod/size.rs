@@ -18,7 +18,7 @@ use std::{collections::BTreeSet, fs};
 
 use crate::{
     config::{self, Config},
-    oci::limits::{Field, Limits, cpu_list},
+    oci::limits::{Field, Limits, Wrong, cpu_list},
 };
 
 const MIB: u64 = 1 << 20;
@@ -61,6 +61,23 @@ pub enum Error {
         /// Whose word that is.
         reason: &'static str,
     },
+    /// More than a machine that runs can come to.
+    #[error(
+        "the containers of the pod ask for a machine of {asked} {unit}; {bound} is the most that it can come to: it was booted with less, and with {key} of the configuration to spare"
+    )]
+    Grown {
+        /// What it comes to.
+        asked: u64,
+        /// MiB or vCPUs.
+        unit: &'static str,
+        /// The most.
+        bound: u64,
+        /// The key.
+        key: &'static str,
+    },
+    /// A number that cannot be meant.
+    #[error("{} {}", .0.field, .0.reason)]
+    Wrong(Wrong),
     /// A processor that is not there.
     #[error("{field} names processor {cpu}, which this host does not have (it has {here})")]
     Processor {
@@ -93,8 +110,14 @@ impl Host {
     }
 }
 
+impl From<Wrong> for Error {
+    fn from(wrong: Wrong) -> Error {
+        Error::Wrong(wrong)
+    }
+}
+
 /// A machine's size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
     /// 1 to [`config::MAX_VCPUS`].
     pub vcpus: u32,
@@ -108,12 +131,60 @@ impl Size {
         Size::on(&Host::here(), limits, config)
     }
 
+    /// Bytes of memory.
+    pub fn memory_bytes(self) -> u64 {
+        self.memory_mib.saturating_mul(MIB)
+    }
+
+    /// What a machine of this size may get beside while it runs.
+    pub fn spare(self, config: &Config) -> Size {
+        self.spare_on(&Host::here(), config)
+    }
+
+    fn spare_on(self, host: &Host, config: &Config) -> Size {
+        let memory = match config.max_memory_mib {
+            0 => with_overhead(host.memory, self.vcpus, config).min(config::MAX_MEMORY_MIB),
+            most => most,
+        };
+        let room = |most: u64, has| most.saturating_sub(has);
+        let vcpus = room(most_vcpus(host, config), self.vcpus.into()) as u32;
+        Size {
+            vcpus: config.spare_vcpus.min(vcpus),
+            memory_mib: config.spare_memory_mib.min(room(memory, self.memory_mib)),
+        }
+    }
+
+    /// Itself, if it is not more than `most`.
+    pub(super) fn within(self, most: Size) -> Result<Size, Error> {
+        for (asked, bound, unit, key) in [
+            (self.vcpus.into(), most.vcpus.into(), "vCPUs", "spare_vcpus"),
+            (self.memory_mib, most.memory_mib, "MiB", "spare_memory_mib"),
+        ] {
+            if asked > bound {
+                return Err(Error::Grown {
+                    asked,
+                    unit,
+                    bound,
+                    key,
+                });
+            }
+        }
+        Ok(self)
+    }
+
     fn on(host: &Host, limits: &Limits, config: &Config) -> Result<Size, Error> {
         let vcpus = vcpus(host, limits, config)?;
         Ok(Size {
             vcpus,
             memory_mib: memory_mib(host, limits, vcpus, config)?,
         })
+    }
+}
+
+fn most_vcpus(host: &Host, config: &Config) -> u64 {
+    match config.max_vcpus {
+        0 => (host.cpus.len() as u64).clamp(1, config::MAX_VCPUS.into()),
+        most => most.into(),
     }
 }
 
@@ -129,10 +200,7 @@ fn vcpus(host: &Host, limits: &Limits, config: &Config) -> Result<u32, Error> {
         });
     }
     let named = named.map_or(u64::MAX, |cpus| cpus.len() as u64);
-    let most = match config.max_vcpus {
-        0 => (host.cpus.len() as u64).clamp(1, config::MAX_VCPUS.into()),
-        most => u64::from(most),
-    };
+    let most = most_vcpus(host, config);
     let requested = limits.requested.unwrap_or(1).min(most);
     let wanted = match (limits.quota, named) {
         (None, u64::MAX) => u64::from(config.vcpus),
@@ -302,6 +370,44 @@ mod tests {
             quota: (quota_us > 0).then(|| quota(quota_us)).flatten(),
             memory: (memory_mib > 0).then_some(memory_mib * MIB),
             ..Limits::default()
+        }
+    }
+
+    #[test]
+    fn a_machine_may_grow_to_what_operator_and_host_have() {
+        let boot = Size {
+            vcpus: 2,
+            memory_mib: 512,
+        };
+        let of = |vcpus, memory_mib| Size { vcpus, memory_mib };
+        let config = Config::default();
+        let host_mib = (16 << 10) + (16 << 10) / 64 + 1 + config.overhead_mib;
+        assert_eq!(boot.spare_on(&host(), &config), of(1, host_mib - 512));
+        let small = Host {
+            cpus: [0].into(),
+            ..host()
+        };
+        assert_eq!(boot.spare_on(&small, &config).vcpus, 0);
+        let bounded = Config {
+            max_vcpus: 4,
+            max_memory_mib: 600,
+            spare_vcpus: 9,
+            ..config.clone()
+        };
+        assert_eq!(boot.spare_on(&small, &bounded), of(2, 88));
+        let none = Config {
+            spare_vcpus: 0,
+            spare_memory_mib: 0,
+            ..config
+        };
+        assert_eq!(boot.spare_on(&host(), &none), Size::default());
+        assert_eq!(boot.within(of(2, 512)), Ok(boot));
+        for (most, words) in [
+            (of(1, 512), ["2 vCPUs; 1 is", "spare_vcpus"]),
+            (of(2, 511), ["512 MiB; 511 is", "spare_memory_mib"]),
+        ] {
+            let error = boot.within(most).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
         }
     }
 

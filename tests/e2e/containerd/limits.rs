@@ -39,7 +39,7 @@ fn call<A: Message>(running: &Running, method: &str, request: &impl Message) -> 
 }
 
 /// Task.Update; the error's text.
-fn update(running: &Running, resources: &Value) -> Result<(), String> {
+pub(crate) fn update(running: &Running, resources: &Value) -> Result<(), String> {
     let request = api::UpdateTaskRequest {
         id: running.id.clone(),
         resources: Some(Any {

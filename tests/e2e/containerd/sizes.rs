@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use bulkhead_tests::{BULKHEAD, Bundle, Engine, Host, RUNC, Ran, Runtime, fresh_id, tail};
 use tempfile::NamedTempFile;
 
+use crate::limits::update;
 use crate::pods::Pod;
 use crate::{Running, cgroup_of, pods_cgroup, processes, run_once, shim_of, shims_end};
 
@@ -95,6 +97,71 @@ fn a_quota_holds_over_seconds() {
     }
 }
 
+/// What a container sees of its machine: processors, and MiB of memory.
+#[track_caller]
+fn seen(running: &Running) -> (u64, u64) {
+    let ran = running.exec("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
+    let text = ran.ok();
+    let (count, mib) = text.split_once('\n').expect("two lines");
+    let number = |text: &str| text.parse().expect("a number");
+    (number(count), number(mib))
+}
+
+/// The limits of a container that runs rise and fall, and its machine follows: as under runc, a
+/// program uses what it was given, and what was taken is the host's again.
+#[test]
+fn a_machine_that_runs_grows_and_shrinks_with_its_limits() {
+    Engine::get();
+    let host = Host::now();
+    let limits = |mib: u64, processors: u64| {
+        serde_json::json!({
+            "memory": {"limit": mib * MIB},
+            "cpu": {"quota": processors * 100_000, "period": 100_000},
+        })
+    };
+    let limit = (100 * MIB).to_string();
+    let words = ["--cpus", "1", "--memory-limit", &limit];
+    // More than the machine had at first.
+    let fill = "head -c 150m /dev/zero | tail -c 150m | wc -c";
+    for runtime in [RUNC, BULKHEAD] {
+        let running = Running::start(runtime, &words, "sleep 1000");
+        let small = seen(&running);
+        update(&running, &limits(350, 1)).expect("more memory");
+        let since = Instant::now();
+        update(&running, &limits(350, 2)).expect("and another processor");
+        println!("{runtime}: another processor took {:?}", since.elapsed());
+        assert_eq!(
+            running.exec(fill).ok(),
+            (150 * MIB).to_string(),
+            "{runtime}"
+        );
+        let large = seen(&running);
+        if runtime == BULKHEAD {
+            assert_eq!((small.0, large.0), (1, 2));
+            assert!(large.1 >= small.1 + 240, "{small:?} {large:?}");
+            let cgroup = pods_cgroup();
+            let ceiling = || number(&cgroup.join("machine/memory.max"));
+            let high = ceiling();
+            assert_eq!(high, (421 + 421 / 8 + 64) * MIB);
+            let since = Instant::now();
+            update(&running, &limits(100, 1)).expect("less");
+            println!("less of both took {:?}", since.elapsed());
+            assert_eq!(seen(&running), small);
+            assert_eq!(ceiling(), (166 + 166 / 8 + 64) * MIB);
+            let used = number(&cgroup.join("machine/memory.current"));
+            assert!(used < 166 * MIB, "{used}");
+            for _ in 0..3 {
+                update(&running, &limits(356, 2)).expect("more again");
+                update(&running, &limits(100, 1)).expect("less again");
+            }
+            assert_eq!(seen(&running), small);
+        }
+        running.remove();
+    }
+    shims_end();
+    host.assert_nothing_left();
+}
+
 /// A container that owns the guest, as nearly as one can: it mounts the guest's cgroups and lifts
 /// its own quota. The host's ceiling holds then: the quota and a quarter of a processor.
 #[test]
@@ -117,7 +184,7 @@ fn a_guest_that_lifts_its_quota_meets_the_hosts() {
             .parse::<u64>()
             .expect("a number")
     };
-    let (before, since) = (used(), std::time::Instant::now());
+    let (before, since) = (used(), Instant::now());
     std::thread::sleep(std::time::Duration::from_secs(6));
     let (used, took) = (used() - before, since.elapsed());
     let share = used as f64 / took.as_micros() as f64;

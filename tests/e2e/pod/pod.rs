@@ -72,6 +72,7 @@ impl Pod {
                     vcpus: 2,
                     memory_mib,
                 },
+                spare: Size::default(),
                 cgroups_path: None,
                 joins: false,
                 host_limits: &[],

@@ -10,10 +10,18 @@ pub struct VmConfig {
     pub version: u32,
     /// The sandbox's id, for log lines only.
     pub sandbox_id: String,
-    /// Number of vCPUs, 1 to 32.
+    /// Number of vCPUs that the guest starts by itself, 1 to 32.
     pub vcpus: u32,
+    /// vCPUs beyond [`VmConfig::vcpus`] that wait until the guest's agent starts them; 32 are the
+    /// most together.
+    #[serde(default)]
+    pub spare_vcpus: u32,
     /// Guest memory in MiB, at least 48.
     pub memory_mib: u64,
+    /// Most memory that may be plugged beyond [`VmConfig::memory_mib`], in MiB; 0: none, and no
+    /// device for it.
+    #[serde(default)]
+    pub spare_memory_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: Fd,
     /// Uncompressed ELF `vmlinux`, read-only.
@@ -142,6 +150,12 @@ pub enum Request {
         /// Whether it is.
         up: bool,
     },
+    /// Have the guest plug memory until it has so many MiB beyond what it was booted with, or
+    /// unplug it. It does so later: [`VmStats::plugged`] tells.
+    PlugMemory {
+        /// 0 to [`VmConfig::spare_memory_mib`].
+        mib: u64,
+    },
     /// Stop all vCPUs until [`Request::Resume`].
     Pause,
     /// Let the vCPUs run again.
@@ -247,9 +261,24 @@ pub struct VmStats {
     /// Of each network device, in the order in which they were given.
     #[serde(default)]
     pub net: Vec<NetStats>,
+    /// Of plugged memory; none where the machine has no device for it.
+    #[serde(default)]
+    pub plugged: Option<PluggedStats>,
     /// Of the balloon; none where the machine has none.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
+}
+
+/// Memory beyond what the guest was booted with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedStats {
+    /// What the guest is to have.
+    pub requested_bytes: u64,
+    /// What it has.
+    pub plugged_bytes: u64,
+    /// Requests of the guest that were refused.
+    pub refused: u64,
 }
 
 /// Counters of the balloon, and what the guest says of its memory.

@@ -83,6 +83,14 @@ impl Cmdline {
         self.push(&format!("page_reporting.page_reporting_order={ORDER}"))
     }
 
+    /// Tells how many of its processors the guest starts by itself.
+    ///
+    /// # Errors
+    /// The line is full.
+    pub fn push_processors(&mut self, count: u8) -> Result<(), CmdlineError> {
+        self.push(&format!("maxcpus={count}"))
+    }
+
     /// Appends one word.
     ///
     /// # Errors

@@ -135,7 +135,7 @@ pub fn build(
             .insert(port, layout::SERIAL_PORTS, shared(console))?;
         pins.push(layout::SERIAL_PIN);
     }
-    fixed_devices(&mut buses, &pins, spec.vcpus, vm, (reports, log))?;
+    fixed_devices(&mut buses, &pins, spec.possible_vcpus, vm, (reports, log))?;
     Ok(Board {
         buses,
         pins,

@@ -83,6 +83,8 @@ impl Setup {
                 version: WIRE_VERSION,
                 sandbox_id: "test".into(),
                 vcpus: 1,
+                spare_vcpus: 0,
+                spare_memory_mib: 0,
                 memory_mib: 128,
                 kvm: Fd(0),
                 kernel: Fd(1),

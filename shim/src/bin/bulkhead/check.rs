@@ -257,6 +257,7 @@ async fn boot(config: &Config) -> Result<(String, Vec<Item>), String> {
             vcpus: 1,
             memory_mib: PROOF_MIB,
         },
+        spare: Size::default(),
         cgroups_path: None,
         joins: false,
         host_limits: &[],

@@ -297,6 +297,8 @@ impl Run<'_> {
                 joins: false,
                 host_limits: &host_limits,
                 size,
+                // Nobody changes its limits.
+                spare: Size::default(),
                 network: pod_plan.paths.network.as_deref(),
                 // There is no order to start, before which others could add some.
                 net_slots: match self.plan.hooks.create.is_empty() {

@@ -11,6 +11,7 @@
 mod hostile;
 mod model;
 mod named;
+mod resized;
 mod trace;
 mod world;
 

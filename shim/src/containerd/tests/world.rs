@@ -37,6 +37,8 @@ use crate::{
 };
 
 const SERVICE: &str = "containerd.task.v2.Task";
+/// Of each container, 0: none. With the last one's a machine is larger than it was booted.
+pub(super) const LIMITS_MIB: [u64; 3] = [0, 300, 400];
 /// Longer than exec processes may outlive their init, and than the machine's last words are waited
 /// for.
 const WHILE: Duration = Duration::from_secs(6);
@@ -96,13 +98,20 @@ impl Host {
                     let kind = if c == 0 { "sandbox" } else { "container" };
                     annotations["io.kubernetes.cri.container-type"] = kind.into();
                 }
+                let memory = match LIMITS_MIB[usize::from(c)] {
+                    0 => json!({}),
+                    mib => json!({"limit": mib << 20}),
+                };
                 let kinds = ["pid", "network", "ipc", "uts", "mount", "cgroup"];
                 let config = json!({
                     "ociVersion": "1.0.2",
                     "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/"},
                     "root": {"path": "rootfs"},
                     "annotations": annotations,
-                    "linux": {"namespaces": kinds.map(|kind| json!({"type": kind}))},
+                    "linux": {
+                        "namespaces": kinds.map(|kind| json!({"type": kind})),
+                        "resources": {"memory": memory},
+                    },
                 });
                 fs::write(bundle.join("config.json"), config.to_string()).unwrap();
             }

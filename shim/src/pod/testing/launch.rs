@@ -10,7 +10,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
-use bulkhead_vmm_config::{Stamp, VmStats};
+use bulkhead_vmm_config::{PluggedStats, Stamp, VmStats};
 use tokio::task::{JoinError, yield_now};
 
 use super::{Parts, Request, Sandbox, error::Error, testing::Guest};
@@ -176,7 +176,20 @@ impl Vm {
     }
 
     pub(super) async fn stats(&self) -> Result<VmStats, vmm::Error> {
-        Ok(VmStats::default())
+        let plugged = PluggedStats {
+            plugged_bytes: self.0.plugged.load(Ordering::Relaxed) << 20,
+            ..PluggedStats::default()
+        };
+        Ok(VmStats {
+            plugged: Some(plugged),
+            ..VmStats::default()
+        })
+    }
+
+    pub(super) async fn plug_memory(&self, mib: u64) -> Result<(), vmm::Error> {
+        let most = self.0.pluggable.load(Ordering::Relaxed);
+        self.0.plugged.store(mib.min(most), Ordering::Relaxed);
+        Ok(())
     }
 
     pub(super) async fn offer_port(&self, port: u32, fd: OwnedFd) -> Result<(), vmm::Error> {

@@ -13,7 +13,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll},
 };
@@ -135,6 +135,11 @@ pub(crate) struct Guest {
     end: watch::Sender<Option<End>>,
     fs_end: watch::Sender<Option<Death>>,
     pub(super) killed: AtomicBool,
+    /// MiB of memory beside what it was booted with, and the most that it takes.
+    pub(crate) plugged: AtomicU64,
+    pub(crate) pluggable: AtomicU64,
+    /// Processors that are online; 0: nobody has said.
+    pub(crate) processors: AtomicU32,
 }
 
 /// One connection, then none for ever.
@@ -181,6 +186,9 @@ impl Guest {
             end: watch::Sender::new(None),
             fs_end: watch::Sender::new(None),
             killed: AtomicBool::new(false),
+            plugged: AtomicU64::new(0),
+            pluggable: AtomicU64::new(u64::MAX),
+            processors: AtomicU32::new(0),
         });
         let init = Arc::new(Init(guest.clone()));
         let mut server = Server::new()
@@ -464,6 +472,27 @@ impl Agent for Init {
         _: wire::StartSandboxRequest,
     ) -> ttrpc::Result<wire::StartSandboxResponse> {
         Ok(wire::StartSandboxResponse::default())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        _: wire::UpdateContainerRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.act(|_| Ok(wire::Empty::default())).await
+    }
+
+    async fn set_processors(
+        &self,
+        _: &TtrpcContext,
+        request: wire::SetProcessorsRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        let processors = &self.0.processors;
+        self.act(|_| {
+            processors.store(request.count, Ordering::Relaxed);
+            Ok(wire::Empty::default())
+        })
+        .await
     }
 
     async fn create_container(
