@@ -16,6 +16,7 @@ pub mod fault;
 pub mod fs;
 #[cfg(test)]
 mod fuzz;
+pub mod lane;
 pub mod mmio;
 pub mod net;
 pub mod queue;
