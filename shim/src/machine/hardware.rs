@@ -123,6 +123,7 @@ pub(super) fn config(
             .map(|nic| nic.config(&mut index))
             .collect(),
         net_slots: hardware.net_slots,
+        spare_memory_mib: 0,
         balloon: hardware.balloon,
         serial: hardware.serial.map(|fd| SerialConsole {
             output: index(fd.as_raw_fd()),

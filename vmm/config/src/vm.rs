@@ -14,6 +14,10 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Guest memory in MiB, at least 48.
     pub memory_mib: u64,
+    /// MiB that [`Request::PlugMemory`] may add to that; 0: the machine cannot grow. A machine has
+    /// 256 GiB at most, with these.
+    #[serde(default)]
+    pub spare_memory_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: Fd,
     /// Uncompressed ELF `vmlinux`, read-only.
@@ -142,6 +146,13 @@ pub enum Request {
         /// Whether it is.
         up: bool,
     },
+    /// Ask the guest to have so much memory plugged beyond [`VmConfig::memory_mib`]: more than now,
+    /// or less. Done at once; the guest acts later, and [`VmStats::plugged`] tells what it has
+    /// done. Refused where the machine cannot grow, or not so far.
+    PlugMemory {
+        /// MiB in all, rounded up to blocks of 2.
+        mib: u64,
+    },
     /// Stop all vCPUs until [`Request::Resume`].
     Pause,
     /// Let the vCPUs run again.
@@ -250,6 +261,22 @@ pub struct VmStats {
     /// Of the balloon; none where the machine has none.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
+    /// Memory that was plugged; none where the machine cannot grow.
+    #[serde(default)]
+    pub plugged: Option<PluggedStats>,
+}
+
+/// Memory beyond what the machine began with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedStats {
+    /// Bytes that the guest is to have plugged ([`Request::PlugMemory`]).
+    pub requested_bytes: u64,
+    /// Bytes that it has plugged.
+    pub plugged_bytes: u64,
+    /// Requests of the guest that the device refused: for more than it is to have, or against a
+    /// rule.
+    pub refused: u64,
 }
 
 /// Counters of the balloon, and what the guest says of its memory.

@@ -83,6 +83,16 @@ impl Cmdline {
         self.push(&format!("page_reporting.page_reporting_order={ORDER}"))
     }
 
+    /// Tells which zone takes memory that is plugged: the one for what can be moved, so that it can be unplugged again, up to
+    /// three times what the kernel's own data may use; beyond that the kernel may use it, too. Without a policy the kernel may
+    /// use all of it.
+    ///
+    /// # Errors
+    /// The line is full.
+    pub fn push_plugging(&mut self) -> Result<(), CmdlineError> {
+        self.push("memory_hotplug.online_policy=auto-movable")
+    }
+
     /// Appends one word.
     ///
     /// # Errors

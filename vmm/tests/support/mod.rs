@@ -84,6 +84,7 @@ impl Setup {
                 sandbox_id: "test".into(),
                 vcpus: 1,
                 memory_mib: 128,
+                spare_memory_mib: 0,
                 kvm: Fd(0),
                 kernel: Fd(1),
                 initrd: Fd(2),
