@@ -3,10 +3,14 @@
 //! RAM is one memfd, sealed against changes of its size, mapped shared so that a vhost-user process can map the same pages.
 //! Holes are punched by whoever gives memory back, so there is no write seal. The ramoops region is a memfd of its own: it
 //! is no RAM to the guest, no device reads it, and no other process ever gets it.
+//!
+//! Behind RAM the same memfd has what may be plugged later. Devices and the fs process reach all of it from the start, for it
+//! is a hole until somebody writes there; KVM knows of it as much as the shim has asked for ([`Spare`]).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -20,7 +24,10 @@ use vm_memory::{
     MemoryRegionAddress,
 };
 
-use crate::arch::x86_64::layout;
+use crate::arch::x86_64::layout::{self, SpareRange};
+
+/// First of KVM's memory slots for [`Spare`]. RAM and devices' registers have those below.
+pub const FIRST_SPARE_SLOT: u32 = 64;
 
 /// What the processor maps by one entry of the second-lowest page table.
 pub const HUGE_PAGE: u64 = 2 << 20;
@@ -74,6 +81,8 @@ pub enum MemoryError {
 /// All memory of a machine.
 pub struct Memory {
     ram: GuestMemory,
+    all: GuestMemory,
+    spare: Option<SpareRange>,
     ramoops: GuestRegionMmap,
 }
 
@@ -83,40 +92,88 @@ impl Memory {
     /// # Errors
     /// The host has no memory, or limits it.
     pub fn new(size: u64) -> Result<Memory, MemoryError> {
+        Memory::with_spare(size, 0)
+    }
+
+    /// The same, with room for `spare` bytes more.
+    ///
+    /// # Errors
+    /// The host has no memory, or limits it.
+    pub fn with_spare(size: u64, spare: u64) -> Result<Memory, MemoryError> {
+        let spare = (spare > 0).then(|| layout::spare_range(size, spare));
+        let (ranges, mut size) = (layout::ram_ranges(size), size);
+        // A huge page of the guest's is one of the file's, too.
+        let spare_offset = size.next_multiple_of(HUGE_PAGE);
+        if let Some(range) = spare {
+            size = spare_offset + range.size;
+        }
         let file = sealed_memfd("RAM", size)?;
-        let mut offset = 0;
-        let mut regions = Vec::new();
-        for (start, length) in layout::ram_ranges(size) {
+        let region = |offset, start, length| {
             let file = file.try_clone().map_err(|source| MemoryError::Memfd {
                 what: "RAM",
                 size,
                 source,
             })?;
-            regions.push(map(FileOffset::new(file, offset), start, length)?);
+            map(FileOffset::new(file, offset), start, length)
+        };
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (start, length) in ranges {
+            regions.push(region(offset, start, length)?);
             offset += length;
         }
         let ram = GuestMemory::from_regions(regions)
             .map_err(|error| MemoryError::Ranges(error.to_string()))?;
+        let all = match spare {
+            Some(range) => {
+                let region = region(spare_offset, range.start, range.size)?;
+                ram.insert_region(Arc::new(region))
+                    .map_err(|error| MemoryError::Ranges(error.to_string()))?
+            }
+            None => ram.clone(),
+        };
         let file = sealed_memfd("ramoops", layout::RAMOOPS_SIZE)?;
         let ramoops = map(
             FileOffset::new(file, 0),
             layout::RAMOOPS,
             layout::RAMOOPS_SIZE,
         )?;
-        Ok(Memory { ram, ramoops })
+        Ok(Memory {
+            ram,
+            all,
+            spare,
+            ramoops,
+        })
     }
 
-    /// RAM, for devices and for loading.
+    /// RAM, for loading.
     pub fn ram(&self) -> &GuestMemory {
         &self.ram
     }
 
-    /// First address behind RAM.
-    pub fn end(&self) -> u64 {
-        self.ram.last_addr().raw_value() + 1
+    /// RAM and what may be plugged, for devices.
+    pub fn all(&self) -> &GuestMemory {
+        &self.all
     }
 
-    /// Makes the memory visible to the guest.
+    /// First address behind both.
+    pub fn end(&self) -> u64 {
+        self.all.last_addr().raw_value() + 1
+    }
+
+    /// What may be plugged, where anything may.
+    pub fn spare(&self) -> Option<Spare> {
+        let range = self.spare?;
+        let region = self.all.find_region(GuestAddress(range.start))?;
+        Some(Spare {
+            range,
+            host: region.as_ptr() as u64,
+            shown: 0,
+            slot: FIRST_SPARE_SLOT,
+        })
+    }
+
+    /// Makes RAM visible to the guest.
     ///
     /// # Errors
     /// KVM refuses a slot.
@@ -172,6 +229,52 @@ impl Memory {
             .expect("the slice is the whole region");
         slice.copy_to(&mut bytes[..]);
         bytes
+    }
+}
+
+/// The part of guest memory that a device plugs.
+pub struct Spare {
+    range: SpareRange,
+    /// Where its mapping begins.
+    host: u64,
+    /// Bytes that KVM knows of.
+    shown: u64,
+    /// The next free one of KVM's slots. Each shows a unit of the region at least, and a region has 2048 of them at most.
+    slot: u32,
+}
+
+impl Spare {
+    /// Where it is.
+    pub fn range(&self) -> SpareRange {
+        self.range
+    }
+
+    /// Makes the first `size` bytes, whole units, visible to the guest. They stay so: KVM drops all that it has mapped when a
+    /// slot goes, and a guest that does not let go of memory would keep the slot anyway.
+    ///
+    /// # Errors
+    /// KVM refuses a slot.
+    pub fn show(&mut self, vm: &VmFd, size: u64) -> Result<(), MemoryError> {
+        let size = size.min(self.range.size);
+        if size <= self.shown {
+            return Ok(());
+        }
+        let entry = kvm_userspace_memory_region {
+            slot: self.slot,
+            flags: 0,
+            guest_phys_addr: self.range.start + self.shown,
+            memory_size: size - self.shown,
+            userspace_addr: self.host + self.shown,
+        };
+        // SAFETY: the range is a part of a mapping that `map` has made, which is never undone.
+        unsafe { vm.set_user_memory_region(entry) }.map_err(|source| MemoryError::Slot {
+            start: entry.guest_phys_addr,
+            size: entry.memory_size,
+            source,
+        })?;
+        self.shown = size;
+        self.slot += 1;
+        Ok(())
     }
 }
 
@@ -327,6 +430,47 @@ mod tests {
         let memory = Memory::new(layout::MAX_MEMORY).unwrap();
         let last = layout::RAM_ABOVE_HOLE + layout::MAX_MEMORY - layout::HOLE - 1;
         assert_eq!(memory.ram().last_addr(), GuestAddress(last));
+    }
+
+    #[test]
+    fn spare_memory_is_a_hole_of_the_same_file_and_no_ram() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = Memory::with_spare(63 << 20, 100 << 20).unwrap();
+        let start = GuestAddress(layout::RAM_ABOVE_HOLE);
+        assert_eq!(memory.ram().num_regions(), 1);
+        assert!(memory.ram().find_region(start).is_none());
+        let region = memory.all().find_region(start).unwrap();
+        assert_eq!(region.len(), 128 << 20);
+        assert_eq!(memory.end(), layout::RAM_ABOVE_HOLE + (128 << 20));
+        let file = region.file_offset().unwrap();
+        assert_eq!(file.start(), 64 << 20);
+        assert_eq!(file.file().metadata().unwrap().len(), 192 << 20);
+        assert_eq!(file.file().metadata().unwrap().blocks(), 0);
+        memory.all().write_obj(7_u8, start).unwrap();
+        assert_eq!(file.file().metadata().unwrap().blocks(), 8);
+    }
+
+    #[test]
+    fn a_machine_without_spare_memory_has_none() {
+        let memory = Memory::new(layout::MIN_MEMORY).unwrap();
+        assert!(memory.spare().is_none());
+        assert_eq!(memory.all().num_regions(), 1);
+        assert_eq!(memory.end(), layout::MIN_MEMORY);
+    }
+
+    #[test]
+    fn what_was_asked_for_is_shown_to_kvm_once() {
+        let Some(kvm) = crate::test_kvm::open() else {
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let memory = Memory::with_spare(64 << 20, 1 << 30).unwrap();
+        let mut spare = memory.spare().unwrap();
+        const UNIT: u64 = 128 << 20;
+        for size in [UNIT, UNIT, 0, 3 * UNIT, 2 * UNIT, 1 << 30, u64::MAX] {
+            spare.show(&vm, size).unwrap();
+        }
+        assert_eq!((spare.shown, spare.slot), (1 << 30, FIRST_SPARE_SLOT + 3));
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub const MAX_VCPUS: u32 = 32;
 const MAX_FS_QUEUES: u32 = 16;
 /// VIRTIO 1.2 §5.11.4: the tag's field.
 const MAX_TAG: usize = 36;
-/// Beside them there are vsock, the random number generator and the balloon.
-const _: () = assert!(MAX_DEVICES + 3 == layout::MAX_VIRTIO_DEVICES);
+/// Beside them there are vsock, the random number generator, the balloon and memory to be plugged.
+const _: () = assert!(MAX_DEVICES + 4 == layout::MAX_VIRTIO_DEVICES);
 
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
@@ -40,6 +40,14 @@ pub enum SpecError {
     /// Too little or too much.
     #[error("{0} MiB of memory are not possible, {min} to {max} are", min = layout::MIN_MEMORY >> 20, max = layout::MAX_MEMORY >> 20)]
     Memory(u64),
+    /// Too much together.
+    #[error("{spare} MiB cannot be plugged into a machine of {memory} MiB, {max} MiB are possible together", max = layout::MAX_MEMORY >> 20)]
+    SpareMemory {
+        /// What it starts with.
+        memory: u64,
+        /// What may be plugged.
+        spare: u64,
+    },
     /// Root, or the number that means "unchanged" to setresuid(2).
     #[error("{what} {id} is no unprivileged one")]
     Identity {
@@ -114,6 +122,8 @@ pub struct VmSpec {
     pub possible_vcpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
+    /// Bytes that may be plugged beyond that; 0 where there is no device for it.
+    pub spare_memory: u64,
     /// `/dev/kvm`.
     pub kvm: Kvm,
     /// A regular file.
@@ -169,6 +179,7 @@ impl VmSpec {
             .checked_mul(1 << 20)
             .filter(|size| (layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(size))
             .ok_or(SpecError::Memory(config.memory_mib))?;
+        let spare_memory = spare_memory(&config, memory)?;
         let devices =
             (config.fs.len() + config.net.len()).saturating_add(config.net_slots as usize);
         if devices > MAX_DEVICES {
@@ -192,6 +203,7 @@ impl VmSpec {
             vcpus,
             possible_vcpus,
             memory,
+            spare_memory,
             kvm: kvm(fds.take(config.kvm, "kvm")?)?,
             kernel: regular_file(fds.take(config.kernel, "kernel")?, "kernel")?,
             initrd: regular_file(fds.take(config.initrd, "initrd")?, "initrd")?,
@@ -236,6 +248,18 @@ impl VmSpec {
             0
         }
     }
+}
+
+/// Bytes that may be plugged into a machine with so many bytes of RAM.
+fn spare_memory(config: &VmConfig, memory: u64) -> Result<u64, SpecError> {
+    config
+        .spare_memory_mib
+        .checked_mul(1 << 20)
+        .filter(|&size| size <= layout::MAX_MEMORY - memory)
+        .ok_or(SpecError::SpareMemory {
+            memory: config.memory_mib,
+            spare: config.spare_memory_mib,
+        })
 }
 
 fn kvm(fd: OwnedFd) -> Result<Kvm, SpecError> {

@@ -8,6 +8,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{ControlError, ControlSocket, Descriptors};
 use crate::devices::virtio::balloon::Gauge;
+use crate::devices::virtio::mem::Plug;
 use crate::devices::virtio::net::NetPorts;
 use crate::devices::virtio::vsock::{Ports, Withdrawn};
 use crate::event_loop::{Handler, Poller};
@@ -40,6 +41,7 @@ pub struct Supervisor {
     ports: Ports,
     net: NetPorts,
     balloon: Option<Gauge>,
+    memory: Option<Plug>,
     poller: Poller,
     log: Log,
     outcome: Option<Outcome>,
@@ -51,7 +53,7 @@ impl Supervisor {
         control: ControlSocket,
         reports: Arc<Reports>,
         vcpus: Vcpus,
-        (ports, net, balloon): (Ports, NetPorts, Option<Gauge>),
+        (ports, net, balloon, memory): (Ports, NetPorts, Option<Gauge>, Option<Plug>),
         poller: Poller,
         log: Log,
     ) -> Supervisor {
@@ -62,6 +64,7 @@ impl Supervisor {
             ports,
             net,
             balloon,
+            memory,
             poller,
             log,
             outcome: None,
@@ -113,6 +116,7 @@ impl Supervisor {
             guest_faults: self.reports.guest_faults(),
             net: self.net.stats(),
             balloon: self.balloon.as_ref().map(Gauge::read),
+            plugged: self.memory.as_ref().map(Plug::stats),
             ..VmStats::default()
         };
         self.vcpus.add_stats(&mut stats.kvm, &mut stats.user_exits);
@@ -159,7 +163,10 @@ impl Supervisor {
                 true => Ok(()),
                 false => Err(format!("there is no network device {device}")),
             },
-            Request::PlugMemory { .. } => Err("this machine has no memory device".into()),
+            Request::PlugMemory { mib } => match &mut self.memory {
+                Some(memory) => memory.request(mib).map_err(|error| chain(&error)),
+                None => Err("the machine has no room for more memory".to_owned()),
+            },
             Request::Pause => {
                 self.vcpus.pause();
                 Ok(())

@@ -28,6 +28,7 @@ use crate::boot::{self, BootError, CmdlineError, Image};
 use crate::control::{ControlError, ControlSocket};
 use crate::devices::virtio::activator::Activator;
 use crate::devices::virtio::balloon::Gauge;
+use crate::devices::virtio::mem::Plug;
 use crate::devices::virtio::net::{NetPorts, Workers};
 use crate::devices::virtio::vsock::Ports;
 use crate::event_loop::EventLoop;
@@ -113,6 +114,7 @@ pub struct Vm {
     ports: Ports,
     net: NetPorts,
     balloon: Option<Gauge>,
+    plug: Option<Plug>,
     net_workers: Workers,
     activator: Activator,
     reports: Arc<Reports>,
@@ -127,7 +129,7 @@ impl Vm {
     /// # Errors
     /// Anything that the host or the configuration makes impossible.
     pub fn build(mut spec: VmSpec, log: Log) -> Result<Vm, VmError> {
-        let memory = Memory::new(spec.memory)?;
+        let memory = Memory::with_spare(spec.memory, spec.spare_memory)?;
         let vm = Arc::new(create_vm(&spec.kvm)?);
         // SAFETY: `Vm` drops `memory` last, and `run` joins the vCPUs before it drops anything.
         unsafe { memory.register(&vm)? };
@@ -136,7 +138,7 @@ impl Vm {
         let reports = Reports::new(stats.clone(), log.clone())?;
 
         let mut events = EventLoop::new()?;
-        let board = board::build(&mut spec, &vm, memory.ram(), &mut events, &reports, &log)?;
+        let board = board::build(&mut spec, &vm, &memory, &mut events, &reports, &log)?;
         for word in &spec.extra_cmdline {
             spec.cmdline.push(word)?;
         }
@@ -159,6 +161,7 @@ impl Vm {
             ports: board.ports,
             net: board.net,
             balloon: board.balloon,
+            plug: board.plug,
             net_workers: board.net_workers,
             activator: board.activator,
             reports,
@@ -194,7 +197,7 @@ impl Vm {
             control,
             self.reports.clone(),
             vcpus,
-            (self.ports, self.net, self.balloon),
+            (self.ports, self.net, self.balloon, self.plug),
             poller,
             self.log.clone(),
         )));

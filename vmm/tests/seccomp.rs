@@ -137,9 +137,9 @@ const ATTACKS: &[Attack] = &[
         [0, 0xc00c_aee0, 0, 0, 0, 0],
     ),
     (
-        "KVM_SET_USER_MEMORY_REGION",
+        "KVM_SET_USER_MEMORY_REGION2",
         libc::SYS_ioctl,
-        [0, 0x4020_ae46, 0, 0, 0, 0],
+        [0, 0x40a0_ae49, 0, 0, 0, 0],
     ),
     (
         "an ioctl hidden in the upper half",
@@ -154,8 +154,23 @@ const ATTACKS: &[Attack] = &[
     ("sendmmsg", libc::SYS_sendmmsg, [5, 0, 0, 0, 0, 0]),
 ];
 
+/// The event loop's alone.
+const KVM_SET_USER_MEMORY_REGION: Attack = (
+    "KVM_SET_USER_MEMORY_REGION",
+    libc::SYS_ioctl,
+    [0, 0x4020_ae46, 0, 0, 0, 0],
+);
+
 /// To roles that have the call for something else.
 const NARROW: &[(Role, Attack)] = &[
+    (Role::Vcpu, KVM_SET_USER_MEMORY_REGION),
+    (Role::Device, KVM_SET_USER_MEMORY_REGION),
+    (Role::Net, KVM_SET_USER_MEMORY_REGION),
+    (Role::FsQueue, KVM_SET_USER_MEMORY_REGION),
+    (
+        Role::Vmm,
+        ("KVM_RUN", libc::SYS_ioctl, [0, 0xae80, 0, 0, 0, 0]),
+    ),
     (
         Role::FsQueue,
         (

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use bulkhead_vmm_config::GuestEnd;
+use bulkhead_vmm_config::{Event, GuestEnd, Phase, Request};
 
 #[path = "virtio_guest/guest.rs"]
 mod guest_side;
@@ -47,6 +47,9 @@ mod plan {
     pub const FILE: usize = 3_000_001;
     pub const SMALL: usize = 300_000;
     pub const PINGS: usize = 100;
+    /// MiB at the start, and plugged while the guest runs.
+    pub const MEMORY: u64 = 256;
+    pub const PLUGGED: u64 = 128;
 }
 
 /// Bytes that tell a lost, doubled or moved one.
@@ -72,12 +75,16 @@ fn boot(kernel: &std::path::Path, vcpus: u32) {
     let initrd = support::guest::initramfs_with(&program);
     let mut setup = support::Setup::new(kernel, &initrd).with_serial();
     setup.config.vcpus = vcpus;
-    setup.config.memory_mib = 256;
+    setup.config.memory_mib = plan::MEMORY;
+    setup.config.spare_memory_mib = plan::PLUGGED;
     setup.config.extra_cmdline.push("loglevel=4".into());
     let hosts = host_side::start(&mut setup);
     let share = share::Share::start(&mut setup);
     let start = Instant::now();
     let mut machine = setup.start();
+    machine.reach(Phase::Init);
+    let mib = plan::PLUGGED;
+    assert_eq!(machine.ask(&Request::PlugMemory { mib }), Event::Done);
     let ended = machine.end();
     let console = String::from_utf8_lossy(&machine.read_serial()).into_owned();
     println!("{vcpus} vCPUs, {:?}:\n{console}", start.elapsed());
@@ -87,6 +94,8 @@ fn boot(kernel: &std::path::Path, vcpus: u32) {
     );
     assert_eq!(ended.end, GuestEnd::PowerOff, "{:?}", ended.console);
     assert!(!console.contains("FAILED"));
+    let plugged = ended.stats.plugged.expect("there is a device");
+    assert_eq!((plugged.plugged_bytes >> 20, plugged.refused), (mib, 0));
     assert_eq!(console.matches(" ok").count(), guest_side::SCENARIOS.len());
     assert!(
         ended.stats.guest_faults.is_empty(),

@@ -1,7 +1,10 @@
 //! Boots real kernels in the built VMM; for a host whose KVM runs them, the lab for instance.
 
 use bulkhead_vmm::spec::MAX_VCPUS;
-use bulkhead_vmm_config::{Event, GuestEnd, Phase, Request};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use bulkhead_vmm_config::{Event, GuestEnd, Phase, PluggedStats, Request, VmStats};
 
 #[path = "vm_boot/hostile.rs"]
 mod hostile;
@@ -10,8 +13,8 @@ mod support;
 #[path = "../src/devices/virtio/net/tests/wire.rs"]
 mod wire;
 
-use support::guest::{Act, Told, initramfs};
-use support::{Ended, Machine, Setup, kernel};
+use support::guest::{Act, TOUCHED, Told, initramfs};
+use support::{Ended, LONG, Machine, Setup, kernel};
 
 fn machine(act: Act, change: impl FnOnce(&mut Setup)) -> Option<Machine> {
     let mut setup = Setup::new(&kernel()?, &initramfs(act));
@@ -55,18 +58,24 @@ fn a_guest_boots_and_powers_off() {
     println!("user {:?}", ended.stats.user_exits);
 }
 
-/// Exits until init, without those that the host's own interrupts cause.
-fn exits_of_a_boot(balloon: bool) -> Option<u64> {
-    let mut machine = machine(Act::PowerOff, |setup| setup.config.balloon = balloon)?;
-    let ended = machine.end();
-    assert_eq!(ended.end, GuestEnd::PowerOff, "{}", machine.report());
-    let init = machine
-        .stamps
-        .iter()
-        .find(|stamp| stamp.phase == Phase::Init);
-    let init = init.expect("it has reached init");
-    assert_eq!(ended.stats.balloon.is_some(), balloon);
-    Some(init.exits - init.irq_exits)
+/// What a boot costs at its best of three: exits until init, without those that the host's own
+/// interrupts cause, and those to user space among all until the end.
+fn exits_of_a_boot(change: impl Fn(&mut Setup)) -> Option<(u64, u64)> {
+    let exits = |_| {
+        let mut machine = machine(Act::PowerOff, &change)?;
+        let ended = machine.end();
+        assert_eq!(ended.end, GuestEnd::PowerOff, "{}", machine.report());
+        let init = machine
+            .stamps
+            .iter()
+            .find(|stamp| stamp.phase == Phase::Init);
+        let init = init.expect("it has reached init");
+        let user = &ended.stats.user_exits;
+        let registers = user["mmio_read"] + user["mmio_write"];
+        Some((init.exits - init.irq_exits, registers))
+    };
+    let boots = (0..3).filter_map(exits);
+    boots.reduce(|one, other| (one.0.min(other.0), one.1.min(other.1)))
 }
 
 /// A start pays for the balloon's handshake: each register that is written is an exit, nine for
@@ -74,12 +83,123 @@ fn exits_of_a_boot(balloon: bool) -> Option<u64> {
 #[test]
 fn a_balloon_costs_a_boot_its_handshake_alone() {
     const HANDSHAKE: u64 = 150;
-    let best = |balloon| (0..3).filter_map(|_| exits_of_a_boot(balloon)).min();
-    let (Some(without), Some(with)) = (best(false), best(true)) else {
+    let exits = |balloon| exits_of_a_boot(|setup| setup.config.balloon = balloon);
+    let (Some((without, _)), Some((with, _))) = (exits(false), exits(true)) else {
         return;
     };
     println!("exits until init: {without} without a balloon, {with} with one");
     assert!(with < without + HANDSHAKE, "{without} without, {with} with");
+}
+
+/// The same for a device of one queue, whatever may be plugged one day. Only what goes to user
+/// space is compared: timers of a slow guest's kernel come to more than that.
+#[test]
+fn room_for_memory_costs_a_boot_a_handshake_alone() {
+    const HANDSHAKE: u64 = 60;
+    let exits = |mib| exits_of_a_boot(|setup| setup.config.spare_memory_mib = mib);
+    let (Some(without), Some(with)) = (exits(0), exits(16 << 10)) else {
+        return;
+    };
+    println!("exits: {without:?} without room for memory, {with:?} with 16 GiB of it");
+    assert!(with.1 > without.1, "{without:?} without, {with:?} with");
+    assert!(
+        with.1 < without.1 + HANDSHAKE,
+        "{without:?} without, {with:?} with"
+    );
+}
+
+/// Linux plugs what it is asked to, uses it, and gives it back: what it has used is the host's again.
+#[test]
+fn memory_that_is_plugged_is_used_and_comes_back() {
+    const MIB: u64 = 1 << 20;
+    let Some(mut machine) = machine(Act::Grow, |setup| {
+        setup.config.spare_memory_mib = 300;
+        // What the guest frees stays until it is unplugged.
+        setup.config.balloon = false;
+    }) else {
+        return;
+    };
+    machine.reach(Phase::Init);
+    let before = resident(&machine);
+    let Event::Refused { reason } = machine.ask(&Request::PlugMemory { mib: 385 }) else {
+        panic!("more than the region")
+    };
+    assert!(reason.contains("up to 384 MiB can"), "{reason}");
+    assert_eq!(machine.ask(&Request::PlugMemory { mib: 255 }), Event::Done);
+    let whole = wait_for(&mut machine, |machine| plugged(machine) == 256 * MIB);
+    // Linux looks for blocks to unplug again after 50 s, if it finds too few.
+    let used = wait_for(&mut machine, |machine| {
+        stats(machine).guest_faults.contains_key("announce.unknown")
+    });
+    let full = resident(&machine);
+    assert!(full > before + u64::from(TOUCHED), "{before}, {full}");
+    // Half of it, then nothing.
+    assert_eq!(machine.ask(&Request::PlugMemory { mib: 128 }), Event::Done);
+    wait_for(&mut machine, |machine| plugged(machine) == 128 * MIB);
+    assert_eq!(machine.ask(&Request::PlugMemory { mib: 0 }), Event::Done);
+    let gone = wait_for(&mut machine, |machine| plugged(machine) == 0);
+    let after = resident(&machine);
+    println!(
+        "plugged in {whole:?}, used in {used:?}, unplugged in {gone:?}; resident: {} MiB, {} MiB, {} MiB",
+        before / MIB,
+        full / MIB,
+        after / MIB
+    );
+    // The struct pages of what was plugged, and what the kernel has taken meanwhile.
+    assert!(after < before + 32 * MIB, "{before}, {full}, {after}");
+    machine.process.control().send(&Request::Stop).unwrap();
+    let ended = machine.end();
+    assert_eq!(ended.end, GuestEnd::Stopped, "{}", machine.report());
+    assert_eq!(ended.stats.guest_faults.len(), 1, "{:?}", ended.stats);
+    let plugged = PluggedStats::default();
+    assert_eq!(ended.stats.plugged, Some(plugged), "nothing was refused");
+}
+
+#[test]
+fn a_machine_without_room_for_memory_refuses_it() {
+    let Some(mut machine) = machine(Act::Idle, |_| {}) else {
+        return;
+    };
+    machine.reach(Phase::Init);
+    let refused = machine.ask(&Request::PlugMemory { mib: 2 });
+    assert!(matches!(refused, Event::Refused { .. }), "{refused:?}");
+    assert_eq!(stats(&mut machine).plugged, None);
+}
+
+fn stats(machine: &mut Machine) -> VmStats {
+    match machine.ask(&Request::Stats) {
+        Event::Stats(stats) => stats,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn plugged(machine: &mut Machine) -> u64 {
+    let plugged = stats(machine).plugged.expect("the machine has a device");
+    assert_eq!(plugged.refused, 0);
+    plugged.plugged_bytes
+}
+
+/// Bytes of guest memory that the host has pages for.
+fn resident(machine: &Machine) -> u64 {
+    let fds = format!("/proc/{}/fd", machine.process.pid);
+    let is_memory = |path: &std::path::PathBuf| {
+        let target = std::fs::read_link(path).unwrap_or_default();
+        target.to_string_lossy().starts_with("/memfd:RAM")
+    };
+    let paths = std::fs::read_dir(fds).unwrap();
+    let memory = paths.map(|entry| entry.unwrap().path()).find(is_memory);
+    let memory = std::fs::metadata(memory.expect("it has its memory")).unwrap();
+    memory.blocks() * 512
+}
+
+/// How long it took.
+fn wait_for(machine: &mut Machine, is_so: impl Fn(&mut Machine) -> bool) -> Duration {
+    let start = Instant::now();
+    while !is_so(machine) {
+        assert!(start.elapsed() < LONG, "{}", machine.report());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    start.elapsed()
 }
 
 #[test]
@@ -145,10 +265,7 @@ fn requests_are_answered_in_order() {
         assert_eq!(machine.ask(&Request::Pause), Event::Done);
         assert_eq!(machine.ask(&Request::Resume), Event::Done);
     }
-    let Event::Stats(stats) = machine.ask(&Request::Stats) else {
-        panic!("no stats")
-    };
-    assert!(stats.user_exits["io_out"] > 0);
+    assert!(stats(&mut machine).user_exits["io_out"] > 0);
     let refused = machine.ask(&Request::WithdrawPort { port: 5 });
     assert!(matches!(refused, Event::Refused { .. }), "{refused:?}");
     machine.process.control().send(&Request::Stop).unwrap();

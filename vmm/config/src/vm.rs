@@ -18,8 +18,8 @@ pub struct VmConfig {
     pub spare_vcpus: u32,
     /// Guest memory in MiB, at least 48.
     pub memory_mib: u64,
-    /// Most memory that may be plugged beyond [`VmConfig::memory_mib`], in MiB; 0: none, and no
-    /// device for it.
+    /// MiB that [`Request::PlugMemory`] may add to that; 0: the machine cannot grow. A machine has
+    /// 256 GiB at most, with these.
     #[serde(default)]
     pub spare_memory_mib: u64,
     /// `/dev/kvm`, opened read-write.
@@ -150,10 +150,11 @@ pub enum Request {
         /// Whether it is.
         up: bool,
     },
-    /// Have the guest plug memory until it has so many MiB beyond what it was booted with, or
-    /// unplug it. It does so later: [`VmStats::plugged`] tells.
+    /// Ask the guest to have so much memory plugged beyond [`VmConfig::memory_mib`]: more than now,
+    /// or less. Done at once; the guest acts later, and [`VmStats::plugged`] tells what it has
+    /// done. Refused where the machine cannot grow, or not so far.
     PlugMemory {
-        /// 0 to [`VmConfig::spare_memory_mib`].
+        /// MiB in all, rounded up to blocks of 2.
         mib: u64,
     },
     /// Stop all vCPUs until [`Request::Resume`].
@@ -261,23 +262,24 @@ pub struct VmStats {
     /// Of each network device, in the order in which they were given.
     #[serde(default)]
     pub net: Vec<NetStats>,
-    /// Of plugged memory; none where the machine has no device for it.
-    #[serde(default)]
-    pub plugged: Option<PluggedStats>,
     /// Of the balloon; none where the machine has none.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
+    /// Memory that was plugged; none where the machine cannot grow.
+    #[serde(default)]
+    pub plugged: Option<PluggedStats>,
 }
 
-/// Memory beyond what the guest was booted with.
+/// Memory beyond what the machine began with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluggedStats {
-    /// What the guest is to have.
+    /// Bytes that the guest is to have plugged ([`Request::PlugMemory`]).
     pub requested_bytes: u64,
-    /// What it has.
+    /// Bytes that it has plugged.
     pub plugged_bytes: u64,
-    /// Requests of the guest that were refused.
+    /// Requests of the guest that the device refused: for more than it is to have, or against a
+    /// rule.
     pub refused: u64,
 }
 

@@ -91,6 +91,16 @@ impl Cmdline {
         self.push(&format!("maxcpus={count}"))
     }
 
+    /// Tells which zone takes memory that is plugged: the one for what can be moved, so that it can be unplugged again, up to
+    /// three times what the kernel's own data may use; beyond that the kernel may use it, too. Without a policy the kernel may
+    /// use all of it.
+    ///
+    /// # Errors
+    /// The line is full.
+    pub fn push_plugging(&mut self) -> Result<(), CmdlineError> {
+        self.push("memory_hotplug.online_policy=auto-movable")
+    }
+
     /// Appends one word.
     ///
     /// # Errors

@@ -59,11 +59,17 @@ const ALL: &[Role] = &[Vmm, Device, Vcpu, Net, FsControl, FsVhost, FsQueue];
 
 /// ioctl(2) numbers of KVM (Documentation/virt/kvm/api.rst), which kvm-ioctls keeps to itself.
 mod kvm {
-    use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_regs};
+    use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_regs, kvm_userspace_memory_region};
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
     pub const RUN: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0x80, 0);
     pub const GET_REGS: u64 = ioctl_expr(_IOC_READ, KVMIO, 0x81, size_of::<kvm_regs>() as u32);
+    pub const SET_USER_MEMORY_REGION: u64 = ioctl_expr(
+        _IOC_WRITE,
+        KVMIO,
+        0x46,
+        size_of::<kvm_userspace_memory_region>() as u32,
+    );
     pub const SET_GSI_ROUTING: u64 =
         ioctl_expr(_IOC_WRITE, KVMIO, 0x6a, size_of::<kvm_irq_routing>() as u32);
 }
@@ -110,6 +116,8 @@ pub const CALLS: &[Call] = calls! {
         "TUNSETOFFLOAD, TUNSETQUEUE: the driver chooses offloads and pairs of queues";
     "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, libc::TUNGETIFF)], &[Is(1, libc::TUNSETVNETHDRSZ)], &[Is(1, libc::TUNSETOFFLOAD)]],
         "TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD: the shim plugs a tap, and what it can is found out";
+    "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, kvm::SET_USER_MEMORY_REGION)]],
+        "KVM_SET_USER_MEMORY_REGION: the shim lets the guest have more memory than ever before";
     "epoll_wait" SYS_epoll_wait &[Vmm, Net, FsQueue], ANY, "the event loops";
     "epoll_ctl" SYS_epoll_ctl &[Vmm, Device, Net, FsQueue], ANY, "what the event loops watch";
     "recvmsg" SYS_recvmsg &[Vmm, Device, FsControl, FsVhost], ANY,
@@ -133,7 +141,7 @@ pub const CALLS: &[Call] = calls! {
     "fcntl" SYS_fcntl &[Device], &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]], "queues that start get copies of their kicks";
     "getrandom" SYS_getrandom ALL, ANY, "the guest's entropy device; seeds of hash maps";
     "tgkill" SYS_tgkill &[Vmm], &[&[Is(2, KICK)]], "the kick that makes KVM_RUN return";
-    "fallocate" SYS_fallocate &[Vmm], &[&[Is(1, HOLE)]], "the balloon: what the guest gives back becomes a hole in its memory";
+    "fallocate" SYS_fallocate &[Vmm], &[&[Is(1, HOLE)]], "what the guest gives back or unplugs becomes a hole in its memory";
     "timerfd_create" SYS_timerfd_create &[Device], ANY, "a rate-limited network device starts";
     "timerfd_settime" SYS_timerfd_settime &[Device, Net], ANY, "when the rate limit lets a frame pass";
     "clock_nanosleep" SYS_clock_nanosleep &[Device, Net], ANY, "the pace of changes to taps";

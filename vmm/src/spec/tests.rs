@@ -33,8 +33,8 @@ fn packet() -> Option<Packet> {
             sandbox_id: "test".into(),
             vcpus: 1,
             spare_vcpus: 0,
-            spare_memory_mib: 0,
             memory_mib: 128,
+            spare_memory_mib: 0,
             kvm: Fd(0),
             kernel: Fd(1),
             initrd: Fd(2),
@@ -104,6 +104,22 @@ fn sizes_out_of_range_are_refused() {
     }
     for memory in [0, 47, (layout::MAX_MEMORY >> 20) + 1, u64::MAX, 1 << 44] {
         refused!(SpecError::Memory(_), |p| p.config.memory_mib = memory);
+    }
+}
+
+#[test]
+fn memory_to_be_plugged_stays_within_the_machines_maximum() {
+    let most = (layout::MAX_MEMORY >> 20) - 128;
+    for spare in [0, 1, 3, most] {
+        let Some(spec) = check(|p| p.config.spare_memory_mib = spare) else {
+            return;
+        };
+        assert_eq!(spec.unwrap().spare_memory, spare << 20);
+    }
+    for spare in [most + 1, u64::MAX, 1 << 44] {
+        refused!(SpecError::SpareMemory { memory: 128, .. }, |p| {
+            p.config.spare_memory_mib = spare;
+        });
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is wired to what: devices to their windows, ports, interrupt pins and kicks.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -11,7 +12,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::interrupts::KvmRouter;
-use crate::arch::x86_64::layout;
+use crate::arch::x86_64::layout::{self, SpareRange};
 use crate::boot::CmdlineError;
 use crate::bus::BadRange;
 use crate::devices::announce::AnnouncePort;
@@ -22,16 +23,17 @@ use crate::devices::virtio::activator::{Activator, Attended};
 use crate::devices::virtio::balloon::{Balloon, Gauge};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
-use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::mem::{self, Mem, Plug, PlugMaker, Region};
+use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY, lock};
 use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Pairs, Slot, Workers};
 use crate::devices::virtio::registers::{self, Registers};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::signal::USED_BUFFER;
+use crate::devices::virtio::signal::{Signal, USED_BUFFER};
 use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
 use crate::event_loop::EventLoop;
 use crate::irq::IrqFd;
 use crate::log::{Log, set_nonblocking};
-use crate::memory::GuestMemory;
+use crate::memory::{FIRST_SPARE_SLOT, GuestMemory, Memory};
 use crate::reports::{Reports, routing_failed};
 use crate::spec::VmSpec;
 use crate::vcpu::Buses;
@@ -80,6 +82,8 @@ pub struct Board {
     pub net: NetPorts,
     /// The balloon's counters, where there is one.
     pub balloon: Option<Gauge>,
+    /// By which memory is plugged, where any may be.
+    pub plug: Option<Plug>,
     /// Threads of the network devices, to be started.
     pub net_workers: Workers,
     /// The thread on which devices start, to be started.
@@ -93,7 +97,7 @@ pub struct Board {
 pub fn build(
     spec: &mut VmSpec,
     vm: &Arc<VmFd>,
-    memory: &GuestMemory,
+    memory: &Memory,
     events: &mut EventLoop,
     reports: &Arc<Reports>,
     log: &Log,
@@ -105,7 +109,9 @@ pub fn build(
         spare,
         net_workers,
         balloon,
-    } = virtio_devices(spec, events, reports)?;
+        plug: mut maker,
+    } = virtio_devices(spec, memory, events, reports)?;
+    let mut plug = None;
     let mut net = NetPorts::new(counters, spare, spec.vcpus.into());
     let activator = Activator::default();
     let mut pins = layout::virtio_pins(devices.len(), spec.serial.is_some());
@@ -116,23 +122,23 @@ pub fn build(
             pin: pins[index],
             registers: FIRST_REGISTERS_SLOT + index as u32,
         };
-        let is_net = device.name() == net::NAME;
-        let transport = attach_virtio(device, seat, vm, memory, reports)?;
+        let name = device.name();
+        let transport = attach_virtio(device, seat, vm, memory.all(), reports)?;
         let attended = Attended::new(transport.clone(), activator.clone());
         let size = layout::VIRTIO_MMIO_SIZE;
         buses.mmio.insert(seat.window, size, shared(attended))?;
-        if is_net {
+        if name == net::NAME {
             net.add(transport);
+        } else if name == mem::NAME {
+            let signal = lock(&transport).signal();
+            plug = maker
+                .take()
+                .and_then(|maker| self::plug(maker, memory, vm, signal));
         }
         spec.cmdline.push_virtio(seat.window, seat.pin)?;
     }
     if let Some(output) = spec.serial.take() {
-        set_nonblocking(&output);
-        let console = SerialConsole::new(output, line(vm, layout::SERIAL_PIN)?);
-        let port = u64::from(layout::SERIAL_PORT);
-        buses
-            .ports
-            .insert(port, layout::SERIAL_PORTS, shared(console))?;
+        serial_console(output, &mut buses, vm)?;
         pins.push(layout::SERIAL_PIN);
     }
     fixed_devices(&mut buses, &pins, spec.possible_vcpus, vm, (reports, log))?;
@@ -142,9 +148,17 @@ pub fn build(
         ports,
         net,
         balloon,
+        plug,
         net_workers,
         activator,
     })
+}
+
+fn serial_console(output: File, buses: &mut Buses, vm: &VmFd) -> Result<(), BoardError> {
+    set_nonblocking(&output);
+    let console = SerialConsole::new(output, line(vm, layout::SERIAL_PIN)?);
+    let (port, ports) = (u64::from(layout::SERIAL_PORT), layout::SERIAL_PORTS);
+    Ok(buses.ports.insert(port, ports, shared(console))?)
 }
 
 /// The devices that every machine has and no driver looks for: the agent's ports and the IOAPIC.
@@ -186,11 +200,13 @@ struct Devices {
     spare: Vec<Pairs>,
     net_workers: Workers,
     balloon: Option<Gauge>,
+    plug: Option<PlugMaker>,
 }
 
 /// vsock first: the agent's first words go there.
 fn virtio_devices(
     spec: &mut VmSpec,
+    memory: &Memory,
     events: &mut EventLoop,
     reports: &Arc<Reports>,
 ) -> Result<Devices, BoardError> {
@@ -232,7 +248,26 @@ fn virtio_devices(
     let rng = Rng::new(events.next_poller());
     events.attach(rng.handler());
     devices.push(Box::new(rng));
-    let mut gauge = None;
+    let (balloon, plug) = memory_devices(spec, memory, events, &mut devices)?;
+    Ok(Devices {
+        devices,
+        ports,
+        counters,
+        spare,
+        net_workers,
+        balloon,
+        plug,
+    })
+}
+
+/// By which a guest gives memory back, and gets more.
+fn memory_devices(
+    spec: &mut VmSpec,
+    memory: &Memory,
+    events: &mut EventLoop,
+    devices: &mut Vec<Box<dyn VirtioDevice>>,
+) -> Result<(Option<Gauge>, Option<PlugMaker>), BoardError> {
+    let (mut gauge, mut plug) = (None, None);
     if spec.balloon {
         let balloon = Balloon::new(events.next_poller());
         events.attach(balloon.handler());
@@ -240,14 +275,22 @@ fn virtio_devices(
         devices.push(Box::new(balloon));
         spec.cmdline.push_page_reporting()?;
     }
-    Ok(Devices {
-        devices,
-        ports,
-        counters,
-        spare,
-        net_workers,
-        balloon: gauge,
-    })
+    if let Some(spare) = memory.spare() {
+        let SpareRange { start, size, unit } = spare.range();
+        let mem = Mem::new(Region { start, size, unit }, events.next_poller());
+        events.attach(mem.handler());
+        plug = Some(mem.maker());
+        devices.push(Box::new(mem));
+        spec.cmdline.push_plugging()?;
+    }
+    Ok((gauge, plug))
+}
+
+/// The machine's access to the device that plugs memory, whose transport has this signal.
+fn plug(maker: PlugMaker, memory: &Memory, vm: &Arc<VmFd>, signal: Signal) -> Option<Plug> {
+    let (mut spare, vm) = (memory.spare()?, vm.clone());
+    let show = Box::new(move |size| spare.show(&vm, size).map_err(Into::into));
+    Some(maker(signal, show))
 }
 
 #[derive(Clone, Copy)]
@@ -260,6 +303,10 @@ struct Seat {
 
 /// Guest RAM has the slots below.
 const FIRST_REGISTERS_SLOT: u32 = 16;
+
+const _: () = assert!(
+    FIRST_REGISTERS_SLOT as usize + layout::MAX_VIRTIO_DEVICES <= FIRST_SPARE_SLOT as usize
+);
 
 fn attach_virtio(
     device: Box<dyn VirtioDevice>,

@@ -25,7 +25,15 @@ pub enum Act {
     Tell,
     /// Announces itself and nonsense, a thousand times each, then powers off.
     Chatter,
+    /// Waits until it has [`GROWN`] bytes of memory, writes to [`TOUCHED`] bytes of it, lets go of them, announces nonsense and
+    /// sleeps.
+    Grow,
 }
+
+/// See [`Act::Grow`].
+pub const GROWN: u32 = 320 << 20;
+/// See [`Act::Grow`].
+pub const TOUCHED: u32 = 64 << 20;
 
 /// What a guest says of itself: sched_getaffinity(2)'s mask, then sysinfo(2)'s structure.
 #[derive(Debug)]
@@ -122,6 +130,32 @@ pub fn initramfs(act: Act) -> Vec<u8> {
             .bytes(&[0x48, 0x89, 0xe6, 0xb9, 0, 1, 0, 0])
             .bytes(&[0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e])
             .announce(announce::POWER_OFF)
+            .sleep(),
+        Act::Grow => code
+            // sub rsp, 256; 1: mov rdi, rsp
+            .bytes(&[0x48, 0x81, 0xec, 0, 1, 0, 0, 0x48, 0x89, 0xe7])
+            .syscall(libc::SYS_sysinfo as u32, &[])
+            // cmp qword ptr [rsp + 32], GROWN
+            .bytes(&[0x48, 0x81, 0x7c, 0x24, 32])
+            .bytes(&GROWN.to_le_bytes())
+            // jae 2f; (sched_yield) mov eax, 24; syscall; jmp 1b; 2:
+            .bytes(&[0x73, 9, 0xb8, 24, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xe2])
+            // mov r8d, -1; xor r9d, r9d
+            .bytes(&[0x41, 0xb8, 0xff, 0xff, 0xff, 0xff, 0x45, 0x31, 0xc9])
+            .syscall(
+                libc::SYS_mmap as u32,
+                &[
+                    0,
+                    TOUCHED,
+                    (libc::PROT_READ | libc::PROT_WRITE) as u32,
+                    (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE) as u32,
+                ],
+            )
+            // mov rdi, rax; mov esi, TOUCHED; mov eax, munmap; syscall
+            .bytes(&[0x48, 0x89, 0xc7, 0xbe])
+            .bytes(&TOUCHED.to_le_bytes())
+            .bytes(&[0xb8, libc::SYS_munmap as u8, 0, 0, 0, 0x0f, 0x05])
+            .announce(0xee)
             .sleep(),
         Act::Chatter => {
             let mut code = code;

@@ -16,7 +16,7 @@ use super::plan;
 
 type Scenario = fn() -> Result<String, String>;
 
-pub const SCENARIOS: [(&str, Scenario); 16] = [
+pub const SCENARIOS: [(&str, Scenario); 17] = [
     ("a slow host", slow),
     ("a port that is not offered", refused),
     ("an echo of bulk data", || echo(plan::ECHO, plan::BULK)),
@@ -28,6 +28,7 @@ pub const SCENARIOS: [(&str, Scenario); 16] = [
     ("many at once", many),
     ("a port that was used", || refuse(plan::ECHO)),
     ("random bytes", random),
+    ("memory that is plugged", plugged),
     ("a shared directory", files),
     ("the end of the slow host", slow_end),
     ("the driver bound again", bind_again),
@@ -252,6 +253,45 @@ fn random() -> Result<String, String> {
         .ok_or(format!("{ones} bits of 51200 are set"))
 }
 
+/// Until the kernel has what the host asked it to have.
+fn plugged() -> Result<String, String> {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+        let total = number(&text, "MemTotal:")? >> 10;
+        // Less what the kernel has of what was there from the start.
+        if total > plan::PLUGGED + plan::MEMORY * 3 / 4 {
+            return Ok(format!("{total} MiB"));
+        }
+        if Instant::now() > end {
+            return Err(format!("{total} MiB"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Pages of files that were read into memory that was plugged, by the fs process.
+fn cached() -> Result<u64, String> {
+    let text = fs::read_to_string("/proc/zoneinfo").map_err(|error| error.to_string())?;
+    let zones = text.split("Node ");
+    let movable = zones
+        .into_iter()
+        .find(|zone| zone.starts_with("0, zone  Movable"))
+        .ok_or("nothing is movable")?;
+    let pages = number(movable, "nr_zone_inactive_file")? + number(movable, "nr_zone_active_file")?;
+    match pages as usize * 4096 > plan::FILE / 2 {
+        true => Ok(pages),
+        false => Err(format!("{pages} pages of files are in plugged memory")),
+    }
+}
+
+/// What stands behind a name.
+fn number(text: &str, name: &str) -> Result<u64, String> {
+    let mut words = text.split_whitespace().skip_while(|word| *word != name);
+    let word = words.nth(1).ok_or(format!("no {name}"))?;
+    word.parse().map_err(|_| format!("{name} {word}"))
+}
+
 /// Reads what the host wrote, writes a file and reads it back from the host.
 fn files() -> Result<String, String> {
     let none = None::<&str>;
@@ -285,7 +325,8 @@ fn read_and_write() -> io::Result<String> {
         )));
     }
     let rate = 3.0 * plan::FILE as f64 / start.elapsed().as_secs_f64() / 1e6;
-    Ok(format!("{rate:.0} MB/s"))
+    let plugged = cached().map_err(io::Error::other)?;
+    Ok(format!("{rate:.0} MB/s, {plugged} pages in plugged memory"))
 }
 
 /// Unbinds and binds all drivers, which resets the devices and sets them up anew.

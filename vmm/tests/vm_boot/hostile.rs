@@ -55,6 +55,14 @@ const BALLOON: Device = Device {
     writes: &[false, false, false, true],
 };
 
+const MEM: Device = Device {
+    name: "mem",
+    window: 4,
+    // Nobody touches what is unplugged.
+    features: 1 << 1,
+    writes: &[false],
+};
+
 const INFLATE: u32 = 0;
 const REPORTS: u32 = 3;
 const RECEIVE: u32 = 0;
@@ -69,6 +77,8 @@ const HOLE: u64 = 0xc800_0000;
 const GOOD: u64 = BUFFERS + 0x1_e000;
 const DIAL: u64 = BUFFERS + 0x1_d000;
 const ROOM: u64 = BUFFERS + 0x1_c000;
+/// A request of [`MEM`]'s driver, to unplug all.
+const UNPLUG_ALL: u64 = BUFFERS + 0x1_b000;
 
 /// A kernel of attacks, and what the VMM has to count.
 struct Attacks {
@@ -87,6 +97,7 @@ impl Attacks {
         (dial[0], dial[8], dial[16], dial[20]) = (3, 2, 77, 78);
         (dial[28], dial[30]) = (1, 1);
         driver.put(DIAL, &dial);
+        driver.put(UNPLUG_ALL, &[2]);
         Attacks {
             driver,
             faults: BTreeMap::new(),
@@ -122,6 +133,11 @@ impl Attacks {
                 driver.chain(REPORTS, &[(ROOM, 0x1000, WRITE)]);
                 driver.kick(REPORTS);
                 driver.wait_for_used(REPORTS, 1);
+            }
+            "mem" => {
+                driver.chain(0, &[(UNPLUG_ALL, 24, 0), (ROOM, 10, WRITE)]);
+                driver.kick(0);
+                driver.wait_for_used(0, 1);
             }
             _ => {
                 driver.chain(0, &[(ROOM, 64, WRITE)]);
@@ -189,6 +205,7 @@ impl Attacks {
             transmit_limit: RateLimit::default(),
         };
         setup.config.net.push(device);
+        setup.config.spare_memory_mib = 1;
         let mut machine = setup.start();
         let ended = machine.end();
         let whole = (GuestEnd::PowerOff, 0);
@@ -352,12 +369,28 @@ fn memory_given_back_that_is_not_the_guests() {
     attacks.run();
 }
 
+/// Requests for memory that have no beginning, no end, or no room for an answer.
+#[test]
+fn memory_asked_for_in_bad_words() {
+    let mut attacks = Attacks::new();
+    broken_chains(&mut attacks, MEM);
+    for (request, response) in [(0, 10), (23, 10), (24, 0), (24, 9)] {
+        attacks.refused(MEM, 0, "chain_too_short", |driver| {
+            driver.chain(0, &[(UNPLUG_ALL, request, 0), (ROOM, response, WRITE)]);
+        });
+    }
+    attacks.refused(MEM, 0, "readable_after_writable", |driver| {
+        driver.chain(0, &[(ROOM, 10, WRITE), (UNPLUG_ALL, 24, 0)]);
+    });
+    attacks.run();
+}
+
 /// Every width at every offset of a running device's window and of the interrupt controller, and
 /// ports: nobody minds, and the devices run on where they were put (CVE-2026-5747's class).
 #[test]
 fn accesses_of_every_width_to_devices_that_run() {
     let mut attacks = Attacks::new();
-    for device in [VSOCK, NET, RNG, BALLOON] {
+    for device in [VSOCK, NET, RNG, BALLOON, MEM] {
         attacks.start(device);
         let driver = &mut attacks.driver;
         for queue in 0..device.writes.len() as u32 + 1 {
@@ -403,6 +436,11 @@ fn accesses_of_every_width_to_devices_that_run() {
                 driver.kick(REPORTS);
                 driver.wait_for_used(REPORTS, 1);
             }
+            "mem" => {
+                driver.chain(0, &[(UNPLUG_ALL, 24, 0), (ROOM, 10, WRITE)]);
+                driver.kick(0);
+                driver.wait_for_used(0, 1);
+            }
             _ => {
                 driver.chain(SEND, &[(DIAL, 44, 0)]);
                 driver.kick(SEND);
@@ -432,12 +470,12 @@ fn accesses_of_every_width_to_devices_that_run() {
     for port in ANNOUNCE_PORT..ANNOUNCE_PORT + 8 {
         driver.port(port, 0xee);
     }
-    for device in [VSOCK, NET, RNG, BALLOON] {
+    for device in [VSOCK, NET, RNG, BALLOON, MEM] {
         attacks.use_it(device);
     }
     let counted = attacks.counted();
     if support::kernel().is_some() {
-        for device in [VSOCK, NET, RNG, BALLOON] {
+        for device in [VSOCK, NET, RNG, BALLOON, MEM] {
             for fault in ["frozen", "register"] {
                 let name = format!("{}.{fault}", device.name);
                 assert!(counted.get(&name) > Some(&0), "{name}: {counted:?}");

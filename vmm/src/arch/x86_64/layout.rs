@@ -10,6 +10,7 @@
 //! 0xfee0_0000  local APIC
 //! 0xfffb_c000  KVM's own pages (Intel hosts: TSS and identity map)
 //! 0x1_0000_0000 RAM           the rest
+//! behind it    spare memory   what may be plugged: in no memory map
 //!
 //! port 0x03f8  serial console, when configured
 //! port 0x8900  announcements of the agent (ANNOUNCE_PORT)
@@ -58,8 +59,10 @@ pub const RAMOOPS_SIZE: u64 = 128 * KIB;
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// Size of one.
 pub const VIRTIO_MMIO_SIZE: u64 = PAGE;
-/// Most virtio devices in a machine: as many as there are interrupt pins for.
-pub const MAX_VIRTIO_DEVICES: usize = 16;
+/// Most virtio devices in a machine.
+pub const MAX_VIRTIO_DEVICES: usize = 17;
+/// Interrupt pins that an IOAPIC may have (82093AA).
+const MAX_PINS: usize = 24;
 
 /// IOAPIC registers (the address that MP 1.4 §3.6.5 makes the default).
 pub const IOAPIC: u64 = 0xfec0_0000;
@@ -84,7 +87,7 @@ pub const FIRST_PIN: u32 = 1;
 /// Least guest memory, in bytes. In the lab a guest of one vCPU boots from 38 MiB on, where there
 /// is room for the initrd behind the kernel, and has 7 MiB left; with this it has 16.
 pub const MIN_MEMORY: u64 = 48 * MIB;
-/// Most guest memory, in bytes: its end stays below the 2^39 that the smallest KVM hosts address.
+/// Most guest memory with what may be plugged, in bytes: its end stays below the 2^39 that the smallest KVM hosts address.
 pub const MAX_MEMORY: u64 = 256 * GIB;
 
 /// RAM as (start, length) pairs for a machine with `size` bytes of it.
@@ -95,6 +98,35 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
         ranges.push((RAM_ABOVE_HOLE, size - low));
     }
     ranges
+}
+
+/// Where memory can be plugged into a running machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpareRange {
+    /// Guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes by which the guest's kernel adds memory; start and size are multiples.
+    pub unit: u64,
+}
+
+/// Where at least `spare` bytes can be plugged into a machine with `ram` bytes of RAM.
+///
+/// The unit is never less than what Linux 6.12 chooses (probe_memory_block_size() in arch/x86/mm/init_64.c): 128 MiB as long as
+/// RAM ends below 64 GiB; from there on the largest power of two up to 2 GiB that divides RAM's end.
+pub fn spare_range(ram: u64, spare: u64) -> SpareRange {
+    const SMALL: u64 = 128 * MIB;
+    const LARGE: u64 = 2 * GIB;
+    let end = ram_ranges(ram)
+        .last()
+        .map_or(0, |(start, length)| start + length);
+    let unit = if end < 64 * GIB { SMALL } else { LARGE };
+    SpareRange {
+        start: end.max(RAM_ABOVE_HOLE).next_multiple_of(unit),
+        size: spare.next_multiple_of(unit),
+        unit,
+    }
 }
 
 /// Where the virtio-mmio window of the `index`th device is.
@@ -119,7 +151,8 @@ const _: () = {
     assert!(VIRTIO_MMIO + MAX_VIRTIO_DEVICES as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);
     assert!(IOAPIC + IOAPIC_SIZE <= LOCAL_APIC && LOCAL_APIC + PAGE <= KVM_IDENTITY_MAP);
     assert!(KVM_TSS + 3 * PAGE <= RAM_ABOVE_HOLE);
-    assert!(RAM_ABOVE_HOLE + MAX_MEMORY <= 1 << 39);
+    assert!(RAM_ABOVE_HOLE + MAX_MEMORY + 2 * (2 * GIB) <= 1 << 39);
+    assert!(FIRST_PIN as usize + MAX_VIRTIO_DEVICES < MAX_PINS);
 };
 
 #[cfg(test)]
@@ -138,6 +171,26 @@ mod tests {
             ram_ranges(3 * GIB + PAGE),
             [(0, 3 * GIB), (RAM_ABOVE_HOLE, PAGE)]
         );
+    }
+
+    #[test]
+    fn spare_memory_is_behind_ram_in_whole_units() {
+        let at = |ram, spare| {
+            let SpareRange { start, size, unit } = spare_range(ram, spare);
+            assert!(start.is_multiple_of(unit) && size.is_multiple_of(unit));
+            (start, size, unit)
+        };
+        let small = 128 * MIB;
+        assert_eq!(at(64 * MIB, MIB), (4 * GIB, small, small));
+        assert_eq!(at(3 * GIB, small), (4 * GIB, small, small));
+        let above = 4 * GIB + small;
+        assert_eq!(at(3 * GIB + MIB, small + 1), (above, 2 * small, small));
+        // RAM ends at 64 GiB, less a page and exactly.
+        assert_eq!(at(63 * GIB - PAGE, GIB), (64 * GIB, GIB, small));
+        assert_eq!(at(63 * GIB, GIB), (64 * GIB, 2 * GIB, 2 * GIB));
+        assert_eq!(at(63 * GIB + PAGE, GIB), (66 * GIB, 2 * GIB, 2 * GIB));
+        let (start, size, _) = at(MAX_MEMORY - MIB, MIB);
+        assert!(start + size <= 1 << 39);
     }
 
     #[test]

@@ -46,7 +46,7 @@ const VENDOR: u32 = 0x484b_4c42;
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
 
 /// The transport, for whoever has it next.
-pub(super) fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
+pub fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
     transport.lock().expect("a device does not panic")
 }
 

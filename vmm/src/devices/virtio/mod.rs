@@ -1,7 +1,7 @@
 //! virtio devices over the MMIO transport.
 //!
 //! ```text
-//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs, net, balloon), on the activator's thread
+//! driver ── registers ──► mmio ── activate, reset ──► device (rng, vsock, fs, net, balloon, mem), on the activator's thread
 //!        ── kick (ioeventfd) ───────────────────────►   │ on the event loop's thread (net: its own)
 //!        ◄─ interrupt (irqfd) ── signal ◄───────────────┘ queue: checked chains, used ring
 //! ```
@@ -16,6 +16,8 @@ pub mod fault;
 pub mod fs;
 #[cfg(test)]
 mod fuzz;
+pub mod lane;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;

@@ -56,6 +56,15 @@ impl Registers {
         self.word(offset).store(value.to_le(), Ordering::SeqCst);
     }
 
+    /// Replaces a field of two words.
+    ///
+    /// A driver reads the low word first, so the high one is stored first: while a value grows, what is read in between is never
+    /// less than both. A value that shrinks past 4 GiB may be read as less than both; the interrupt that follows has it read again.
+    pub fn store_long(self, offset: u32, value: u64) {
+        self.store(offset + 4, (value >> 32) as u32);
+        self.store(offset, value as u32);
+    }
+
     /// Sets bits of a register; returns what it was.
     pub fn set(self, offset: u32, bits: u32) -> u32 {
         u32::from_le(self.word(offset).fetch_or(bits.to_le(), Ordering::SeqCst))

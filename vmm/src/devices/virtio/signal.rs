@@ -57,6 +57,12 @@ impl Signal {
         if (change(registers, word, bits) & bits != 0) == on {
             return;
         }
+        self.config_changed();
+    }
+
+    /// Tells the driver that runs of a change in the configuration space, which was stored before. Only one thread may do so.
+    pub fn config_changed(&self) {
+        let registers = self.0.registers;
         let generation = registers.load(VIRTIO_MMIO_CONFIG_GENERATION);
         registers.store(VIRTIO_MMIO_CONFIG_GENERATION, generation.wrapping_add(1));
         let runs = u32::from(DRIVER_OK);

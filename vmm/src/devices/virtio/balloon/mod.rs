@@ -17,20 +17,16 @@
 //! all ranges of a chain before the first hole. Whoever still has such a page mapped, KVM, the fs
 //! process, this process, finds zeros there.
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bulkhead_vmm_config::BalloonStats;
-use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::{ActivateError, Activation, QUEUE_FEATURES, VirtioDevice};
-use super::fault::Fault;
+use super::lane::Failure;
 use crate::event_loop::{Handler, Poller};
 
-mod lane;
 mod running;
 mod telling;
 #[cfg(test)]
@@ -55,19 +51,6 @@ const STATISTICS: u32 = 2;
 const REPORTING: u32 = 3;
 
 const PAGE: u32 = 4096;
-
-#[derive(Debug, Error)]
-enum Error {
-    #[error(transparent)]
-    Guest(#[from] Fault),
-    #[error("give {length:#x} bytes of guest memory at {start:?} back to the host")]
-    Host {
-        start: GuestAddress,
-        length: u32,
-        #[source]
-        source: io::Error,
-    },
-}
 
 struct Worker {
     poller: Poller,
@@ -159,16 +142,14 @@ impl VirtioDevice for Balloon {
 
 impl Worker {
     /// Lets the device work, and stops it at a fault, the guest's or the host's.
-    fn run(&mut self, work: impl FnOnce(&mut Running, &mut BalloonStats) -> Result<(), Error>) {
+    fn run(&mut self, work: impl FnOnce(&mut Running, &mut BalloonStats) -> Result<(), Failure>) {
         let Some(running) = &mut self.running else {
             return;
         };
-        match work(running, &mut self.stats) {
-            Ok(()) => return,
-            Err(Error::Guest(fault)) => running.signal().fault(fault),
-            Err(error @ Error::Host { .. }) => running.signal().failed(&error),
+        if let Err(failure) = work(running, &mut self.stats) {
+            failure.tell(running.signal());
+            self.stop();
         }
-        self.stop();
     }
 
     fn stop(&mut self) {

@@ -1,23 +1,21 @@
 //! A balloon whose driver runs.
 
-use std::io;
 use std::ops::Range;
 
 use bulkhead_vmm_config::BalloonStats;
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::chain::{Chain, Piece, in_one_region};
 use super::super::device::Activation;
 use super::super::fault::Fault;
+use super::super::lane::{Failure, Lane, Place, Turn, give_back};
 use super::super::queue::VirtQueue;
 use super::super::signal::Signal;
-use super::lane::{Lane, Place, Turn};
-use super::{
-    DEFLATE, Error, INFLATE, PAGE, PAGE_REPORTING, REPORTING, STATISTICS, STATS_VQ, telling,
-};
+use super::{DEFLATE, INFLATE, PAGE, PAGE_REPORTING, REPORTING, STATISTICS, STATS_VQ, telling};
+
+/// Nothing is written into a buffer, not even into those that the guest lets us write.
+const DONE: Option<u32> = Some(0);
 
 /// Bytes of a page number (§5.5.6: le32, in units of 4096 bytes whatever the guest's pages are).
 const NUMBER: usize = 4;
@@ -90,7 +88,7 @@ impl Running {
     ///
     /// # Errors
     /// The guest's or the host's fault.
-    pub fn take_reports(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+    pub fn take_reports(&mut self, stats: &mut BalloonStats) -> Result<(), Failure> {
         let Some(lane) = &mut self.reporting else {
             return Ok(());
         };
@@ -101,7 +99,7 @@ impl Running {
     ///
     /// # Errors
     /// The guest's or the host's fault.
-    pub fn inflate(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+    pub fn inflate(&mut self, stats: &mut BalloonStats) -> Result<(), Failure> {
         self.inflate
             .serve(|chain, place, turn| swallow(&self.memory, chain, place, turn, stats))
     }
@@ -111,10 +109,10 @@ impl Running {
     ///
     /// # Errors
     /// The guest's fault.
-    pub fn deflate(&mut self) -> Result<(), Error> {
+    pub fn deflate(&mut self) -> Result<(), Failure> {
         self.deflate.serve(|chain, _, _| {
             chain.only_readable()?;
-            Ok(true)
+            Ok(DONE)
         })
     }
 
@@ -122,7 +120,7 @@ impl Running {
     ///
     /// # Errors
     /// The guest's fault.
-    pub fn listen(&mut self, stats: &mut BalloonStats) -> Result<(), Error> {
+    pub fn listen(&mut self, stats: &mut BalloonStats) -> Result<(), Failure> {
         let Some(queue) = &mut self.statistics else {
             return Ok(());
         };
@@ -151,7 +149,7 @@ impl Running {
     ///
     /// # Errors
     /// The guest's fault.
-    pub fn ask(&mut self) -> Result<(), Error> {
+    pub fn ask(&mut self) -> Result<(), Failure> {
         if let Some(queue) = &mut self.statistics
             && std::mem::take(&mut self.told_held)
         {
@@ -169,7 +167,7 @@ fn report(
     place: &mut Place,
     turn: &mut Turn,
     stats: &mut BalloonStats,
-) -> Result<bool, Error> {
+) -> Result<Option<u32>, Failure> {
     let buffers = chain.only_writable()?;
     if *place == Place::default() {
         for piece in buffers.pieces() {
@@ -178,9 +176,9 @@ fn report(
         stats.requests += 1;
     }
     let Some(piece) = buffers.pieces().get(place.piece) else {
-        return Ok(true);
+        return Ok(DONE);
     };
-    let length = turn.part(piece.length - place.offset);
+    let length = turn.part((piece.length - place.offset).into());
     let start = piece.address.unchecked_add(place.offset.into());
     give_back(memory, start, length)?;
     turn.spend(length);
@@ -192,7 +190,7 @@ fn report(
             offset: 0,
         };
     }
-    Ok(false)
+    Ok(None)
 }
 
 /// Gives back the pages of the next block of a list of page numbers.
@@ -202,7 +200,7 @@ fn swallow(
     place: &mut Place,
     turn: &mut Turn,
     stats: &mut BalloonStats,
-) -> Result<bool, Error> {
+) -> Result<Option<u32>, Failure> {
     let list = chain.only_readable()?;
     if place.offset == 0 {
         stats.requests += 1;
@@ -227,7 +225,11 @@ fn swallow(
         stats.returned_bytes += u64::from(length);
     }
     place.offset += count as u32;
-    Ok(place.offset == list.length())
+    Ok(if place.offset == list.length() {
+        DONE
+    } else {
+        None
+    })
 }
 
 /// Page numbers as ranges of addresses; neighbours in order are one.
@@ -251,35 +253,4 @@ fn whole_pages(piece: &Piece) -> Result<(), Fault> {
     whole
         .then_some(())
         .ok_or(Fault::PartOfPage(address, length))
-}
-
-/// Makes a hole in the file of guest RAM: what was there is free for the host, and reads as zeros
-/// from now on.
-fn give_back(memory: &GuestMemoryMmap, start: GuestAddress, length: u32) -> Result<(), Error> {
-    let outside = Fault::OutsideMemory(start, length);
-    if length == 0 {
-        return Ok(());
-    }
-    let region = memory.find_region(start).ok_or(outside)?;
-    if !in_one_region(memory, start, length.into()) {
-        return Err(outside.into());
-    }
-    let host = |source| Error::Host {
-        start,
-        length,
-        source,
-    };
-    let file = region
-        .file_offset()
-        .ok_or_else(|| host(io::ErrorKind::Unsupported.into()))?;
-    // Both are below the size of the file, which fits an off_t.
-    let offset = file.start() + start.unchecked_offset_from(region.start_addr());
-    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    loop {
-        match fallocate(file.file(), mode, offset as i64, length.into()) {
-            Ok(()) => return Ok(()),
-            Err(Errno::EINTR) => {}
-            Err(error) => return Err(host(error.into())),
-        }
-    }
 }

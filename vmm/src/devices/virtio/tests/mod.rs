@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::test_driver::{Driver, HIGH_RAM, Loop, RAM_SIZE, reg};
-use super::{balloon, fs, net, rng, vsock};
+use super::{balloon, fs, mem, net, rng, vsock};
 
 mod moments;
 mod queues;
@@ -39,8 +39,9 @@ pub(super) enum Direction {
 
 type New = fn() -> Box<dyn Subject>;
 
-const DEVICES: [(&str, New); 5] = [
+const DEVICES: [(&str, New); 6] = [
     ("balloon", balloon::tests::subject),
+    ("mem", mem::tests::subject),
     ("rng", rng::tests::subject),
     ("vsock", vsock::tests::subject),
     ("net", net::tests::subject),
@@ -66,11 +67,13 @@ fn revived(subject: &mut dyn Subject) {
 
 /// All of guest memory.
 fn contents(memory: &GuestMemoryMmap) -> Vec<u8> {
-    let mut bytes = vec![0; 2 * RAM_SIZE as usize];
-    let (low, high) = bytes.split_at_mut(RAM_SIZE as usize);
-    memory.read_slice(low, GuestAddress(0)).unwrap();
-    memory.read_slice(high, GuestAddress(HIGH_RAM)).unwrap();
-    assert_eq!(memory.num_regions(), 2);
+    let mut bytes = Vec::new();
+    for region in memory.iter() {
+        let first = bytes.len();
+        bytes.resize(first + region.len() as usize, 0);
+        let start = region.start_addr();
+        memory.read_slice(&mut bytes[first..], start).unwrap();
+    }
     bytes
 }
 
