@@ -165,15 +165,8 @@ impl VmSpec {
         if config.version != WIRE_VERSION {
             return Err(SpecError::Version(config.version));
         }
-        let vcpus = u8::try_from(config.vcpus)
-            .ok()
-            .filter(|&count| count >= 1 && config.vcpus <= MAX_VCPUS)
-            .ok_or(SpecError::Vcpus(config.vcpus))?;
-        let possible = config.vcpus.saturating_add(config.spare_vcpus);
-        let possible_vcpus = u8::try_from(possible)
-            .ok()
-            .filter(|_| possible <= MAX_VCPUS)
-            .ok_or(SpecError::Vcpus(possible))?;
+        let vcpus = processors(config.vcpus)?;
+        let possible_vcpus = processors(config.vcpus.saturating_add(config.spare_vcpus))?;
         let memory = config
             .memory_mib
             .checked_mul(1 << 20)
@@ -248,6 +241,12 @@ impl VmSpec {
             0
         }
     }
+}
+
+fn processors(count: u32) -> Result<u8, SpecError> {
+    let possible = (1..=MAX_VCPUS).contains(&count).then_some(count);
+    let number = possible.and_then(|count| u8::try_from(count).ok());
+    number.ok_or(SpecError::Vcpus(count))
 }
 
 /// Bytes that may be plugged into a machine with so many bytes of RAM.

@@ -102,9 +102,24 @@ fn sizes_out_of_range_are_refused() {
     for vcpus in [0, 33, 256, 257, u32::MAX] {
         refused!(SpecError::Vcpus(_), |p| p.config.vcpus = vcpus);
     }
+    for spare in [32, 255, 256, u32::MAX] {
+        refused!(SpecError::Vcpus(_), |p| p.config.spare_vcpus = spare);
+    }
     for memory in [0, 47, (layout::MAX_MEMORY >> 20) + 1, u64::MAX, 1 << 44] {
         refused!(SpecError::Memory(_), |p| p.config.memory_mib = memory);
     }
+}
+
+#[test]
+fn vcpus_that_wait_are_told_to_the_guest_by_the_number_of_the_others() {
+    let with = |spare| check(|p| p.config.spare_vcpus = spare).map(Result::unwrap);
+    let (Some(none), Some(three)) = (with(0), with(3)) else {
+        return;
+    };
+    assert_eq!((three.vcpus, three.possible_vcpus), (1, 4));
+    assert!(three.cmdline.as_str().ends_with(" maxcpus=1"));
+    assert!(!none.cmdline.as_str().contains("maxcpus"));
+    assert_eq!(three.thread_limit(), none.thread_limit() + 3);
 }
 
 #[test]
