@@ -325,7 +325,7 @@ impl Tasks {
         let bounded = pod.bound_time(&plan.container.resources);
         // Nobody is there yet who could have it.
         let _ = pod.enter_guest(&container.id, &plan.container.namespaces);
-        pod.adopt(&container.id, Asked::of(&wanted.bundle)?).await;
+        pod.adopt(&container.id, Asked::of(&wanted.bundle)?);
         let spec = std::mem::take(&mut plan.container);
         let process = spec.process.clone().unwrap_or_default();
         let created = match bounded {

@@ -586,6 +586,10 @@ impl Tasks {
             task.pod.access.tell_memory(&task.id);
         }
         self.finish(&task, &task.init, exit, answer.oom_killed);
+        // It may stay for long until it is deleted, as Kubernetes' init containers do.
+        if !task.holds_pod {
+            task.pod.release(&task.id).await;
+        }
     }
 
     /// The same for an exec process.

@@ -92,9 +92,8 @@ pub struct Pod {
     pub access: Access,
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
-    /// What its machine has.
-    now: std::sync::Mutex<Size>,
-    sizes: Mutex<Sizes>,
+    /// What its machine has, and why.
+    sizes: Sizes,
     ending: AtomicBool,
     private_pids: AtomicBool,
     paused: AtomicBool,
@@ -251,8 +250,7 @@ impl Pod {
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
-            now: std::sync::Mutex::new(sizes.boot()),
-            sizes: Mutex::new(sizes),
+            sizes,
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
             paused: AtomicBool::new(false),

@@ -53,9 +53,9 @@ fn memory_comes_with_containers_and_limits_and_goes_with_them() {
     let [_, one, two] = LIMITS_MIB;
     World::run(Kind::Pause, async |world| {
         let guest = boot(world).await;
-        let holds = |world: &World, mib| {
+        let holds = |world: &World, mib: u64| {
             assert_eq!(size(world).memory_mib, mib);
-            assert_eq!(plugged(&guest), mib - BOOT_MIB);
+            assert_eq!(plugged(&guest), (mib - BOOT_MIB).next_multiple_of(2));
         };
         done(world, Op::Create(1, None)).await;
         holds(world, BOOT_MIB.max(machine(one)));
@@ -75,6 +75,10 @@ fn memory_comes_with_containers_and_limits_and_goes_with_them() {
         update(world, 1, 700).await.unwrap();
         holds(world, machine(700 + two));
         world.call(Op::Kill((1, None), libc::SIGKILL)).await;
+        // What has ended uses nothing, however long it stays.
+        world.call(Op::Wait((1, None))).await;
+        world.settle().await;
+        holds(world, BOOT_MIB.max(machine(two)));
         world.call(Op::Delete((1, None))).await;
         holds(world, BOOT_MIB.max(machine(two)));
     });
