@@ -74,11 +74,11 @@ pub struct Config {
     pub max_vcpus: u32,
     /// Most memory of a machine that a pod may ask for, in MiB; 0: what the host has.
     pub max_memory_mib: u64,
-    /// vCPUs that a machine may get beside while it runs, at most; they wait in it. Never more than
-    /// the host has processors, or `max_vcpus`.
+    /// vCPUs that a machine may get beside while it runs, at most; they wait in it. Up to
+    /// `max_vcpus`.
     pub spare_vcpus: u32,
     /// Memory that a machine may get beside while it runs, in MiB, at most; it is not there until
-    /// then. Never more than the host has, or `max_memory_mib`.
+    /// then. Up to `max_memory_mib`.
     pub spare_memory_mib: u64,
     /// What a machine has of memory beside the limits of its containers, in MiB.
     pub overhead_mib: u64,

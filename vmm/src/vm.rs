@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_config::{Event, GuestEnd, Phase, Role};
-use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
+use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::epoll::EventSet;
@@ -129,11 +129,23 @@ impl Vm {
     /// # Errors
     /// Anything that the host or the configuration makes impossible.
     pub fn build(mut spec: VmSpec, log: Log) -> Result<Vm, VmError> {
-        let memory = Memory::with_spare(spec.memory, spec.spare_memory)?;
+        let supported = spec
+            .kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell its CPUID"))?;
+        let bits = cpuid::physical_bits(&supported);
+        let spare = layout::spare_within(spec.memory, spec.spare_memory, bits);
+        if spare < spec.spare_memory {
+            log.info(&format!(
+                "{} MiB can be plugged: the processor has {bits} address bits",
+                spare >> 20
+            ));
+        }
+        let memory = Memory::with_spare(spec.memory, spare)?;
         let vm = Arc::new(create_vm(&spec.kvm)?);
         // SAFETY: `Vm` drops `memory` last, and `run` joins the vCPUs before it drops anything.
         unsafe { memory.register(&vm)? };
-        let vcpus = create_vcpus(&spec.kvm, &vm, &memory, spec.possible_vcpus)?;
+        let vcpus = create_vcpus(&supported, &vm, &memory, spec.possible_vcpus)?;
         let stats: KvmStatsOfAll = Arc::new(vcpus.iter().map(KvmStats::open).collect());
         let reports = Reports::new(stats.clone(), log.clone())?;
 
@@ -272,11 +284,13 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     Ok(vm)
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, memory: &Memory, count: u8) -> Result<Vec<VcpuFd>, VmError> {
-    let supported = kvm
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(refused("tell its CPUID"))?;
-    let bits = cpuid::physical_bits(&supported);
+fn create_vcpus(
+    supported: &CpuId,
+    vm: &VmFd,
+    memory: &Memory,
+    count: u8,
+) -> Result<Vec<VcpuFd>, VmError> {
+    let bits = cpuid::physical_bits(supported);
     let end = memory.end();
     if bits < 64 && end > 1 << bits {
         return Err(VmError::AddressBits { end, bits });
@@ -291,7 +305,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, memory: &Memory, count: u8) -> Result<Vec<
             // It fails on hosts whose TSC is unstable.
             tsc_khz: vcpu.get_tsc_khz().ok().filter(|&khz| khz > 0),
         };
-        vcpu.set_cpuid2(&cpuid::table(&supported, machine, id))
+        vcpu.set_cpuid2(&cpuid::table(supported, machine, id))
             .map_err(refused("take a vCPU's CPUID"))?;
         cpu::set_common_state(&vcpu)?;
         vcpus.push(vcpu);

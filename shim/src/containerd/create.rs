@@ -22,8 +22,11 @@ use crate::{
         stdio::{Ends, Handed, Names, Owner, Streams},
     },
     ids,
-    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom, limits::Asked},
-    pod::{self, Container, Held, Order, Parts, Pod, Request, Size, layers::Layer},
+    oci::{
+        self, Bundle, Plan, PodPlan, Role, RootFrom,
+        limits::{Asked, Limits},
+    },
+    pod::{self, Container, Held, Order, Parts, Pod, Request, Room, Size, layers::Layer},
 };
 
 /// What Create asks for.
@@ -251,7 +254,7 @@ impl Tasks {
                 joins: true,
                 host_limits: &[],
                 size,
-                spare: size.spare(&config),
+                room: Room::of(size, limits, &config),
                 network: plan.paths.network.as_deref(),
                 net_slots: plan.later_interfaces(),
                 serial: None,
@@ -277,6 +280,7 @@ impl Tasks {
         pod_plan.paths.has_guest = true;
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
+        let asked = Asked::of(&wanted.bundle)?;
         let limits = oci::limits::of_container(&wanted.bundle)?;
         let size = Size::of(&limits, &config).map_err(pod::Error::from)?;
         let cgroups_path = plan.cgroups_path.clone();
@@ -293,7 +297,7 @@ impl Tasks {
                 joins: true,
                 host_limits: &host_limits,
                 size,
-                spare: size.spare(&config),
+                room: Room::of(size, Limits::default(), &config),
                 network: pod_plan.paths.network.as_deref(),
                 net_slots: pod_plan.later_interfaces(),
                 serial: None,
@@ -325,7 +329,7 @@ impl Tasks {
         let bounded = pod.bound_time(&plan.container.resources);
         // Nobody is there yet who could have it.
         let _ = pod.enter_guest(&container.id, &plan.container.namespaces);
-        pod.adopt(&container.id, Asked::of(&wanted.bundle)?);
+        pod.adopt(&container.id, asked);
         let spec = std::mem::take(&mut plan.container);
         let process = spec.process.clone().unwrap_or_default();
         let created = match bounded {
@@ -364,19 +368,18 @@ impl Tasks {
             )));
         }
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
+        let asked = Asked::of(&wanted.bundle)?;
         let process = plan.container.process.clone().unwrap_or_default();
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;
         pod.admit(&container.id, &plan.container.namespaces)?;
         if pod.plan.paths.alone {
             pod.free_time()?;
         }
-        let asked = Asked::of(&wanted.bundle)?;
         let limits = pod
             .limit(&plan.host_limits)
             .inspect_err(|_| pod.leave(&container.id))?;
         let made = async {
-            // Its end gives back what comes of it.
-            let _ = pod.claim(&container.id, asked).await?;
+            pod.join(&container.id, asked).await?;
             let (stdio, streams) = {
                 let mut held = pod.held().await;
                 let held = held.as_mut().ok_or_else(|| pod.ended())?;
@@ -486,6 +489,7 @@ fn task(
         execs: std::sync::Mutex::new(BTreeMap::<String, Arc<Exec>>::new()),
         usage: Usage::default(),
         deletion: tokio::sync::Mutex::new(()),
+        updating: tokio::sync::Mutex::new(()),
     }
 }
 

@@ -89,8 +89,9 @@ pub struct Task {
     guest: Option<Guest>,
     execs: Mutex<BTreeMap<String, Arc<Exec>>>,
     usage: Usage,
-    /// One Delete at a time.
+    /// One Delete at a time, and one Update.
     deletion: tokio::sync::Mutex<()>,
+    updating: tokio::sync::Mutex<()>,
 }
 
 /// What is kept of a container's configuration.
@@ -477,10 +478,17 @@ impl Tasks {
             // Kubernetes resizes a pod: what its containers may use is set on each of them.
             return Ok(task.pod.limit(&host).map(drop)?);
         }
+        let _one = task.updating.lock().await;
         task.awake("update")?;
         let pod = &task.pod;
-        let claim = pod.claim(id, Asked::anew(json)?).await?;
+        let asked = Asked::anew(json)?;
+        let claim = pod.claim(id, asked).await.map_err(Error::from);
+        let claim = self.heed(None, id, claim)?;
         if task.holds_pod {
+            // As many processors of the guest stand for the host's as there are now.
+            if let Some(list) = pod.processors(&claim) {
+                crate::oci::limits::name_processors(&mut resources, list);
+            }
             let vcpus = pod.size().vcpus;
             host.extend(crate::oci::limits::host_files(&mut resources, vcpus));
         }
@@ -496,7 +504,7 @@ impl Tasks {
             pod.disclaim(claim).await;
             return Err(error.into());
         }
-        pod.settle().await;
+        pod.commit(claim).await;
         // Whoever asks next is told of these limits, if the guest is quick.
         task.usage.settle(&task.pod, id).await;
         Ok(())

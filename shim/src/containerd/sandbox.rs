@@ -24,7 +24,7 @@ use crate::{
     containerd::stdio::Names,
     ids,
     oci::{PodFiles, PodPlan, cri},
-    pod::{self, Order, Parts, Pod, Request, Size},
+    pod::{self, Order, Parts, Pod, Request, Room, Size},
 };
 
 /// How long the guest of a pod that nobody knows any more may take to end.
@@ -39,6 +39,7 @@ pub(super) struct ApiPod {
     plan: PodPlan,
     cgroups_path: Option<PathBuf>,
     size: Size,
+    room: Room,
     /// Its phases are those of a process, and whoever waits for its end waits in the same way.
     life: Process,
     pod: Mutex<Option<Arc<Pod>>>,
@@ -65,7 +66,9 @@ impl ApiPod {
             return Err(Error::Invalid(text));
         }
         let config = Config::load(config)?;
-        let size = Size::of(&cri::limits(&asked)?, &config).map_err(pod::Error::from)?;
+        let limits = cri::limits(&asked)?;
+        let size = Size::of(&limits, &config).map_err(pod::Error::from)?;
+        let room = Room::of(size, limits, &config);
         let id = &request.sandbox_id;
         let files = PodFiles::beneath(bundle);
         let plan = cri::plan(&asked, id, &request.netns_path, files.clone());
@@ -77,6 +80,7 @@ impl ApiPod {
             plan,
             cgroups_path: cri::cgroups_path(&asked, id),
             size,
+            room,
             life: Process::new("", Names::default(), Phase::Created),
             pod: Mutex::default(),
             used: Mutex::default(),
@@ -236,7 +240,7 @@ impl Tasks {
                 joins: true,
                 host_limits: &[],
                 size: sandbox.size,
-                spare: sandbox.size.spare(&sandbox.config),
+                room: sandbox.room.clone(),
                 network: sandbox.plan.paths.network.as_deref(),
                 net_slots: sandbox.plan.later_interfaces(),
                 serial: None,

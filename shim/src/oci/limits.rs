@@ -275,6 +275,12 @@ impl Asked {
         Ok(Asked(asked))
     }
 
+    /// The list of processors that it names.
+    pub fn processors(&self) -> Option<String> {
+        let Asked(Raw { cpus, .. }) = self;
+        (!cpus.trim().is_empty()).then(|| cpus.clone())
+    }
+
     /// What stands after an update.
     pub fn updated(&self, new: Asked) -> Asked {
         let (Asked(old), Asked(new)) = (self, new);
@@ -292,30 +298,96 @@ impl Asked {
     }
 }
 
-/// What several containers of a pod may use together. Of one that is alone the processors' list
-/// counts, which is the host's; a member's is the machine's.
-pub fn together<'a>(asked: impl ExactSizeIterator<Item = &'a Asked>) -> Result<Limits, Wrong> {
-    let alone = asked.len() == 1;
+/// Bytes of memory, and microseconds of processors' time in [`DEFAULT_PERIOD`]; 0 where there is no
+/// limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Amounts {
+    memory: i128,
+    time: i128,
+}
+
+impl Amounts {
+    fn of(limits: &Limits) -> Amounts {
+        Amounts {
+            memory: limits.memory.unwrap_or(0).into(),
+            time: limits.quota.map_or(0, Quota::in_default_period).into(),
+        }
+    }
+
+    /// With the difference of a container's limits.
+    pub fn changed(self, old: &Asked, new: &Asked) -> Amounts {
+        let [old, new] = [old, new].map(|Asked(raw)| raw.read(Source::Config).unwrap_or_default());
+        let (old, new) = (Amounts::of(&old), Amounts::of(&new));
+        Amounts {
+            memory: self.memory + new.memory - old.memory,
+            time: self.time + new.time - old.time,
+        }
+    }
+}
+
+impl Quota {
+    /// Microseconds.
+    fn in_default_period(self) -> u64 {
+        let us = u128::from(self.quota_us) * u128::from(DEFAULT_PERIOD);
+        u64::try_from(us.div_ceil(self.period_us.into())).unwrap_or(u64::MAX)
+    }
+}
+
+/// So much time in each default period.
+fn quota(us: u64) -> Quota {
+    Quota {
+        quota_us: us,
+        period_us: DEFAULT_PERIOD,
+    }
+}
+
+impl Limits {
+    /// Those of a pod whose containers have these: what was announced and then changed by updates,
+    /// where anything was announced.
+    pub fn announced(self, announced: &Limits, updates: Amounts) -> Limits {
+        let with = |announced: u64, change: i128| {
+            u64::try_from((i128::from(announced) + change).max(0)).unwrap_or(u64::MAX)
+        };
+        let time = announced.quota.map(Quota::in_default_period);
+        Limits {
+            memory: announced
+                .memory
+                .map_or(self.memory, |memory| Some(with(memory, updates.memory))),
+            quota: time.map_or(self.quota, |time| Some(quota(with(time, updates.time)))),
+            ..self
+        }
+    }
+}
+
+/// What several containers of a pod may use together. The list of processors of a container that
+/// has the machine `alone` counts, which is the host's; another one's is the machine's.
+pub fn together(all: &[&Asked], alone: bool) -> Result<Limits, Wrong> {
     let mut total = Limits::default();
-    for Asked(raw) in asked {
+    for Asked(raw) in all {
         let one = raw.read(Source::Config)?;
         let sum = |total: Option<u64>, one: Option<u64>| match (total, one) {
             (Some(total), Some(one)) => Some(total.saturating_add(one)),
             (total, one) => total.or(one),
         };
-        let time = |quota: Quota| {
-            let us = u128::from(quota.quota_us) * u128::from(DEFAULT_PERIOD);
-            u64::try_from(us.div_ceil(quota.period_us.into())).unwrap_or(u64::MAX)
-        };
-        let quota_us = sum(total.quota.map(time), one.quota.map(time));
-        total.quota = quota_us.map(|quota_us| Quota {
-            quota_us,
-            period_us: DEFAULT_PERIOD,
-        });
+        let time = [total.quota, one.quota].map(|quota| quota.map(Quota::in_default_period));
+        total.quota = sum(time[0], time[1]).map(quota);
         total.memory = sum(total.memory, one.memory);
         total.cpus = one.cpus.filter(|_| alone);
     }
     Ok(total)
+}
+
+/// Adds a list of processors to the limits that a container is given, if they have none.
+pub fn name_processors(resources: &mut agent::Resources, list: String) {
+    let name = "cpuset.cpus";
+    if resources.files.iter().all(|file| file.name != name) {
+        resources.files.push(agent::CgroupFile {
+            name: name.into(),
+            value: list,
+            field: Source::Config.name(Field::Cpus),
+            ..Default::default()
+        });
+    }
 }
 
 fn raw(resources: &oci_spec::runtime::LinuxResources) -> Result<Raw, Wrong> {
@@ -328,6 +400,19 @@ fn raw(resources: &oci_spec::runtime::LinuxResources) -> Result<Raw, Wrong> {
         raw.period = signed(Field::Period, cpu.period())?;
         raw.shares = signed(Field::Shares, cpu.shares())?;
         raw.cpus = cpu.cpus().clone().unwrap_or_default();
+    }
+    // They are written last, and win. What is no number is refused by the guest's kernel.
+    let unified = |name: &str| resources.unified().as_ref()?.get(name);
+    let number = |word: Option<&str>| match word {
+        Some("max") => -1,
+        word => word.and_then(|word| word.parse().ok()).unwrap_or(0),
+    };
+    if let Some(text) = unified("memory.max") {
+        raw.memory = number(Some(text.trim()));
+    }
+    if let Some(text) = unified("cpu.max") {
+        let mut words = text.split_ascii_whitespace();
+        (raw.quota, raw.period) = (number(words.next()), number(words.next()));
     }
     Ok(raw)
 }
@@ -485,7 +570,7 @@ mod tests {
     #[test]
     fn containers_of_a_pod_add_up_and_an_update_changes_what_it_names() {
         let asked = |json: &str| Asked::anew(json.as_bytes()).unwrap();
-        let sum = |all: &[&Asked]| together(all.iter().copied()).unwrap();
+        let sum = |all: &[&Asked]| together(all, all.len() == 1).unwrap();
         let one = asked(
             r#"{"cpu": {"quota": 50000, "period": 100000, "cpus": "3"}, "memory": {"limit": 10}}"#,
         );
@@ -505,6 +590,26 @@ mod tests {
         assert_eq!(of(&[&more]), (Some((50_000, 100_000)), Some(30), Some(1)));
         let lifted = r#"{"cpu": {"quota": -1, "cpus": "0-3"}, "memory": {"limit": -1}}"#;
         assert_eq!(of(&[&more.updated(asked(lifted))]), (None, None, Some(4)));
+        // Files by their names win.
+        let unified =
+            r#"{"memory": {"limit": 7}, "unified": {"memory.max": "9", "cpu.max": "max 10000"}}"#;
+        assert_eq!(
+            of(&[&one.updated(asked(unified))]),
+            (None, Some(9), Some(1))
+        );
+        // Of what an engine has announced only updates change anything.
+        let announced = Limits {
+            memory: Some(12),
+            quota: Some(quota(100_000)),
+            ..Limits::default()
+        };
+        let with = |updates| {
+            let limits = sum(&[&one, &two]).announced(&announced, updates);
+            (limits.memory, limits.quota.map(|quota| quota.quota_us))
+        };
+        assert_eq!(with(Amounts::default()), (Some(12), Some(100_000)));
+        let updates = Amounts::default().changed(&one, &more).changed(&two, &none);
+        assert_eq!(with(updates), (Some(32), Some(25_000)));
         assert!(Asked::anew(br#"{"memory": {"limit": -5}}"#).is_err());
         assert!(Asked::anew(b"{").is_err());
     }

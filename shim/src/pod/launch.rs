@@ -112,8 +112,8 @@ impl Taken {
         let hardware = Hardware {
             vcpus: request.size.vcpus,
             memory_mib: request.size.memory_mib,
-            spare_vcpus: request.spare.vcpus,
-            spare_memory_mib: request.spare.memory_mib,
+            spare_vcpus: request.room.spare.vcpus,
+            spare_memory_mib: request.room.spare.memory_mib,
             kvm: parts.kvm.as_fd(),
             kernel: parts.kernel.as_fd(),
             initrd: parts.initrd.as_fd(),
@@ -195,7 +195,7 @@ impl Sandbox {
 fn tasks(config: &Config, request: &Request<'_>) -> u64 {
     const ROOM: u64 = 32;
     let pairs = u64::from(config.network.pairs(request.size.vcpus));
-    u64::from(request.size.vcpus + request.spare.vcpus)
+    u64::from(request.size.vcpus + request.room.spare.vcpus)
         + pairs * MAX_DEVICES as u64
         + u64::from(config.share.queues)
         + ROOM

@@ -33,7 +33,8 @@ impl Pod {
     }
 }
 
-fn limit(cgroup: &Path, files: &[(String, String)]) -> Result<Undo, Error> {
+/// The same for a cgroup by its path.
+pub(super) fn limit(cgroup: &Path, files: &[(String, String)]) -> Result<Undo, Error> {
     let mut undo = Undo {
         cgroup: cgroup.into(),
         old: Vec::new(),

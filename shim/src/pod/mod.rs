@@ -29,7 +29,10 @@ use std::{
     collections::BTreeMap,
     os::unix::net::UnixStream,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,6 +49,7 @@ pub use self::{
     error::Error,
     installed::Parts,
     jailed::Jailed,
+    resize::{Claim, Room},
     sandbox::{Request, Sandbox},
     size::Size,
 };
@@ -93,7 +97,7 @@ pub struct Pod {
     /// Its cgroup on the host.
     pub cgroup: PathBuf,
     /// What its machine has, and why.
-    sizes: Sizes,
+    sizes: Arc<Sizes>,
     ending: AtomicBool,
     private_pids: AtomicBool,
     paused: AtomicBool,
@@ -198,8 +202,7 @@ impl Pod {
             plan,
             request,
         } = order;
-        let id = request.id;
-        let sizes = Sizes::new(config, request.size, request.spare);
+        let (id, sizes) = (request.id, (request.size, request.room.clone()));
         let mut sandbox = Sandbox::launch(config, parts, request).await?;
         if plan.paths.shm.is_some() {
             sandbox.share_memory(plan.shm_bytes);
@@ -227,7 +230,7 @@ impl Pod {
         match done {
             Ok(done) => {
                 tell_boot(id, began, &held.sandbox.stamps());
-                let pod = Pod::new(id, plan.clone(), held, sizes);
+                let pod = Pod::new(id, plan.clone(), held, (config, sizes));
                 Ok((pod, done))
             }
             Err(error) => {
@@ -242,15 +245,21 @@ impl Pod {
         self.access.agent()
     }
 
-    fn new(id: &str, mut plan: PodPlan, held: Held, sizes: Sizes) -> Pod {
+    fn new(
+        id: &str,
+        mut plan: PodPlan,
+        held: Held,
+        (config, sizes): (&Config, (Size, Room)),
+    ) -> Pod {
         plan.paths.pid = held.pid();
+        let machine = (held.sandbox.access(), held.sandbox.cgroup().into());
         Pod {
             id: id.into(),
             pid: held.pid().unwrap_or(0),
             plan,
             access: held.sandbox.access(),
             cgroup: held.sandbox.cgroup().into(),
-            sizes,
+            sizes: Sizes::new(id, config, sizes, machine),
             ending: AtomicBool::new(false),
             private_pids: AtomicBool::new(false),
             paused: AtomicBool::new(false),

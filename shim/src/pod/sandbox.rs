@@ -28,6 +28,7 @@ use super::{
     launch::{Cgroup, Fs, SHARE_TAG, Share, Taken, Vm},
     oom::OomScores,
     reclaim,
+    resize::Room,
     size::Size,
 };
 use crate::{
@@ -59,8 +60,8 @@ pub struct Request<'a> {
     pub id: &'a str,
     /// Of its machine.
     pub size: Size,
-    /// What its machine may get beside while it runs.
-    pub spare: Size,
+    /// How its machine may grow while it runs.
+    pub room: Room,
     /// `linux.cgroupsPath`.
     pub cgroups_path: Option<&'a Path>,
     /// The process that makes the pod belongs to it and goes into its cgroup: a shim does, a

@@ -179,6 +179,39 @@ impl Size {
             memory_mib: memory_mib(host, limits, vcpus, config)?,
         })
     }
+
+    /// Of a machine that was booted with `boot` and can come to `most`, whose containers have these
+    /// limits together. A vCPU more takes what it needs of the overhead.
+    pub(super) fn grown(
+        limits: &Limits,
+        boot: Size,
+        most: Size,
+        config: &Config,
+    ) -> Result<Size, Error> {
+        Size::grown_on(&Host::here(), limits, (boot, most), config)
+    }
+
+    fn grown_on(
+        host: &Host,
+        limits: &Limits,
+        (boot, most): (Size, Size),
+        config: &Config,
+    ) -> Result<Size, Error> {
+        let mut size = boot;
+        match (limits.quota, &limits.cpus) {
+            (Some(_), _) => size.vcpus = boot.vcpus.max(vcpus(host, limits, config)?),
+            // A list restricts: it asks for nothing.
+            (None, Some(_)) => {
+                let wanted = vcpus(host, limits, config)?;
+                size.vcpus = boot.vcpus.max(wanted.min(most.vcpus));
+            }
+            (None, None) => {}
+        }
+        if let Some(mib) = bounded_mib(host, limits, boot.vcpus, config)? {
+            size.memory_mib = boot.memory_mib.max(mib);
+        }
+        size.within(most)
+    }
 }
 
 fn most_vcpus(host: &Host, config: &Config) -> u64 {
@@ -235,27 +268,26 @@ pub fn least_memory_mib(vcpus: u32) -> u64 {
     config::MIN_MEMORY_MIB + u64::from(vcpus.saturating_sub(1))
 }
 
-fn memory_mib(host: &Host, limits: &Limits, vcpus: u32, config: &Config) -> Result<u64, Error> {
-    let Some(limit) = limits.memory else {
-        return Ok(config.memory_mib);
-    };
-    let field = || limits.source.name(Field::Memory);
-    let bytes = match config.max_memory_mib {
+/// Bytes that containers with these limits may use on this host.
+fn limit(host: &Host, limits: &Limits, config: &Config) -> Option<u64> {
+    let limit = limits.memory?;
+    Some(match config.max_memory_mib {
         0 => limit.min(host.memory),
         _ => limit,
+    })
+}
+
+/// What the machine needs for the limit, if there is one, and the operator allows.
+fn bounded_mib(
+    host: &Host,
+    limits: &Limits,
+    vcpus: u32,
+    config: &Config,
+) -> Result<Option<u64>, Error> {
+    let Some(bytes) = limit(host, limits, config) else {
+        return Ok(None);
     };
     let mib = with_overhead(bytes, vcpus, config);
-    let least = least_memory_mib(vcpus);
-    if mib < least {
-        let more = least - mib;
-        return Err(Error::Small {
-            field: field(),
-            bytes,
-            mib,
-            least,
-            needed: (bytes.div_ceil(MIB) + more) * MIB,
-        });
-    }
     let bound = config.most_memory_mib();
     let reason = match config.max_memory_mib {
         0 => "",
@@ -263,11 +295,30 @@ fn memory_mib(host: &Host, limits: &Limits, vcpus: u32, config: &Config) -> Resu
     };
     if mib > bound {
         return Err(Error::Large {
-            field: field(),
+            field: limits.source.name(Field::Memory),
             asked: mib,
             unit: "MiB",
             bound,
             reason,
+        });
+    }
+    Ok(Some(mib))
+}
+
+fn memory_mib(host: &Host, limits: &Limits, vcpus: u32, config: &Config) -> Result<u64, Error> {
+    let Some(mib) = bounded_mib(host, limits, vcpus, config)? else {
+        return Ok(config.memory_mib);
+    };
+    let bytes = limit(host, limits, config).unwrap_or(0);
+    let least = least_memory_mib(vcpus);
+    if mib < least {
+        let more = least - mib;
+        return Err(Error::Small {
+            field: limits.source.name(Field::Memory),
+            bytes,
+            mib,
+            least,
+            needed: (bytes.div_ceil(MIB) + more) * MIB,
         });
     }
     if let Some(reserved) = limits.overhead.map(|bytes| bytes / MIB) {
@@ -409,6 +460,38 @@ mod tests {
             let error = boot.within(most).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
         }
+    }
+
+    #[test]
+    fn a_machine_grows_by_limits_and_never_below_its_boot() {
+        let (boot, most) = (
+            Size {
+                vcpus: 2,
+                memory_mib: 77,
+            },
+            Size {
+                vcpus: 3,
+                memory_mib: 2000,
+            },
+        );
+        let of = |limits: Limits| {
+            let grown = Size::grown_on(&host(), &limits, (boot, most), &Config::default());
+            grown.map(|size| (size.vcpus, size.memory_mib))
+        };
+        assert_eq!(of(Limits::default()), Ok((2, 77)));
+        // Too little to boot with is no matter here.
+        assert_eq!(of(limits(1_000, 1)), Ok((2, 77)));
+        // The memory is that of a machine with the vCPUs of the boot.
+        assert_eq!(of(limits(250_000, 256)), Ok((3, 256 + 4 + 64 + 1)));
+        assert!(of(limits(350_000, 0)).is_err());
+        let listed = |count| Limits {
+            cpus: Some((0..count).collect()),
+            ..Limits::default()
+        };
+        assert_eq!(
+            [of(listed(1)), of(listed(3)), of(listed(8))],
+            [Ok((2, 77)), Ok((3, 77)), Ok((3, 77))]
+        );
     }
 
     #[test]

@@ -26,7 +26,8 @@ fn middle(taken: impl Iterator<Item = f64>) -> f64 {
     taken[taken.len() / 2]
 }
 
-fn print(name: &str, unit: &str, ours: f64, peer: Option<f64>) {
+/// A line that `make bench` reads.
+pub(crate) fn figure(name: &str, unit: &str, ours: f64, peer: Option<f64>) {
     let figure = json!({"name": name, "unit": unit, "ours": ours, "peer": peer});
     println!("\nfigure {figure}");
 }
@@ -38,7 +39,7 @@ fn a_run_and_its_parts_beside_runcs() {
         let runs: Vec<Run> = (0..samples()).map(|_| run(runtime, false)).collect();
         middle(runs.iter().map(|run| run.whole))
     });
-    print("ctr run --rm true", "ms", ours, Some(peer));
+    figure("ctr run --rm true", "ms", ours, Some(peer));
     // Apart, for somebody who listens costs time.
     let [peer, ours] = [RUNC, BULKHEAD].map(|runtime| -> Vec<Run> {
         run(runtime, true);
@@ -46,11 +47,11 @@ fn a_run_and_its_parts_beside_runcs() {
     });
     for (n, name) in PARTS.iter().enumerate() {
         let part = |runs: &[Run]| middle(runs.iter().map(|run| run.parts[n]));
-        print(name, "ms", part(&ours), Some(part(&peer)));
+        figure(name, "ms", part(&ours), Some(part(&peer)));
     }
     for (n, (_, name)) in BOOT.iter().enumerate() {
         let boot = middle(ours.iter().map(|run| run.boot[n]));
-        print(name, "ms", boot, None);
+        figure(name, "ms", boot, None);
     }
 }
 
@@ -132,7 +133,7 @@ fn an_exec_beside_runcs() {
         running.remove();
         exec
     });
-    print("ctr task exec true", "ms", ours, Some(peer));
+    figure("ctr task exec true", "ms", ours, Some(peer));
 }
 
 #[test]
@@ -150,7 +151,7 @@ fn a_second_container_beside_runcs() {
         .collect();
     let name = "second container of a pod, CRI create + start";
     let ours = taken["bulkhead"].as_f64().expect("it was measured");
-    print(name, "ms", ours, taken["runc"].as_f64());
+    figure(name, "ms", ours, taken["runc"].as_f64());
 }
 
 #[test]
@@ -162,7 +163,7 @@ fn the_shims_memory() {
     let shim = pss_kib(shim_of(&running));
     // The contract of this project, the only figure that is judged: it does not depend on the emulation.
     assert!(shim <= 6 << 10, "{shim} KiB");
-    print(
+    figure(
         "the shim of an idle pod, PSS",
         "MiB",
         shim as f64 / 1024.0,

@@ -7,6 +7,7 @@ use std::time::Instant;
 use bulkhead_tests::{BULKHEAD, Bundle, Engine, Host, RUNC, Ran, Runtime, fresh_id, tail};
 use tempfile::NamedTempFile;
 
+use crate::figures::figure;
 use crate::limits::update;
 use crate::pods::Pod;
 use crate::{Running, cgroup_of, pods_cgroup, processes, run_once, shim_of, shims_end};
@@ -120,16 +121,24 @@ fn a_machine_that_runs_grows_and_shrinks_with_its_limits() {
         })
     };
     let limit = (100 * MIB).to_string();
-    let words = ["--cpus", "1", "--memory-limit", &limit];
+    let four = configured("max_vcpus = 4\n");
+    let mut took = Vec::new();
     // More than the machine had at first.
     let fill = "head -c 150m /dev/zero | tail -c 150m | wc -c";
     for runtime in [RUNC, BULKHEAD] {
-        let running = Running::start(runtime, &words, "sleep 1000");
+        let given = ["--cpus", "1", "--memory-limit", &limit];
+        let given = match runtime {
+            RUNC => given.to_vec(),
+            _ => words(&four, &given),
+        };
+        let running = Running::start(runtime, &given, "sleep 1000");
         let small = seen(&running);
-        update(&running, &limits(350, 1)).expect("more memory");
-        let since = Instant::now();
-        update(&running, &limits(350, 2)).expect("and another processor");
-        println!("{runtime}: another processor took {:?}", since.elapsed());
+        update(&running, &limits(100, 1)).expect("the same");
+        took.push([(356, 1), (356, 2)].map(|(mib, processors)| {
+            let since = Instant::now();
+            update(&running, &limits(mib, processors)).expect("more");
+            since.elapsed().as_secs_f64() * 1e3
+        }));
         assert_eq!(
             running.exec(fill).ok(),
             (150 * MIB).to_string(),
@@ -142,10 +151,8 @@ fn a_machine_that_runs_grows_and_shrinks_with_its_limits() {
             let cgroup = pods_cgroup();
             let ceiling = || number(&cgroup.join("machine/memory.max"));
             let high = ceiling();
-            assert_eq!(high, (421 + 421 / 8 + 64) * MIB);
-            let since = Instant::now();
+            assert_eq!(high, (426 + 426 / 8 + 64) * MIB);
             update(&running, &limits(100, 1)).expect("less");
-            println!("less of both took {:?}", since.elapsed());
             assert_eq!(seen(&running), small);
             assert_eq!(ceiling(), (166 + 166 / 8 + 64) * MIB);
             let used = number(&cgroup.join("machine/memory.current"));
@@ -157,6 +164,12 @@ fn a_machine_that_runs_grows_and_shrinks_with_its_limits() {
             assert_eq!(seen(&running), small);
         }
         running.remove();
+    }
+    for (n, name) in ["update: 256 MiB more", "update: another processor"]
+        .iter()
+        .enumerate()
+    {
+        figure(name, "ms", took[1][n], Some(took[0][n]));
     }
     shims_end();
     host.assert_nothing_left();
@@ -302,6 +315,34 @@ fn annotations_of_either_engine_make_the_machine() {
     assert!((400..512).contains(&mib), "{mib} MiB");
     // A request is no limit, and no less than was promised.
     assert_eq!(sizes(&["io.kubernetes.cri.sandbox-cpu-shares=2048"]).0, "2");
+}
+
+/// A container with a limit that nobody has announced: what the machine lacks comes with it, and
+/// goes with it. One that asks for more than the operator allows is refused, and the pod goes on.
+#[test]
+fn a_container_that_joins_brings_its_memory() {
+    let bounded = configured("max_memory_mib = 400\n");
+    let small = "io.kubernetes.cri.sandbox-memory=104857600";
+    let pod = Pod::start(BULKHEAD, &words(&bounded, &["--annotation", small]));
+    let total = |limit_mib: u64| {
+        let limit = (limit_mib * MIB).to_string();
+        pod.run(
+            &["--memory-limit", &limit],
+            "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo",
+        )
+    };
+    let mib = |ran: Ran| ran.ok().parse::<u64>().expect("MiB");
+    let (before, with, after) = (mib(total(64)), mib(total(200)), mib(total(64)));
+    assert!(with > 200 && with >= before + 90, "{before} {with}");
+    assert_eq!(before, after);
+    let refused = total(400);
+    let says = ["linux.resources.memory.limit", "max_memory_mib"];
+    assert!(
+        refused.status != 0 && says.iter().all(|word| refused.errors().contains(word)),
+        "{refused}"
+    );
+    assert_eq!(mib(total(64)), before);
+    pod.remove();
 }
 
 #[test]

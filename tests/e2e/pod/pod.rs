@@ -14,7 +14,7 @@ use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse, namespac
 use bulkhead_shim::config::Config;
 use bulkhead_shim::ledger::Resource;
 use bulkhead_shim::oci::{self, Plan};
-use bulkhead_shim::pod::{self, Parts, Request, Sandbox, Size};
+use bulkhead_shim::pod::{self, Parts, Request, Room, Sandbox, Size};
 use bulkhead_tests::{Bundle, Host, PATIENCE, fresh_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -72,7 +72,7 @@ impl Pod {
                     vcpus: 2,
                     memory_mib,
                 },
-                spare: Size::default(),
+                room: Room::default(),
                 cgroups_path: None,
                 joins: false,
                 host_limits: &[],

@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_shim::{
     cgroup,
     config::Config,
-    pod::{Parts, Request, Sandbox, Size},
+    pod::{Parts, Request, Room, Sandbox, Size},
 };
 use serde::Serialize;
 
@@ -257,7 +257,7 @@ async fn boot(config: &Config) -> Result<(String, Vec<Item>), String> {
             vcpus: 1,
             memory_mib: PROOF_MIB,
         },
-        spare: Size::default(),
+        room: Room::default(),
         cgroups_path: None,
         joins: false,
         host_limits: &[],

@@ -10,7 +10,7 @@ use bulkhead_shim::{
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
     pod::{
-        self, Container, Held, Order, Parts, Pod, Request, Size, size::least_memory_mib,
+        self, Container, Held, Order, Parts, Pod, Request, Room, Size, size::least_memory_mib,
         timeline::Timeline,
     },
     sys::own,
@@ -298,7 +298,7 @@ impl Run<'_> {
                 host_limits: &host_limits,
                 size,
                 // Nobody changes its limits.
-                spare: Size::default(),
+                room: Room::default(),
                 network: pod_plan.paths.network.as_deref(),
                 // There is no order to start, before which others could add some.
                 net_slots: match self.plan.hooks.create.is_empty() {

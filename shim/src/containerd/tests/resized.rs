@@ -115,3 +115,53 @@ fn what_the_guest_does_not_plug_is_an_error_and_changes_nothing() {
         );
     });
 }
+
+/// The guest uses what it is to let go: the call succeeds, since the container's own limit holds,
+/// and the machine is smaller when the guest can make it so.
+#[test]
+fn what_the_guest_keeps_is_its_own_until_it_lets_go() {
+    World::run(Kind::Pause, async |world| {
+        let guest = boot(world).await;
+        done(world, Op::Create(1, None)).await;
+        update(world, 1, 1000).await.unwrap();
+        guest.kept.store(300, Ordering::Relaxed);
+        update(world, 1, 50).await.unwrap();
+        assert_eq!(size(world).memory_mib, BOOT_MIB + 300);
+        // It is asked for more than it has been asked for last, although it has enough.
+        update(world, 1, 500).await.unwrap();
+        let requested = guest.requested.load(Ordering::Relaxed);
+        assert_eq!(requested, (machine(500) - BOOT_MIB).next_multiple_of(2));
+        update(world, 1, 50).await.unwrap();
+        guest.kept.store(0, Ordering::Relaxed);
+        tokio::time::sleep(std::time::Duration::from_secs(70)).await;
+        assert_eq!((plugged(&guest), size(world).memory_mib), (0, BOOT_MIB));
+    });
+}
+
+#[test]
+fn processors_follow_the_sum_of_the_quotas() {
+    World::run(Kind::Pause, async |world| {
+        let guest = boot(world).await;
+        let online = || guest.processors.load(Ordering::Relaxed);
+        for c in [1, 2] {
+            done(world, Op::Create(c, None)).await;
+        }
+        let time = async |world: &World, c, quota: i64| {
+            let limits = json!({"cpu": {"quota": quota, "period": 100_000}}).to_string();
+            let updated = world.tasks.update(&container(c), limits.as_bytes()).await;
+            updated.map_err(|error| crate::error::line(&error))
+        };
+        time(world, 1, 50_000).await.unwrap();
+        time(world, 2, 50_000).await.unwrap();
+        assert_eq!((online(), size(world).vcpus), (0, 1));
+        time(world, 2, 150_000).await.unwrap();
+        assert_eq!((online(), size(world).vcpus), (2, 2));
+        let error = time(world, 1, 250_000).await.unwrap_err();
+        assert!(error.contains("spare_vcpus"), "{error}");
+        let error = time(world, 1, 350_000).await.unwrap_err();
+        assert!(error.contains("max_vcpus"), "{error}");
+        assert_eq!((online(), size(world).vcpus), (2, 2));
+        time(world, 2, -1).await.unwrap();
+        assert_eq!((online(), size(world).vcpus), (1, 1));
+    });
+}

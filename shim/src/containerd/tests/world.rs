@@ -85,7 +85,7 @@ impl Host {
         let state = dir.path().join("state");
         fs::write(
             dir.path().join("config.toml"),
-            format!("state_dir = {state:?}\n[audit]\npath = \"\"\n"),
+            format!("state_dir = {state:?}\nmax_vcpus = 4\n[audit]\npath = \"\"\n"),
         )
         .unwrap();
         for kind in [Kind::Alone, Kind::Pause] {

@@ -177,7 +177,7 @@ impl Vm {
 
     pub(super) async fn stats(&self) -> Result<VmStats, vmm::Error> {
         let plugged = PluggedStats {
-            plugged_bytes: self.0.plugged.load(Ordering::Relaxed) << 20,
+            plugged_bytes: self.0.move_memory() << 20,
             ..PluggedStats::default()
         };
         Ok(VmStats {
@@ -187,8 +187,7 @@ impl Vm {
     }
 
     pub(super) async fn plug_memory(&self, mib: u64) -> Result<(), vmm::Error> {
-        let most = self.0.pluggable.load(Ordering::Relaxed);
-        self.0.plugged.store(mib.min(most), Ordering::Relaxed);
+        self.0.requested.store(mib, Ordering::Relaxed);
         Ok(())
     }
 

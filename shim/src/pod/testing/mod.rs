@@ -135,9 +135,12 @@ pub(crate) struct Guest {
     end: watch::Sender<Option<End>>,
     fs_end: watch::Sender<Option<Death>>,
     pub(super) killed: AtomicBool,
-    /// MiB of memory beside what it was booted with, and the most that it takes.
+    /// MiB of memory beside what it was booted with, what it is to have, the most that it takes, and
+    /// what it keeps.
     pub(crate) plugged: AtomicU64,
+    pub(crate) requested: AtomicU64,
     pub(crate) pluggable: AtomicU64,
+    pub(crate) kept: AtomicU64,
     /// Processors that are online; 0: nobody has said.
     pub(crate) processors: AtomicU32,
 }
@@ -187,7 +190,9 @@ impl Guest {
             fs_end: watch::Sender::new(None),
             killed: AtomicBool::new(false),
             plugged: AtomicU64::new(0),
+            requested: AtomicU64::new(0),
             pluggable: AtomicU64::new(u64::MAX),
+            kept: AtomicU64::new(0),
             processors: AtomicU32::new(0),
         });
         let init = Arc::new(Init(guest.clone()));
@@ -218,6 +223,21 @@ impl Guest {
             }
             let _ = changes.changed().await;
         }
+    }
+
+    /// Memory comes and goes by parts, in whole blocks: a step, and what there is then.
+    pub(super) fn move_memory(&self) -> u64 {
+        const STEP_MIB: u64 = 64;
+        let [now, requested, most, kept] =
+            [&self.plugged, &self.requested, &self.pluggable, &self.kept]
+                .map(|number| number.load(Ordering::Relaxed));
+        let wanted = requested.next_multiple_of(2);
+        let next = match now < wanted {
+            true => wanted.min(now + STEP_MIB).min(most).max(now),
+            false => wanted.max(now.saturating_sub(STEP_MIB)).max(kept).min(now),
+        };
+        self.plugged.store(next, Ordering::Relaxed);
+        next
     }
 
     /// Its machine ends.

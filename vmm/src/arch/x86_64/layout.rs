@@ -129,6 +129,14 @@ pub fn spare_range(ram: u64, spare: u64) -> SpareRange {
     }
 }
 
+/// As much of `spare` as a processor with so many address bits reaches behind `ram` bytes of RAM.
+pub fn spare_within(ram: u64, spare: u64, bits: u32) -> u64 {
+    let SpareRange { start, unit, .. } = spare_range(ram, spare);
+    let end = 1_u64.checked_shl(bits).unwrap_or(u64::MAX);
+    let room = end.saturating_sub(start);
+    spare.min(room - room % unit)
+}
+
 /// Where the virtio-mmio window of the `index`th device is.
 pub fn virtio_window(index: usize) -> u64 {
     VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_SIZE
@@ -191,6 +199,17 @@ mod tests {
         assert_eq!(at(63 * GIB + PAGE, GIB), (66 * GIB, 2 * GIB, 2 * GIB));
         let (start, size, _) = at(MAX_MEMORY - MIB, MIB);
         assert!(start + size <= 1 << 39);
+    }
+
+    #[test]
+    fn spare_memory_ends_where_the_processor_does() {
+        let within = |spare, bits| spare_within(512 * MIB, spare, bits);
+        assert_eq!(within(64 * GIB, 39), 64 * GIB);
+        assert_eq!(within(64 * GIB, 36), 60 * GIB);
+        assert_eq!(within(GIB, 36), GIB);
+        assert_eq!(within(GIB, 32), 0);
+        assert_eq!(within(GIB, 64), GIB);
+        assert_eq!(spare_within(80 * GIB, GIB, 36), 0);
     }
 
     #[test]
