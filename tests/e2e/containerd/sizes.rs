@@ -321,9 +321,8 @@ fn annotations_of_either_engine_make_the_machine() {
 /// goes with it. One that asks for more than the operator allows is refused, and the pod goes on.
 #[test]
 fn a_container_that_joins_brings_its_memory() {
-    let bounded = configured("max_memory_mib = 400\n");
-    let small = "io.kubernetes.cri.sandbox-memory=104857600";
-    let pod = Pod::start(BULKHEAD, &words(&bounded, &["--annotation", small]));
+    let bounded = configured("memory_mib = 160\nmax_memory_mib = 400\n");
+    let pod = Pod::start(BULKHEAD, &words(&bounded, &[]));
     let total = |limit_mib: u64| {
         let limit = (limit_mib * MIB).to_string();
         pod.run(
