@@ -242,7 +242,7 @@ pub fn cpu_list(text: &str) -> Result<BTreeSet<u32>, String> {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         match (number(first), number(last)) {
             (Some(first), Some(last)) if first <= last => cpus.extend(first..=last),
-            _ => return Err(format!("is {text:?}, which is no list of processors")),
+            _ => return Err(format!("is {text:?}, which is not a list of processors")),
         }
     }
     Ok(cpus)

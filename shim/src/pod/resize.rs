@@ -175,7 +175,7 @@ impl Sizes {
                 self.state().now.memory_mib = needed.memory_mib;
             }
             let wanted_mib = self.plugged_in(needed);
-            let plugged_mib = self.plug(needed, GROWTH).await?;
+            let plugged_mib = self.plug(needed, GROWTH, |mib| mib >= wanted_mib).await?;
             if plugged_mib < wanted_mib {
                 return Err(Error::Growth {
                     wanted_mib,
@@ -212,7 +212,9 @@ impl Sizes {
             return Ok(false);
         }
         let wanted_mib = self.plugged_in(needed);
-        let plugged_mib = self.plug(needed, LETTING_GO).await?;
+        let plugged_mib = self
+            .plug(needed, LETTING_GO, |mib| mib <= wanted_mib)
+            .await?;
         // Never more than it had: a VMM that fell tells what it likes.
         let has = self.boot.memory_mib.saturating_add(plugged_mib);
         let memory_mib = match plugged_mib > wanted_mib {
@@ -268,26 +270,23 @@ impl Sizes {
         (size.memory_mib - self.boot.memory_mib).next_multiple_of(2)
     }
 
-    /// Has the guest plug memory until it has so much, or unplug it; how many MiB it has beside what
-    /// it was booted with when that is done, or the time is over.
-    async fn plug(&self, size: Size, limit: Duration) -> Result<u64, Error> {
-        let (vm, wanted_mib) = (&self.access.vm, self.plugged_in(size));
-        let plugged = async || {
-            let stats = vm.stats().await?;
-            Ok::<_, vmm::Error>(stats.plugged.map_or(0, |memory| memory.plugged_bytes >> 20))
-        };
+    /// Asks the guest to plug memory until it has so much, or to unplug it; how many MiB it has
+    /// beside what it was booted with when that is enough, or the time is over.
+    async fn plug(
+        &self,
+        size: Size,
+        limit: Duration,
+        enough: impl Fn(u64) -> bool,
+    ) -> Result<u64, Error> {
+        let vm = &self.access.vm;
         let plugging = async {
-            let before = plugged().await?;
             self.state().requested.memory_mib = size.memory_mib;
-            vm.plug_memory(wanted_mib).await?;
+            vm.plug_memory(self.plugged_in(size)).await?;
             let (end, mut look) = (Instant::now() + limit, FIRST_LOOK);
             loop {
-                let now = plugged().await?;
-                let reached = match before <= wanted_mib {
-                    true => now >= wanted_mib,
-                    false => now <= wanted_mib,
-                };
-                if reached || Instant::now() >= end {
+                let plugged = vm.stats().await?.plugged.unwrap_or_default();
+                let now = plugged.plugged_bytes >> 20;
+                if enough(now) || Instant::now() >= end {
                     return Ok(now);
                 }
                 sleep(look).await;

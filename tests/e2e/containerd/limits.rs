@@ -154,7 +154,7 @@ fn an_update_that_is_refused_changes_nothing() {
     for (resources, words) in [
         (
             json!({"memory": {"limit": 100 << 20}, "cpu": {"cpus": "0-99"}}),
-            vec!["cpuset.cpus", "0-99"],
+            vec!["cpu.cpus", "which this host does not have"],
         ),
         (
             json!({"pids": {"limit": 9}, "cpu": {"mems": "3"}}),
