@@ -22,10 +22,7 @@ use crate::{
         stdio::{Ends, Handed, Names, Owner, Streams},
     },
     ids,
-    oci::{
-        self, Bundle, Plan, PodPlan, Role, RootFrom,
-        limits::{Asked, Limits},
-    },
+    oci::{self, Bundle, Plan, PodPlan, Role, RootFrom, asked::Asked, limits::Limits},
     pod::{self, Container, Held, Order, Parts, Pod, Request, Room, Size, layers::Layer},
 };
 
@@ -281,10 +278,9 @@ impl Tasks {
         pod_plan.sysctls.clear();
         let mut plan = wanted.plan(&pod_plan)?;
         let asked = Asked::of(&wanted.bundle)?;
-        let limits = oci::limits::of_container(&wanted.bundle)?;
-        let size = Size::of(&limits, &config).map_err(pod::Error::from)?;
+        let size = Size::of(asked.limits(), &config).map_err(pod::Error::from)?;
         let cgroups_path = plan.cgroups_path.clone();
-        let host_limits = oci::limits::of_host(&mut plan, size.vcpus);
+        let host_limits = oci::host_limits::of_host(&mut plan, size.vcpus);
         let container = Container::new(&wanted.id, wanted.bundle.directory.clone(), &plan);
         let parts = Parts::open(&config)?;
         let order = Order {

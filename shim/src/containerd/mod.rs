@@ -55,7 +55,7 @@ use crate::{
     audit::Audit,
     config::Config,
     machine::agent,
-    oci::limits::Asked,
+    oci::{asked::Asked, host_limits},
     pod::{self, Container, KILLED_PATIENCE, Pod, Trouble, promptly},
 };
 
@@ -482,15 +482,15 @@ impl Tasks {
         task.awake("update")?;
         let pod = &task.pod;
         let asked = Asked::anew(json)?;
-        let claim = pod.claim(id, asked).await.map_err(Error::from);
+        let claim = pod.claim(id, &asked).await.map_err(Error::from);
         let claim = self.heed(None, id, claim)?;
         if task.holds_pod {
             // As many processors of the guest stand for the host's as there are now.
             if let Some(list) = pod.processors(&claim) {
-                crate::oci::limits::name_processors(&mut resources, list);
+                host_limits::name_processors(&mut resources, list);
             }
             let vcpus = pod.size().vcpus;
-            host.extend(crate::oci::limits::host_files(&mut resources, vcpus));
+            host.extend(host_limits::host_files(&mut resources, vcpus));
         }
         if task.holds_pod && !self.has_another(id) {
             host.extend(pod.time_bound(&resources));

@@ -4,6 +4,7 @@
 //! sources of bind mounts are placed in the share (`rootfs.rs`), and the agent is told where in the guest they are.
 #![forbid(unsafe_code)]
 
+pub mod asked;
 pub mod cri;
 mod devices;
 mod features;
@@ -11,6 +12,7 @@ mod features;
 mod fuzz;
 mod hooks;
 pub mod host_interfaces;
+pub mod host_limits;
 mod kubelet_path;
 pub mod limits;
 mod mount_points;

@@ -1,8 +1,10 @@
 //! The size of a machine that runs follows what its containers may use.
 //!
 //! ```text
-//! a container comes, or its limits rise ──► claim: host's ceiling up ──► memory plugged, vCPUs online ──► its limits
-//! a container ends, or its limits fall  ──► its limits ──► settle: vCPUs offline, memory unplugged ──► ceiling down
+//! a container comes, or its limits rise
+//!     ──► join, claim: host's ceiling up ──► memory plugged, vCPUs online ──► its limits
+//! a container ends, or its limits fall
+//!     ──► its limits ──► settle: vCPUs offline, memory unplugged ──► ceiling down
 //! ```
 //!
 //! A machine is never smaller than it was booted, and never larger than that and what it was given
@@ -27,13 +29,16 @@ use super::{
     Access, Error, Pod,
     limits::limit,
     promptly,
-    size::{self, Size},
+    size::{self, Host, Size},
 };
 use crate::{
     cgroup,
     config::Config,
     machine::vmm,
-    oci::limits::{self, Amounts, Asked, Limits},
+    oci::{
+        asked::{Amounts, Asked, together},
+        limits::Limits,
+    },
 };
 
 /// How long a guest may take to plug memory: it makes a page array for it, and little else.
@@ -75,7 +80,9 @@ pub(super) struct Sizes {
     id: String,
     config: Config,
     boot: Size,
-    room: Room,
+    /// What it can come to.
+    most: Size,
+    announced: Limits,
     access: Access,
     cgroup: PathBuf,
     state: Mutex<State>,
@@ -112,7 +119,11 @@ impl Sizes {
             id: id.into(),
             config: config.clone(),
             boot,
-            room,
+            most: Size {
+                vcpus: boot.vcpus + room.spare.vcpus,
+                memory_mib: boot.memory_mib + room.spare.memory_mib,
+            },
+            announced: room.announced,
             access,
             cgroup,
             state: Mutex::new(State {
@@ -133,7 +144,7 @@ impl Sizes {
     }
 
     /// What the containers may use together, before or after the updates that are being made.
-    fn total(&self, after: bool) -> Result<Limits, Error> {
+    fn total(&self, after: bool) -> Limits {
         let state = self.state();
         let mut updates = state.updates;
         let mut all = Vec::new();
@@ -146,20 +157,15 @@ impl Sizes {
         }
         let is_holder = |id: &String| state.holder.as_ref() == Some(id);
         let alone = state.asked.len() == 1 && state.asked.keys().all(is_holder);
-        let total = limits::together(&all, alone).map_err(size::Error::from)?;
-        Ok(total.announced(&self.room.announced, updates))
+        together(&all, alone).announced(&self.announced, updates)
     }
 
     /// What they need: of limits that are about to change, the larger ones.
     fn needed(&self) -> Result<Size, Error> {
-        let spare = self.room.spare;
-        let most = Size {
-            vcpus: self.boot.vcpus + spare.vcpus,
-            memory_mib: self.boot.memory_mib + spare.memory_mib,
-        };
-        let size = |total| Ok::<_, Error>(Size::grown(&total, self.boot, most, &self.config)?);
-        let after = self.total(true).and_then(size)?;
-        let before = self.total(false).and_then(size).unwrap_or(self.boot);
+        let (host, bounds) = (Host::here(), (self.boot, self.most));
+        let size = |after| Size::grown(&host, &self.total(after), bounds, &self.config);
+        let after = size(true)?;
+        let before = size(false).unwrap_or(self.boot);
         Ok(Size {
             vcpus: after.vcpus.max(before.vcpus),
             memory_mib: after.memory_mib.max(before.memory_mib),
@@ -185,11 +191,8 @@ impl Sizes {
             }
         }
         if needed.vcpus > requested.vcpus {
-            {
-                let mut state = self.state();
-                state.now.vcpus = needed.vcpus.max(now.vcpus);
-                state.requested.vcpus = needed.vcpus;
-            }
+            self.state().now.vcpus = needed.vcpus.max(now.vcpus);
+            self.state().requested.vcpus = needed.vcpus;
             promptly(self.access.agent().set_processors(needed.vcpus)).await?;
         }
         let has = self.state().now;
@@ -215,18 +218,17 @@ impl Sizes {
         let plugged_mib = self
             .plug(needed, LETTING_GO, |mib| mib <= wanted_mib)
             .await?;
-        // Never more than it had: a VMM that fell tells what it likes.
-        let has = self.boot.memory_mib.saturating_add(plugged_mib);
-        let memory_mib = match plugged_mib > wanted_mib {
-            true => has.min(now.memory_mib).max(needed.memory_mib),
-            false => needed.memory_mib,
-        };
-        self.state().now.memory_mib = memory_mib;
-        self.set_ceiling(memory_mib)?;
-        if plugged_mib > wanted_mib {
+        let mut memory_mib = needed.memory_mib;
+        let keeps = plugged_mib > wanted_mib;
+        if keeps {
+            // Never more than it had: a VMM that fell tells what it likes.
+            let has = self.boot.memory_mib.saturating_add(plugged_mib);
+            memory_mib = has.min(now.memory_mib).max(memory_mib);
             tracing::warn!(pod = %self.id, wanted_mib, plugged_mib, "the guest uses memory that it is to let go, and keeps it until then");
         }
-        Ok(plugged_mib > wanted_mib)
+        self.state().now.memory_mib = memory_mib;
+        self.set_ceiling(memory_mib)?;
+        Ok(keeps)
     }
 
     /// Shrinks the machine as far as its containers let it, in the background for as long as the
@@ -352,14 +354,15 @@ impl Pod {
     ///
     /// # Errors
     /// The machine cannot be so large, or does not become it. It is as before.
-    pub async fn claim(&self, container: &str, asked: Asked) -> Result<Claim, Error> {
+    pub async fn claim(&self, container: &str, asked: &Asked) -> Result<Claim, Error> {
         let claim = Claim(container.into());
         let grown = {
             let _one = self.sizes.changing.lock().await;
             {
                 let mut state = self.sizes.state();
                 let old = state.asked.get(container).cloned().unwrap_or_default();
-                state.pending.insert(container.into(), old.updated(asked));
+                let new = old.updated(asked).map_err(size::Error::from)?;
+                state.pending.insert(container.into(), new);
             }
             self.grow().await
         };

@@ -131,7 +131,7 @@ impl Size {
         Size::on(&Host::here(), limits, config)
     }
 
-    /// Bytes of memory.
+    /// For who counts in bytes.
     pub fn memory_bytes(self) -> u64 {
         self.memory_mib.saturating_mul(MIB)
     }
@@ -183,15 +183,6 @@ impl Size {
     /// Of a machine that was booted with `boot` and can come to `most`, whose containers have these
     /// limits together. A vCPU more takes what it needs of the overhead.
     pub(super) fn grown(
-        limits: &Limits,
-        boot: Size,
-        most: Size,
-        config: &Config,
-    ) -> Result<Size, Error> {
-        Size::grown_on(&Host::here(), limits, (boot, most), config)
-    }
-
-    fn grown_on(
         host: &Host,
         limits: &Limits,
         (boot, most): (Size, Size),
@@ -207,7 +198,7 @@ impl Size {
             }
             (None, None) => {}
         }
-        if let Some(mib) = bounded_mib(host, limits, boot.vcpus, config)? {
+        if let Some((_, mib)) = for_limit(host, limits, boot.vcpus, config)? {
             size.memory_mib = boot.memory_mib.max(mib);
         }
         size.within(most)
@@ -268,24 +259,20 @@ pub fn least_memory_mib(vcpus: u32) -> u64 {
     config::MIN_MEMORY_MIB + u64::from(vcpus.saturating_sub(1))
 }
 
-/// Bytes that containers with these limits may use on this host.
-fn limit(host: &Host, limits: &Limits, config: &Config) -> Option<u64> {
-    let limit = limits.memory?;
-    Some(match config.max_memory_mib {
-        0 => limit.min(host.memory),
-        _ => limit,
-    })
-}
-
-/// What the machine needs for the limit, if there is one, and the operator allows.
-fn bounded_mib(
+/// Bytes that containers with these limits may use on this host, and the MiB that their machine
+/// needs for it. None without a limit.
+fn for_limit(
     host: &Host,
     limits: &Limits,
     vcpus: u32,
     config: &Config,
-) -> Result<Option<u64>, Error> {
-    let Some(bytes) = limit(host, limits, config) else {
+) -> Result<Option<(u64, u64)>, Error> {
+    let Some(limit) = limits.memory else {
         return Ok(None);
+    };
+    let bytes = match config.max_memory_mib {
+        0 => limit.min(host.memory),
+        _ => limit,
     };
     let mib = with_overhead(bytes, vcpus, config);
     let bound = config.most_memory_mib();
@@ -302,14 +289,13 @@ fn bounded_mib(
             reason,
         });
     }
-    Ok(Some(mib))
+    Ok(Some((bytes, mib)))
 }
 
 fn memory_mib(host: &Host, limits: &Limits, vcpus: u32, config: &Config) -> Result<u64, Error> {
-    let Some(mib) = bounded_mib(host, limits, vcpus, config)? else {
+    let Some((bytes, mib)) = for_limit(host, limits, vcpus, config)? else {
         return Ok(config.memory_mib);
     };
-    let bytes = limit(host, limits, config).unwrap_or(0);
     let least = least_memory_mib(vcpus);
     if mib < least {
         let more = least - mib;
@@ -475,7 +461,7 @@ mod tests {
             },
         );
         let of = |limits: Limits| {
-            let grown = Size::grown_on(&host(), &limits, (boot, most), &Config::default());
+            let grown = Size::grown(&host(), &limits, (boot, most), &Config::default());
             grown.map(|size| (size.vcpus, size.memory_mib))
         };
         assert_eq!(of(Limits::default()), Ok((2, 77)));

@@ -175,7 +175,7 @@ fn check_words(arguments: &Arguments, config: &Config) -> Result<(), Failure> {
 
 /// What the container's limits ask for, where the command line does not say.
 fn size(arguments: &Arguments, config: &Config, bundle: &Bundle) -> Result<Size, Failure> {
-    let mut limits = oci::limits::of_container(bundle)?;
+    let mut limits = oci::asked::Asked::of(bundle)?.limits().clone();
     if arguments.vcpus.is_some() {
         limits.quota = None;
     }
@@ -286,7 +286,7 @@ impl Run<'_> {
             ..PodPlan::default()
         };
         let cgroups_path = self.plan.cgroups_path.clone();
-        let host_limits = oci::limits::of_host(&mut self.plan, size.vcpus);
+        let host_limits = oci::host_limits::of_host(&mut self.plan, size.vcpus);
         let order = Order {
             parts: &self.parts,
             plan: &pod_plan,

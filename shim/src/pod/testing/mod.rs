@@ -135,8 +135,8 @@ pub(crate) struct Guest {
     end: watch::Sender<Option<End>>,
     fs_end: watch::Sender<Option<Death>>,
     pub(super) killed: AtomicBool,
-    /// MiB of memory beside what it was booted with, what it is to have, the most that it takes, and
-    /// what it keeps.
+    /// MiB of memory beside what it was booted with, what it is to have, the most that it takes,
+    /// and what it keeps.
     pub(crate) plugged: AtomicU64,
     pub(crate) requested: AtomicU64,
     pub(crate) pluggable: AtomicU64,
