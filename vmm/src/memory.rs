@@ -4,8 +4,9 @@
 //! Holes are punched by whoever gives memory back, so there is no write seal. The ramoops region is a memfd of its own: it
 //! is no RAM to the guest, no device reads it, and no other process ever gets it.
 //!
-//! Behind RAM the same memfd has what may be plugged later. Devices and the fs process reach all of it from the start, for it
-//! is a hole until somebody writes there; KVM knows of it as much as the shim has asked for ([`Spare`]).
+//! Behind RAM the same memfd has what may be plugged later. It is a hole until somebody writes
+//! there, so devices and the fs process reach all of it from the start. KVM knows of it as much as
+//! the shim has asked for ([`Spare`]).
 
 use std::fs::File;
 use std::io;
@@ -239,7 +240,8 @@ pub struct Spare {
     host: u64,
     /// Bytes that KVM knows of.
     shown: u64,
-    /// The next free one of KVM's slots. Each shows a unit of the region at least, and a region has 2048 of them at most.
+    /// The next free one of KVM's slots. Each shows a unit of the region at least, and a region has
+    /// 2048 of them at most.
     slot: u32,
 }
 
@@ -249,8 +251,9 @@ impl Spare {
         self.range
     }
 
-    /// Makes the first `size` bytes, whole units, visible to the guest. They stay so: KVM drops all that it has mapped when a
-    /// slot goes, and a guest that does not let go of memory would keep the slot anyway.
+    /// Makes the first `size` bytes, whole units, visible to the guest. They stay so. KVM drops all
+    /// that it has mapped when a slot goes, and a guest that does not let go of memory would keep
+    /// the slot anyway.
     ///
     /// # Errors
     /// KVM refuses a slot.

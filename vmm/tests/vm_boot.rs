@@ -108,7 +108,8 @@ fn room_for_memory_costs_a_boot_a_handshake_alone() {
     );
 }
 
-/// Linux plugs what it is asked to, uses it, and gives it back: what it has used is the host's again.
+/// Linux plugs what it is asked to, uses it, and gives it back: what it has used is the host's
+/// again.
 #[test]
 fn memory_that_is_plugged_is_used_and_comes_back() {
     const MIB: u64 = 1 << 20;

@@ -91,9 +91,9 @@ impl Cmdline {
         self.push(&format!("maxcpus={count}"))
     }
 
-    /// Tells which zone takes memory that is plugged: the one for what can be moved, so that it can be unplugged again, up to
-    /// three times what the kernel's own data may use; beyond that the kernel may use it, too. Without a policy the kernel may
-    /// use all of it.
+    /// Tells which zone takes memory that is plugged. The kernel keeps its own data out of that
+    /// zone, so that the memory can be unplugged again; beyond three times what its data may use, it
+    /// puts them there, too. Without a policy they may lie in all of it.
     ///
     /// # Errors
     /// The line is full.

@@ -23,7 +23,7 @@ use crate::devices::virtio::activator::{Activator, Attended};
 use crate::devices::virtio::balloon::{Balloon, Gauge};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, FsError};
-use crate::devices::virtio::mem::{self, Mem, Plug, PlugMaker, Region};
+use crate::devices::virtio::mem::{self, Mem, Plug, Region, Unwired};
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY, lock};
 use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Pairs, Slot, Workers};
 use crate::devices::virtio::registers::{self, Registers};
@@ -109,7 +109,7 @@ pub fn build(
         spare,
         net_workers,
         balloon,
-        plug: mut maker,
+        plug: mut unwired,
     } = virtio_devices(spec, memory, events, reports)?;
     let mut plug = None;
     let mut net = NetPorts::new(counters, spare, spec.vcpus.into());
@@ -131,9 +131,9 @@ pub fn build(
             net.add(transport);
         } else if name == mem::NAME {
             let signal = lock(&transport).signal();
-            plug = maker
+            plug = unwired
                 .take()
-                .and_then(|maker| self::plug(maker, memory, vm, signal));
+                .and_then(|unwired| wire(unwired, memory, vm, signal));
         }
         spec.cmdline.push_virtio(seat.window, seat.pin)?;
     }
@@ -200,7 +200,7 @@ struct Devices {
     spare: Vec<Pairs>,
     net_workers: Workers,
     balloon: Option<Gauge>,
-    plug: Option<PlugMaker>,
+    plug: Option<Unwired>,
 }
 
 /// vsock first: the agent's first words go there.
@@ -266,7 +266,7 @@ fn memory_devices(
     memory: &Memory,
     events: &mut EventLoop,
     devices: &mut Vec<Box<dyn VirtioDevice>>,
-) -> Result<(Option<Gauge>, Option<PlugMaker>), BoardError> {
+) -> Result<(Option<Gauge>, Option<Unwired>), BoardError> {
     let (mut gauge, mut plug) = (None, None);
     if spec.balloon {
         let balloon = Balloon::new(events.next_poller());
@@ -279,7 +279,7 @@ fn memory_devices(
         let SpareRange { start, size, unit } = spare.range();
         let mem = Mem::new(Region { start, size, unit }, events.next_poller());
         events.attach(mem.handler());
-        plug = Some(mem.maker());
+        plug = Some(mem.unwired());
         devices.push(Box::new(mem));
         spec.cmdline.push_plugging()?;
     }
@@ -287,10 +287,10 @@ fn memory_devices(
 }
 
 /// The machine's access to the device that plugs memory, whose transport has this signal.
-fn plug(maker: PlugMaker, memory: &Memory, vm: &Arc<VmFd>, signal: Signal) -> Option<Plug> {
+fn wire(unwired: Unwired, memory: &Memory, vm: &Arc<VmFd>, signal: Signal) -> Option<Plug> {
     let (mut spare, vm) = (memory.spare()?, vm.clone());
     let show = Box::new(move |size| spare.show(&vm, size).map_err(Into::into));
-    Some(maker(signal, show))
+    Some(unwired.wire(signal, show))
 }
 
 #[derive(Clone, Copy)]

@@ -25,8 +25,8 @@ pub enum Act {
     Tell,
     /// Announces itself and nonsense, a thousand times each, then powers off.
     Chatter,
-    /// Waits until it has [`GROWN`] bytes of memory, writes to [`TOUCHED`] bytes of it, lets go of them, announces nonsense and
-    /// sleeps.
+    /// Waits until it has [`GROWN`] bytes of memory, writes to [`TOUCHED`] bytes of it, lets go of
+    /// them, announces nonsense and sleeps.
     Grow,
 }
 

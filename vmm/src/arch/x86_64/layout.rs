@@ -87,7 +87,8 @@ pub const FIRST_PIN: u32 = 1;
 /// Least guest memory, in bytes. In the lab a guest of one vCPU boots from 38 MiB on, where there
 /// is room for the initrd behind the kernel, and has 7 MiB left; with this it has 16.
 pub const MIN_MEMORY: u64 = 48 * MIB;
-/// Most guest memory with what may be plugged, in bytes: its end stays below the 2^39 that the smallest KVM hosts address.
+/// Most guest memory with what may be plugged, in bytes. Its end stays below the 2^39 that the
+/// smallest KVM hosts address.
 pub const MAX_MEMORY: u64 = 256 * GIB;
 
 /// RAM as (start, length) pairs for a machine with `size` bytes of it.
@@ -113,8 +114,9 @@ pub struct SpareRange {
 
 /// Where at least `spare` bytes can be plugged into a machine with `ram` bytes of RAM.
 ///
-/// The unit is never less than what Linux 6.12 chooses (probe_memory_block_size() in arch/x86/mm/init_64.c): 128 MiB as long as
-/// RAM ends below 64 GiB; from there on the largest power of two up to 2 GiB that divides RAM's end.
+/// The unit is never less than what Linux 6.12 chooses (probe_memory_block_size() in
+/// arch/x86/mm/init_64.c). That is 128 MiB as long as RAM ends below 64 GiB. From there on it is
+/// the largest power of two up to 2 GiB that divides RAM's end.
 pub fn spare_range(ram: u64, spare: u64) -> SpareRange {
     const SMALL: u64 = 128 * MIB;
     const LARGE: u64 = 2 * GIB;

@@ -159,8 +159,8 @@ impl Lane {
     }
 }
 
-/// Makes a hole in the file of guest memory: what was there is free for the host, and reads as zeros
-/// from now on.
+/// Makes a hole in the file of guest memory: what was there is free for the host, and reads as
+/// zeros from now on.
 ///
 /// # Errors
 /// The range is not in one region of guest memory, or the host refuses.

@@ -58,8 +58,9 @@ impl Registers {
 
     /// Replaces a field of two words.
     ///
-    /// A driver reads the low word first, so the high one is stored first: while a value grows, what is read in between is never
-    /// less than both. A value that shrinks past 4 GiB may be read as less than both; the interrupt that follows has it read again.
+    /// A driver reads the low word first, so the high one is stored first. While a value grows,
+    /// what is read in between is never less than both. A value that shrinks past 4 GiB may be read
+    /// as less than both; the interrupt that follows has it read again.
     pub fn store_long(self, offset: u32, value: u64) {
         self.store(offset + 4, (value >> 32) as u32);
         self.store(offset, value as u32);

@@ -60,7 +60,8 @@ impl Signal {
         self.config_changed();
     }
 
-    /// Tells the driver that runs of a change in the configuration space, which was stored before. Only one thread may do so.
+    /// Tells the driver that runs of a change in the configuration space, which was stored before.
+    /// Only one thread may do so.
     pub fn config_changed(&self) {
         let registers = self.0.registers;
         let generation = registers.load(VIRTIO_MMIO_CONFIG_GENERATION);

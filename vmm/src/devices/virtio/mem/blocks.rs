@@ -47,8 +47,8 @@ impl Blocks {
         self.count * BLOCK
     }
 
-    /// The `count` blocks from `address` on. `None` where those are no whole blocks, none at all, or
-    /// some past the first `usable` bytes of the region.
+    /// The `count` blocks from `address` on. `None` where those are no whole blocks, none at all,
+    /// or some past the first `usable` bytes of the region.
     pub fn range(&self, address: u64, count: u16, usable: u64) -> Option<Range<usize>> {
         let offset = address.checked_sub(self.region.start)?;
         let length = u64::from(count) * BLOCK;

@@ -6,10 +6,10 @@
 //!        ── UNPLUG ──► a hole in the file of guest memory ──► noted
 //! ```
 //!
-//! The region is a range of guest physical addresses behind RAM that no memory map lists. The driver
-//! chooses which of its blocks it plugs; as it does so it may use them. A block that was unplugged
-//! is the host's: a hole. What KVM knows of the region is as much of its start as the shim has ever
-//! asked for: a guest that does not keep to what it has plugged has no more than that, and the
+//! The region is a range of guest physical addresses behind RAM that no memory map lists. The
+//! driver chooses which of its blocks it plugs; as it does so it may use them. A block that was
+//! unplugged is the host's: a hole. What KVM knows of the region is as much of its start as the shim has
+//! ever asked for: a guest that does not keep to what it has plugged has no more than that, and the
 //! pod's cgroup counts what it touches (docs/adr/0019-sizes-that-move.md).
 //!
 //! What is plugged stays plugged when a driver resets the device (§5.15.5.2); the next one asks for
@@ -58,8 +58,8 @@ const CONFIG: usize = 56;
 /// Makes the first so many bytes of the region memory of the machine, whole units of the region.
 pub type Show = Box<dyn FnMut(u64) -> Result<(), Box<dyn Error + Send + Sync>> + Send>;
 
-/// See [`Mem::maker`].
-pub type PlugMaker = Box<dyn FnOnce(Signal, Show) -> Plug>;
+/// A [`Plug`] whose device has no transport yet.
+pub struct Unwired(Arc<Mutex<Worker>>);
 
 /// Guest physical addresses in which memory may be plugged.
 #[derive(Clone, Copy, Debug)]
@@ -147,20 +147,26 @@ impl Mem {
         self.worker.clone()
     }
 
-    /// What makes the machine's access to it when the device has its transport: of that one's signal, and of what is called
-    /// before a driver hears of more.
-    pub fn maker(&self) -> PlugMaker {
-        let worker = self.worker.clone();
-        Box::new(|signal, show| Plug {
-            worker,
+    /// The machine's access to it, to be wired.
+    pub fn unwired(&self) -> Unwired {
+        Unwired(self.worker.clone())
+    }
+}
+
+impl Unwired {
+    /// `signal` is that of the device's transport, `show` is called before a driver hears of more.
+    pub fn wire(self, signal: Signal, show: Show) -> Plug {
+        Plug {
+            worker: self.0,
             signal,
             show,
-        })
+        }
     }
 }
 
 impl Plug {
-    /// Asks the driver to have `mib` MiB plugged, in whole blocks. It acts when it can, if it wants to.
+    /// Asks the driver to have `mib` MiB plugged, in whole blocks. It acts when it can, if it wants
+    /// to.
     ///
     /// # Errors
     /// The region is smaller, or KVM refuses the memory: then nothing has changed.

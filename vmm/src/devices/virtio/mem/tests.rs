@@ -92,7 +92,7 @@ fn device(region: Region) -> Guest {
     let mut events = Loop::new();
     let mem = Mem::new(region, events.poller());
     events.attach(mem.handler());
-    let maker = mem.maker();
+    let unwired = mem.unwired();
     let driver = Driver::new(mem, memory(region));
     let shown = Arc::<Mutex<Vec<u64>>>::default();
     let known = shown.clone();
@@ -101,7 +101,7 @@ fn device(region: Region) -> Guest {
         Ok(())
     });
     Guest {
-        plug: maker(driver.transport.signal(), show),
+        plug: unwired.wire(driver.transport.signal(), show),
         driver,
         events,
         shown,
