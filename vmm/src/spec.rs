@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_vmm_config::{Layer, MAX_DEVICES, VmConfig, WIRE_VERSION};
+use bulkhead_vmm_config::{Layer, MAX_DEVICES, TemplateFiles, VmConfig, WIRE_VERSION};
 use kvm_ioctls::Kvm;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, UnixAddr, getsockname, getsockopt, sockopt,
@@ -154,6 +154,18 @@ pub struct VmSpec {
     pub gid: u32,
     /// Layers of the jail that may be missing.
     pub accept_missing: Vec<Layer>,
+    /// From what it goes on, in the place of booting.
+    pub template: Option<TemplateSpec>,
+    /// Where it may be saved.
+    pub save: Option<TemplateSpec>,
+}
+
+/// The files of a template.
+pub struct TemplateSpec {
+    /// Processors and devices: a regular file.
+    pub state: File,
+    /// RAM: a regular file.
+    pub memory: File,
 }
 
 impl VmSpec {
@@ -215,6 +227,8 @@ impl VmSpec {
             uid: config.uid,
             gid: config.gid,
             accept_missing: config.accept_missing,
+            template: template(config.template, &mut fds)?,
+            save: template(config.save, &mut fds)?,
             sandbox_id: config.sandbox_id,
         };
         fds.finish()?;
@@ -287,6 +301,18 @@ fn regular_file(fd: OwnedFd, what: &'static str) -> Result<File, SpecError> {
         Ok(stat) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() => Ok(fd.into()),
         _ => Err(wrong),
     }
+}
+
+fn template(
+    files: Option<TemplateFiles>,
+    fds: &mut Descriptors,
+) -> Result<Option<TemplateSpec>, SpecError> {
+    let Some(files) = files else { return Ok(None) };
+    let mut file = |fd, what| regular_file(fds.take(fd, what)?, what);
+    Ok(Some(TemplateSpec {
+        state: file(files.state, "template state")?,
+        memory: file(files.memory, "template memory")?,
+    }))
 }
 
 /// Checks that a descriptor is a Unix stream socket.

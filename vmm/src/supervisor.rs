@@ -29,6 +29,8 @@ pub enum Outcome {
     Guest(Ending),
     /// The shim asked for it, or has gone.
     Stopped,
+    /// The shim asked for it to be saved.
+    Save,
     /// The control socket cannot be used any more.
     Failed(String),
 }
@@ -179,6 +181,7 @@ impl Supervisor {
                 let stats = self.stats();
                 return self.send(&Event::Stats(stats));
             }
+            Request::Save => return self.end(Outcome::Save),
             Request::Stop => return self.end(Outcome::Stopped),
         };
         self.send(&match result {

@@ -233,7 +233,7 @@ impl Vm {
         let guest = match supervisor.outcome() {
             Some(Outcome::Failed(reason)) => return Err(VmError::Lost(reason.clone())),
             Some(Outcome::Guest(ending)) => guest_end(ending, words.panicked),
-            Some(Outcome::Stopped) | None => GuestEnd::Stopped,
+            Some(Outcome::Save | Outcome::Stopped) | None => GuestEnd::Stopped,
         };
         let stats = supervisor.stats();
         supervisor.send(&Event::Ended {

@@ -79,6 +79,7 @@ impl End {
                 GuestEnd::Panic => "panic",
                 GuestEnd::TripleFault => "triple_fault",
                 GuestEnd::Stopped => "stopped",
+                GuestEnd::Saved => "saved",
                 GuestEnd::KvmError => "kvm_error",
             },
             End::Failed { .. } => "vmm_failed",
@@ -105,6 +106,7 @@ impl std::fmt::Display for End {
                     GuestEnd::Panic => "the guest's kernel panicked",
                     GuestEnd::TripleFault => "the guest stopped by a triple fault",
                     GuestEnd::Stopped => "the virtual machine was stopped",
+                    GuestEnd::Saved => "the virtual machine was saved as a template",
                     GuestEnd::KvmError => "KVM could not go on running the guest",
                 })?;
                 let telling = console

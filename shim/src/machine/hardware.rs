@@ -3,7 +3,8 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use bulkhead_vmm_config::{
-    Fd, FsDevice, Layer, NetDevice, PortOffer, RateLimit, SerialConsole, VmConfig, WIRE_VERSION,
+    Fd, FsDevice, Layer, NetDevice, PortOffer, RateLimit, SerialConsole, TemplateFiles, VmConfig,
+    WIRE_VERSION,
 };
 
 use crate::{config, machine::peer::Peer, network::Device};
@@ -81,6 +82,10 @@ pub struct Hardware<'a> {
     pub uid: u32,
     /// Layers of its jail that may be missing.
     pub accept_missing: &'a [Layer],
+    /// State and memory of a template from which it goes on; if it cannot, it boots.
+    pub template: Option<[BorrowedFd<'a>; 2]>,
+    /// Where it is saved when [`super::vmm::Vm::save`] asks for it.
+    pub save: Option<[BorrowedFd<'a>; 2]>,
 }
 
 /// Puts descriptors beside a packet, each of which gets an index.
@@ -88,6 +93,16 @@ pub(super) fn indices(fds: &mut Vec<i32>) -> impl FnMut(i32) -> Fd {
     |fd| {
         fds.push(fd);
         Fd(fds.len() as u32 - 1)
+    }
+}
+
+fn template(
+    [state, memory]: [BorrowedFd<'_>; 2],
+    mut index: impl FnMut(i32) -> Fd,
+) -> TemplateFiles {
+    TemplateFiles {
+        state: index(state.as_raw_fd()),
+        memory: index(memory.as_raw_fd()),
     }
 }
 
@@ -137,5 +152,7 @@ pub(super) fn config(
         uid: hardware.uid,
         gid: hardware.uid,
         accept_missing: hardware.accept_missing.to_vec(),
+        template: hardware.template.map(|files| template(files, &mut index)),
+        save: hardware.save.map(|files| template(files, &mut index)),
     }
 }

@@ -84,6 +84,7 @@ struct Shared {
     landlock: Option<u32>,
     stamps: Vec<Stamp>,
     resets: usize,
+    template_refused: Option<String>,
     waiting: VecDeque<Answer>,
 }
 
@@ -169,6 +170,11 @@ impl Vm {
     /// restricted.
     pub fn jailed(&self) -> (i32, Option<u32>) {
         (self.peer.pid, locked(&self.shared).landlock)
+    }
+
+    /// Why it boots although it was given a template.
+    pub fn template_refused(&self) -> Option<String> {
+        locked(&self.shared).template_refused.clone()
     }
 
     /// The phases reached so far.
@@ -272,6 +278,16 @@ impl Vm {
             Ok(self.peer.control.send(&Request::Stop, &[]).await?)
         };
         self.within("to stop", send).await
+    }
+
+    /// Has the machine written to the files that it was given for that, which ends it:
+    /// [`Vm::ended`] tells whether it is.
+    pub async fn save(&self) -> Result<(), Error> {
+        let send = async {
+            let _order = self.sending.lock().await;
+            Ok(self.peer.control.send(&Request::Save, &[]).await?)
+        };
+        self.within("to be saved", send).await
     }
 
     async fn within<T>(
@@ -403,6 +419,7 @@ fn on_event(
         landlock,
         stamps,
         resets,
+        template_refused,
         waiting,
     } = &mut *shared;
     let mut answer = |answer| match waiting.pop_front() {
@@ -417,6 +434,14 @@ fn on_event(
         Event::Running { .. } if *runs => Err("twice that it runs"),
         Event::Running { landlock: abi } => {
             (*runs, *landlock) = (true, abi);
+            Ok(None)
+        }
+        Event::TemplateRefused { .. } if *runs => Err("too late that its template is refused"),
+        Event::TemplateRefused { .. } if template_refused.is_some() => {
+            Err("twice that its template is refused")
+        }
+        Event::TemplateRefused { reason } => {
+            *template_refused = Some(brief(&reason, MAX_TEXT));
             Ok(None)
         }
         Event::Done => answer(Ok(None)),

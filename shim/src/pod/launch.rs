@@ -126,6 +126,8 @@ impl Taken {
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
             accept_missing: &config.accept_missing,
+            template: None,
+            save: None,
         };
         let vm = Vm::start(place, hardware, ledger).await?;
         let settings = (&config.share, &*config.accept_missing);

@@ -14,6 +14,8 @@ pub enum GuestEnd {
     TripleFault,
     /// The shim asked for it, or its end of the control socket closed.
     Stopped,
+    /// The shim asked for it, and the machine is in the files of a template.
+    Saved,
     /// KVM could not go on running the guest (internal error, failed entry, unhandled exit).
     KvmError,
 }
@@ -46,7 +48,7 @@ impl GuestEnd {
     /// The exit code of a VMM whose guest ended so.
     pub fn exit_code(self) -> ExitCode {
         match self {
-            GuestEnd::PowerOff | GuestEnd::Stopped => ExitCode::Ok,
+            GuestEnd::PowerOff | GuestEnd::Stopped | GuestEnd::Saved => ExitCode::Ok,
             GuestEnd::Reboot => ExitCode::Reboot,
             GuestEnd::Panic => ExitCode::Panic,
             GuestEnd::TripleFault => ExitCode::TripleFault,

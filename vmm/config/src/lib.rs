@@ -35,7 +35,7 @@ pub use fs::{CachePolicy, FsConfig, FsEvent, FsRequest};
 pub use layer::Layer;
 pub use vm::{
     BalloonStats, Event, FsDevice, MAX_RESETS, NetDevice, NetStats, Phase, PluggedStats, PortOffer,
-    RateLimit, Request, SerialConsole, Stamp, VmConfig, VmStats,
+    RateLimit, Request, SerialConsole, Stamp, TemplateFiles, VmConfig, VmStats,
 };
 
 /// Version of these types; a process refuses a config with another one. Shim and VMM are installed together.

@@ -60,6 +60,24 @@ pub struct VmConfig {
     /// Layers of the jail without which the process starts where the kernel lacks them.
     #[serde(default)]
     pub accept_missing: Vec<Layer>,
+    /// A machine that was saved, from which this one goes on in the place of booting. It was made
+    /// by this VMM, on this host, from the same configuration but for the descriptors. If it cannot
+    /// be used, [`Event::TemplateRefused`] says why, and the machine boots.
+    #[serde(default)]
+    pub template: Option<TemplateFiles>,
+    /// Where [`Request::Save`] puts the machine: empty files, open for reading and writing.
+    #[serde(default)]
+    pub save: Option<TemplateFiles>,
+}
+
+/// The two files of a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TemplateFiles {
+    /// Processors and devices, some 20 KiB.
+    pub state: Fd,
+    /// RAM, sparse: pages that are zero are holes.
+    pub memory: Fd,
 }
 
 /// Permission for one guest connection to one host port, and what it is joined to.
@@ -163,6 +181,9 @@ pub enum Request {
     Resume,
     /// Ask for [`Event::Stats`].
     Stats,
+    /// End the machine and write it to [`VmConfig::save`]: [`Event::Ended`] with
+    /// [`GuestEnd::Saved`] follows, or [`Event::Failed`] if a device was not at rest.
+    Save,
     /// End the machine now: vCPUs stop, [`Event::Ended`] with [`GuestEnd::Stopped`] follows.
     Stop,
 }
@@ -176,6 +197,11 @@ pub enum Event {
         /// The version of Landlock's interface that the process is restricted by; none where it is
         /// missing, and that is accepted.
         landlock: Option<u32>,
+    },
+    /// The machine boots, as its template cannot be used. Sent before [`Event::Running`].
+    TemplateRefused {
+        /// Why, for a person.
+        reason: String,
     },
     /// The last [`Request`] other than [`Request::Stats`] is done. Requests are answered in order.
     Done,

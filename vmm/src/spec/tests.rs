@@ -56,6 +56,8 @@ fn packet() -> Option<Packet> {
             uid: 1000,
             gid: 1000,
             accept_missing: Vec::new(),
+            template: None,
+            save: None,
         },
         fds: vec![
             kvm.into(),

@@ -100,6 +100,8 @@ impl Setup {
                 uid: 64123,
                 gid: 64123,
                 accept_missing: Vec::new(),
+                template: None,
+                save: None,
             },
             fds: vec![
                 kvm.into(),
