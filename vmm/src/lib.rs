@@ -20,6 +20,7 @@ pub mod reports;
 pub mod seccomp;
 pub mod spec;
 pub mod supervisor;
+pub mod template;
 #[cfg(test)]
 mod test_kvm;
 pub mod vcpu;

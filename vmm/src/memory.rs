@@ -16,7 +16,7 @@ use std::sync::Arc;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -157,6 +157,25 @@ impl Memory {
         &self.all
     }
 
+    /// All that a guest has written to: RAM without what may be plugged, and the ramoops region.
+    pub fn saved(&self) -> impl Iterator<Item = &GuestRegionMmap> {
+        self.ram.iter().chain([&self.ramoops])
+    }
+
+    /// Takes the contents away: all is zero, and nothing is resident.
+    ///
+    /// # Errors
+    /// fallocate(2)'s.
+    pub fn clear(&self) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for region in self.saved() {
+            let backing = region.file_offset().expect("guest memory is a file");
+            let (start, length) = (backing.start() as i64, region.len() as i64);
+            fallocate(backing.file(), flags, start, length)?;
+        }
+        Ok(())
+    }
+
     /// First address behind both.
     pub fn end(&self) -> u64 {
         self.all.last_addr().raw_value() + 1
@@ -182,7 +201,7 @@ impl Memory {
     /// # Safety
     /// `self` outlives the last KVM_RUN of any vCPU of `vm`.
     pub unsafe fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (slot, region) in (0..).zip(self.ram.iter().chain([&self.ramoops])) {
+        for (slot, region) in (0..).zip(self.saved()) {
             let host = region.as_ptr() as u64;
             let entry = kvm_userspace_memory_region {
                 slot,

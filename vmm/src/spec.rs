@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_vmm_config::{Layer, MAX_DEVICES, TemplateFiles, VmConfig, WIRE_VERSION};
+use bulkhead_vmm_config::{
+    Layer, MAX_DEVICES, SerialConsole, TemplateFiles, VmConfig, WIRE_VERSION,
+};
 use kvm_ioctls::Kvm;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, UnixAddr, getsockname, getsockopt, sockopt,
@@ -81,6 +83,9 @@ pub enum SpecError {
     /// Request queues of a virtio-fs device.
     #[error("{0} request queues are not possible, 1 to {MAX_FS_QUEUES} are")]
     Queues(u32),
+    /// A serial console's registers are not saved.
+    #[error("a machine with a serial console cannot be saved as a template")]
+    SavedSerial,
     /// Too many devices.
     #[error("{0} virtio-fs and network devices are too many, {max} are possible", max = MAX_DEVICES)]
     Devices(usize),
@@ -219,10 +224,7 @@ impl VmSpec {
             net: net_devices(&config.net, vcpus.into(), &mut fds)?,
             net_slots: config.net_slots as usize,
             balloon: config.balloon,
-            serial: match config.serial {
-                Some(serial) => Some(fds.take(serial.output, "serial")?.into()),
-                None => None,
-            },
+            serial: serial(config.serial, &mut fds)?,
             log: fds.take(config.log, "log")?.into(),
             uid: config.uid,
             gid: config.gid,
@@ -232,11 +234,18 @@ impl VmSpec {
             sandbox_id: config.sandbox_id,
         };
         fds.finish()?;
-        Ok(spec)
+        spec.savable()
     }
 }
 
 impl VmSpec {
+    fn savable(self) -> Result<VmSpec, SpecError> {
+        match (&self.save, &self.serial) {
+            (Some(_), Some(_)) => Err(SpecError::SavedSerial),
+            _ => Ok(self),
+        }
+    }
+
     /// Most threads that the machine comes to: one for each vCPU and for each pair of queues that a
     /// network device may have, our own, and what KVM starts in the name of its user.
     pub fn thread_limit(&self) -> u64 {
@@ -244,9 +253,13 @@ impl VmSpec {
         u64::from(self.vcpus) + u64::from(self.possible_vcpus) + ROOM
     }
 
-    /// The longest that a regular file may become: nothing, unless the shim wants log or console in one.
+    /// The longest that a regular file may become: nothing, unless the shim wants log or console in
+    /// one, or a template.
     pub fn file_limit(&self) -> u64 {
         const ROOM: u64 = 64 << 20;
+        if self.save.is_some() {
+            return self.memory + ROOM;
+        }
         let regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
         let wanted = [Some(&self.log), self.serial.as_ref()];
         if wanted.into_iter().flatten().any(regular) {
@@ -301,6 +314,14 @@ fn regular_file(fd: OwnedFd, what: &'static str) -> Result<File, SpecError> {
         Ok(stat) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() => Ok(fd.into()),
         _ => Err(wrong),
     }
+}
+
+fn serial(
+    console: Option<SerialConsole>,
+    fds: &mut Descriptors,
+) -> Result<Option<File>, DescriptorError> {
+    let output = console.map(|console| fds.take(console.output, "serial"));
+    Ok(output.transpose()?.map(File::from))
 }
 
 fn template(

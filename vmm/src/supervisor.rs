@@ -3,7 +3,8 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use bulkhead_vmm_config::{Event, NetDevice, PortOffer, Request, VmStats};
+use bulkhead_vmm_config::{Event, GuestEnd, NetDevice, PortOffer, Request, VmStats};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{ControlError, ControlSocket, Descriptors};
@@ -46,6 +47,7 @@ pub struct Supervisor {
     memory: Option<Plug>,
     poller: Poller,
     log: Log,
+    can_save: bool,
     outcome: Option<Outcome>,
 }
 
@@ -57,7 +59,7 @@ impl Supervisor {
         vcpus: Vcpus,
         (ports, net, balloon, memory): (Ports, NetPorts, Option<Gauge>, Option<Plug>),
         poller: Poller,
-        log: Log,
+        (log, can_save): (Log, bool),
     ) -> Supervisor {
         Supervisor {
             control,
@@ -69,6 +71,7 @@ impl Supervisor {
             memory,
             poller,
             log,
+            can_save,
             outcome: None,
         }
     }
@@ -85,11 +88,12 @@ impl Supervisor {
     }
 
     /// Stops the vCPUs for good and listens to nobody any more.
-    pub fn stop(&mut self) {
-        self.vcpus.stop();
+    pub fn stop(&mut self) -> Vec<VcpuFd> {
+        let vcpus = self.vcpus.stop();
         // They are watched since the start.
         let _ = self.poller.remove(&self.control);
         let _ = self.poller.remove(self.reports.bell());
+        vcpus
     }
 
     /// Passes on what was reported, once more after the last queue was served.
@@ -123,6 +127,16 @@ impl Supervisor {
         };
         self.vcpus.add_stats(&mut stats.kvm, &mut stats.user_exits);
         stats
+    }
+
+    /// Tells how the guest ended, and its console's last lines.
+    pub fn tell_end(&mut self, end: GuestEnd, console: Vec<String>) {
+        let stats = self.stats();
+        self.send(&Event::Ended {
+            end,
+            console,
+            stats,
+        });
     }
 
     /// Sends an event; without the shim there is nobody to tell.
@@ -181,7 +195,8 @@ impl Supervisor {
                 let stats = self.stats();
                 return self.send(&Event::Stats(stats));
             }
-            Request::Save => return self.end(Outcome::Save),
+            Request::Save if self.can_save => return self.end(Outcome::Save),
+            Request::Save => Err("the machine was given no files for a template".to_owned()),
             Request::Stop => return self.end(Outcome::Stopped),
         };
         self.send(&match result {

@@ -209,16 +209,13 @@ impl Vcpus {
         self.gate.wait_for_parked(self.runners.len());
     }
 
-    /// Stops the vCPUs for good and joins their threads.
-    pub fn stop(&mut self) {
+    /// Stops the vCPUs for good and joins their threads. Returns the vCPUs, the first time.
+    pub fn stop(&mut self) -> Vec<VcpuFd> {
         self.gate.set(Order::Stop);
         self.kick_all();
-        for runner in &mut self.runners {
-            if let Some(thread) = runner.thread.take() {
-                // A thread that panicked has ended the process by the hook.
-                drop(thread.join());
-            }
-        }
+        let threads = self.runners.iter_mut().filter_map(|one| one.thread.take());
+        // A thread that panicked has ended the process by the hook.
+        threads.filter_map(|thread| thread.join().ok()?).collect()
     }
 
     /// Adds the counters of all vCPUs: KVM's, then this process's.

@@ -18,12 +18,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_config::{Event, GuestEnd, Phase, Role};
-use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::arch::x86_64::{cpu, cpuid, interrupts, layout};
+use crate::arch::x86_64::{cpu, cpuid, layout};
 use crate::boot::{self, BootError, CmdlineError, Image};
 use crate::control::{ControlError, ControlSocket};
 use crate::devices::virtio::activator::Activator;
@@ -40,11 +39,16 @@ use crate::reports::{Ending, Reports, monotonic_ns};
 use crate::seccomp::{self, SeccompError};
 use crate::spec::VmSpec;
 use crate::supervisor::{self, Outcome, Supervisor};
+use crate::template::{Saver, TemplateError};
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 
+mod bare;
 mod board;
+mod resting;
 
+use bare::{Bare, Start};
 pub use board::BoardError;
+use resting::Resting;
 
 /// Why a machine cannot be built or run.
 #[derive(Debug, Error)]
@@ -96,6 +100,9 @@ pub enum VmError {
     /// The shim and we do not understand each other any more.
     #[error("the control socket cannot be used any more: {0}")]
     Lost(String),
+    /// A template that does not fit, or cannot be made.
+    #[error("the template cannot be used")]
+    Template(#[from] TemplateError),
     /// The event loop.
     #[error("the event loop failed")]
     EventLoop(#[from] io::Error),
@@ -119,8 +126,11 @@ pub struct Vm {
     activator: Activator,
     reports: Arc<Reports>,
     log: Log,
-    _vm: Arc<VmFd>,
+    vm: Arc<VmFd>,
     memory: Memory,
+    resting: Resting,
+    saver: Option<Saver>,
+    template_refused: Option<String>,
 }
 
 impl Vm {
@@ -142,29 +152,19 @@ impl Vm {
             ));
         }
         let memory = Memory::with_spare(spec.memory, spare)?;
-        let vm = Arc::new(create_vm(&spec.kvm)?);
-        // SAFETY: `Vm` drops `memory` last, and `run` joins the vCPUs before it drops anything.
-        unsafe { memory.register(&vm)? };
-        let vcpus = create_vcpus(&supported, &vm, &memory, spec.possible_vcpus)?;
+        let (bare, template) = bare::start(&mut spec, &supported, memory)?;
+        let Bare { memory, vm, vcpus } = bare;
         let stats: KvmStatsOfAll = Arc::new(vcpus.iter().map(KvmStats::open).collect());
         let reports = Reports::new(stats.clone(), log.clone())?;
 
         let mut events = EventLoop::new()?;
         let board = board::build(&mut spec, &vm, &memory, &mut events, &reports, &log)?;
-        for word in &spec.extra_cmdline {
-            spec.cmdline.push(word)?;
+        let saver = spec.save.take().map(|files| Saver::new(files, &spec.kvm));
+        let saver = saver.transpose()?;
+        match &template {
+            Start::Template(rested) => board.resting.resume(rested)?,
+            _ => load(&mut spec, &memory, &vcpus[0], &board.pins, &log)?,
         }
-        log.info(&format!("kernel command line: {}", spec.cmdline.as_str()));
-        let image = Image {
-            kernel: &spec.kernel,
-            initrd: &mut spec.initrd,
-            cmdline: &spec.cmdline,
-            vcpus: spec.possible_vcpus,
-            pins: &board.pins,
-        };
-        let entry = boot::load(&memory, image)?;
-        cpu::write_tables(memory.ram())?;
-        cpu::set_boot_registers(&vcpus[0], entry)?;
         Ok(Vm {
             stats,
             vcpus,
@@ -178,8 +178,11 @@ impl Vm {
             activator: board.activator,
             reports,
             log,
-            _vm: vm,
+            vm,
             memory,
+            resting: board.resting,
+            saver,
+            template_refused: template.refused(),
         })
     }
 
@@ -194,10 +197,8 @@ impl Vm {
         started_ns: u64,
         landlock: Option<u32>,
     ) -> Result<GuestEnd, VmError> {
-        let on_end = {
-            let reports = self.reports.clone();
-            Arc::new(move |end| reports.vcpu_ended(end))
-        };
+        let reports = self.reports.clone();
+        let on_end = Arc::new(move |end| reports.vcpu_ended(end));
         seccomp::report_blocked()?;
         self.activator.start()?;
         self.net_workers.start()?;
@@ -211,18 +212,22 @@ impl Vm {
             vcpus,
             (self.ports, self.net, self.balloon, self.plug),
             poller,
-            self.log.clone(),
+            (self.log.clone(), self.saver.is_some()),
         )));
         self.events.attach(supervisor.clone());
         let lock = || supervisor.lock().expect("the supervisor does not panic");
-        seccomp::lock_down(Role::Vmm)?;
+        let saves = self.saver.is_some();
+        seccomp::lock_down(if saves { Role::Template } else { Role::Vmm })?;
 
         self.reports.reached(Phase::VmmStart, started_ns);
-        self.reports
-            .reached(Phase::FirstInstruction, monotonic_ns());
+        let now = monotonic_ns();
+        self.reports.reached(Phase::FirstInstruction, now);
+        if let Some(reason) = self.template_refused.take() {
+            lock().send(&Event::TemplateRefused { reason });
+        }
         lock().start(landlock)?;
         self.events.run(|| lock().outcome().is_some())?;
-        lock().stop();
+        let vcpus = lock().stop();
         // Nothing feeds the queues any more, so one quiet turn means that they are empty.
         let limit = Instant::now() + Duration::from_millis(200);
         self.events.drain(limit)?;
@@ -233,16 +238,39 @@ impl Vm {
         let guest = match supervisor.outcome() {
             Some(Outcome::Failed(reason)) => return Err(VmError::Lost(reason.clone())),
             Some(Outcome::Guest(ending)) => guest_end(ending, words.panicked),
-            Some(Outcome::Save | Outcome::Stopped) | None => GuestEnd::Stopped,
+            Some(Outcome::Save) => {
+                self.resting
+                    .save(&self.saver, (&self.vm, &vcpus), &self.memory)?
+            }
+            Some(Outcome::Stopped) | None => GuestEnd::Stopped,
         };
-        let stats = supervisor.stats();
-        supervisor.send(&Event::Ended {
-            end: guest,
-            console: words.lines,
-            stats,
-        });
+        supervisor.tell_end(guest, words.lines);
         Ok(guest)
     }
+}
+
+/// Makes the machine one that boots.
+fn load(
+    spec: &mut VmSpec,
+    memory: &Memory,
+    boot_processor: &VcpuFd,
+    pins: &[u32],
+    log: &Log,
+) -> Result<(), VmError> {
+    for word in &spec.extra_cmdline {
+        spec.cmdline.push(word)?;
+    }
+    log.info(&format!("kernel command line: {}", spec.cmdline.as_str()));
+    let image = Image {
+        kernel: &spec.kernel,
+        initrd: &mut spec.initrd,
+        cmdline: &spec.cmdline,
+        vcpus: spec.possible_vcpus,
+        pins,
+    };
+    let entry = boot::load(memory, image)?;
+    cpu::write_tables(memory.ram())?;
+    Ok(cpu::set_boot_registers(boot_processor, entry)?)
 }
 
 fn guest_end(ending: &Ending, panicked: bool) -> GuestEnd {
@@ -253,62 +281,4 @@ fn guest_end(ending: &Ending, panicked: bool) -> GuestEnd {
         Ending::Reset { announced: false } => GuestEnd::TripleFault,
         Ending::KvmError(_) => GuestEnd::KvmError,
     }
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
-    for (cap, name) in [
-        (Cap::UserMemory, "user memory"),
-        (Cap::SplitIrqchip, "the split irqchip"),
-        (Cap::Irqfd, "irqfd"),
-        (Cap::Ioeventfd, "ioeventfd"),
-        (Cap::ImmediateExit, "immediate_exit"),
-        (Cap::TscDeadlineTimer, "the TSC-deadline timer"),
-    ] {
-        if !kvm.check_extension(cap) {
-            return Err(VmError::Missing(name));
-        }
-    }
-    let vm = kvm.create_vm().map_err(refused("create a machine"))?;
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-        .map_err(refused("place its identity map"))?;
-    let tss = usize::try_from(layout::KVM_TSS).expect("x86-64 has 64-bit addresses");
-    vm.set_tss_address(tss).map_err(refused("place its TSS"))?;
-    interrupts::split_irqchip(&vm).map_err(refused("split the interrupt controller"))?;
-    let mut no_pmu = kvm_enable_cap {
-        cap: KVM_CAP_PMU_CAPABILITY,
-        ..Default::default()
-    };
-    no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
-    // Older than 5.18: CPUID hides the counters all the same.
-    let _ = vm.enable_cap(&no_pmu);
-    Ok(vm)
-}
-
-fn create_vcpus(
-    supported: &CpuId,
-    vm: &VmFd,
-    memory: &Memory,
-    count: u8,
-) -> Result<Vec<VcpuFd>, VmError> {
-    let bits = cpuid::physical_bits(supported);
-    let end = memory.end();
-    if bits < 64 && end > 1 << bits {
-        return Err(VmError::AddressBits { end, bits });
-    }
-    let mut vcpus = Vec::new();
-    for id in 0..count {
-        let vcpu = vm
-            .create_vcpu(u64::from(id))
-            .map_err(refused("create a vCPU"))?;
-        let machine = cpuid::Machine {
-            vcpus: count,
-            // It fails on hosts whose TSC is unstable.
-            tsc_khz: vcpu.get_tsc_khz().ok().filter(|&khz| khz > 0),
-        };
-        vcpu.set_cpuid2(&cpuid::table(supported, machine, id))
-            .map_err(refused("take a vCPU's CPUID"))?;
-        cpu::set_common_state(&vcpu)?;
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
 }

@@ -393,7 +393,7 @@ fn the_lists_are_short() {
             .map(|call| call.number)
             .collect();
         let most = match role {
-            Role::Vmm | Role::Device | Role::Net => 50,
+            Role::Vmm | Role::Template | Role::Device | Role::Net => 50,
             Role::Vcpu => 27,
             Role::FsControl | Role::FsVhost => 40,
             Role::FsQueue => 60,

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Role {
     /// The VMM's event loop: the shim, vsock, entropy.
     Vmm,
+    /// The VMM's event loop in a machine that becomes a template: no pod is in it.
+    Template,
     /// Starts and resets the VMM's devices.
     Device,
     /// Runs a vCPU.
@@ -24,8 +26,9 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Role; 7] = [
+    pub const ALL: [Role; 8] = [
         Role::Vmm,
+        Role::Template,
         Role::Device,
         Role::Vcpu,
         Role::Net,
@@ -40,6 +43,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Role::Vmm => "vmm",
+            Role::Template => "template",
             Role::Device => "device",
             Role::Vcpu => "vcpu",
             Role::Net => "net",

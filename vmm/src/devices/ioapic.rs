@@ -5,6 +5,9 @@
 //! every register of every pin during its boot, one exit each, hence the short list. Entries are edge-triggered: the MP table
 //! says so, and a level-triggered one is delivered as edges, because nobody here hears the end-of-interrupt.
 
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
 use crate::bus::BusDevice;
 
 /// The version register's low byte: an 82093AA without the directed EOI register.
@@ -18,6 +21,7 @@ const REG_VERSION: u8 = 1;
 const REG_ARBITRATION: u8 = 2;
 const REG_FIRST_ENTRY: u8 = 0x10;
 
+const ID_BITS: u32 = 0x0f00_0000;
 const MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR are the chip's own.
 const READ_ONLY: u64 = 1 << 12 | 1 << 14;
@@ -36,6 +40,19 @@ pub trait Router: Send {
     /// Replaces all routes. A failure is the host's, and the router's to report.
     fn set_routes(&mut self, messages: &[Option<Message>]);
 }
+
+/// What a guest has written into the chip.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoapicState {
+    id: u32,
+    select: u8,
+    entries: Vec<u64>,
+}
+
+/// The state is that of a chip with so many pins, and this one has others.
+#[derive(Debug, Error)]
+#[error("its interrupt controller has {0} pins and not {1}")]
+pub struct OtherPins(usize, usize);
 
 /// The chip.
 pub struct Ioapic<R> {
@@ -58,6 +75,31 @@ impl<R: Router> Ioapic<R> {
         }
     }
 
+    /// What the guest has written.
+    pub fn state(&self) -> IoapicState {
+        IoapicState {
+            id: self.id,
+            select: self.select,
+            entries: self.entries.clone(),
+        }
+    }
+
+    /// Goes on as a chip that a guest has written so. All routes are set at once.
+    ///
+    /// # Errors
+    /// It has other pins.
+    pub fn resume(&mut self, state: &IoapicState) -> Result<(), OtherPins> {
+        if state.entries.len() != self.entries.len() {
+            return Err(OtherPins(state.entries.len(), self.entries.len()));
+        }
+        self.id = state.id & ID_BITS;
+        self.select = state.select;
+        self.entries.clone_from(&state.entries);
+        self.routes = self.entries.iter().copied().map(message).collect();
+        self.router.set_routes(&self.routes);
+        Ok(())
+    }
+
     fn register(&self) -> u32 {
         match self.select {
             REG_ID | REG_ARBITRATION => self.id,
@@ -74,7 +116,7 @@ impl<R: Router> Ioapic<R> {
 
     fn set_register(&mut self, value: u32) {
         if self.select == REG_ID {
-            self.id = value & 0x0f00_0000;
+            self.id = value & ID_BITS;
             return;
         }
         let Some((pin, high)) = self.entry_index() else {
@@ -216,6 +258,26 @@ mod tests {
             data: 0x141,
         };
         assert_eq!(log.lock().unwrap().last().unwrap(), &[Some(expected)]);
+    }
+
+    #[test]
+    fn a_chip_goes_on_as_another_one_was_written() {
+        let (mut first, _) = chip(3);
+        set(&mut first, 0x13, 5 << 24);
+        set(&mut first, 0x12, 0x0_0031);
+        let (mut second, log) = chip(3);
+        second.resume(&first.state()).unwrap();
+        let expected = Message {
+            address: 0xfee0_5000,
+            data: 0x31,
+        };
+        assert_eq!(*log.lock().unwrap(), [vec![None, Some(expected), None]]);
+        assert_eq!(second.state(), first.state());
+        set(&mut second, 0x12, 0x0_0031);
+        assert_eq!(log.lock().unwrap().len(), 1, "it knows its routes");
+        let (mut other, log) = chip(4);
+        other.resume(&first.state()).unwrap_err();
+        assert!(log.lock().unwrap().is_empty());
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use seccompiler::{
     BackendError, SeccompCmpArgLen::Dword, SeccompCmpOp, SeccompCondition, SeccompRule,
 };
 
-use Role::{Device, FsControl, FsQueue, FsVhost, Net, Vcpu, Vmm};
+use Role::{Device, FsControl, FsQueue, FsVhost, Net, Template, Vcpu, Vmm};
 
 /// A condition on one argument, counted from 0.
 #[derive(Clone, Copy, Debug)]
@@ -55,20 +55,43 @@ macro_rules! calls {
     };
 }
 
-const ALL: &[Role] = &[Vmm, Device, Vcpu, Net, FsControl, FsVhost, FsQueue];
+const ALL: &[Role] = &[
+    Vmm, Template, Device, Vcpu, Net, FsControl, FsVhost, FsQueue,
+];
 
 /// ioctl(2) numbers of KVM (Documentation/virt/kvm/api.rst), which kvm-ioctls keeps to itself.
 mod kvm {
-    use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_regs, kvm_userspace_memory_region};
+    use kvm_bindings::{
+        KVMIO, kvm_clock_data, kvm_debugregs, kvm_irq_routing, kvm_lapic_state, kvm_mp_state,
+        kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+        kvm_xsave,
+    };
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
     pub const RUN: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0x80, 0);
-    pub const GET_REGS: u64 = ioctl_expr(_IOC_READ, KVMIO, 0x81, size_of::<kvm_regs>() as u32);
+    pub const GET_REGS: u64 = read::<kvm_regs>(0x81);
     pub const SET_USER_MEMORY_REGION: u64 = ioctl_expr(
         _IOC_WRITE,
         KVMIO,
         0x46,
         size_of::<kvm_userspace_memory_region>() as u32,
+    );
+    const fn read<T>(number: u32) -> u64 {
+        ioctl_expr(_IOC_READ, KVMIO, number, size_of::<T>() as u32)
+    }
+    pub const GET_CLOCK: u64 = read::<kvm_clock_data>(0x7c);
+    pub const GET_MP_STATE: u64 = read::<kvm_mp_state>(0x98);
+    pub const GET_SREGS: u64 = read::<kvm_sregs>(0x83);
+    pub const GET_XSAVE: u64 = read::<kvm_xsave>(0xa4);
+    pub const GET_XCRS: u64 = read::<kvm_xcrs>(0xa6);
+    pub const GET_DEBUGREGS: u64 = read::<kvm_debugregs>(0xa1);
+    pub const GET_LAPIC: u64 = read::<kvm_lapic_state>(0x8e);
+    pub const GET_VCPU_EVENTS: u64 = read::<kvm_vcpu_events>(0x9f);
+    pub const GET_MSRS: u64 = ioctl_expr(
+        _IOC_READ | _IOC_WRITE,
+        KVMIO,
+        0x88,
+        size_of::<kvm_msrs>() as u32,
     );
     pub const SET_GSI_ROUTING: u64 =
         ioctl_expr(_IOC_WRITE, KVMIO, 0x6a, size_of::<kvm_irq_routing>() as u32);
@@ -114,34 +137,41 @@ pub const CALLS: &[Call] = calls! {
         "KVM_RUN; KVM_SET_GSI_ROUTING: the guest programs the IOAPIC; KVM_GET_REGS: where KVM gave up";
     "ioctl" SYS_ioctl &[Device, Net], &[&[Is(1, libc::TUNSETOFFLOAD)], &[Is(1, libc::TUNSETQUEUE)]],
         "TUNSETOFFLOAD, TUNSETQUEUE: the driver chooses offloads and pairs of queues";
-    "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, libc::TUNGETIFF)], &[Is(1, libc::TUNSETVNETHDRSZ)], &[Is(1, libc::TUNSETOFFLOAD)]],
+    "ioctl" SYS_ioctl &[Vmm, Template], &[&[Is(1, libc::TUNGETIFF)], &[Is(1, libc::TUNSETVNETHDRSZ)], &[Is(1, libc::TUNSETOFFLOAD)]],
         "TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD: the shim plugs a tap, and what it can is found out";
-    "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, kvm::SET_USER_MEMORY_REGION)]],
+    "ioctl" SYS_ioctl &[Vmm, Template], &[&[Is(1, kvm::SET_USER_MEMORY_REGION)]],
         "KVM_SET_USER_MEMORY_REGION: the shim lets the guest have more memory than ever before";
-    "epoll_wait" SYS_epoll_wait &[Vmm, Net, FsQueue], ANY, "the event loops";
-    "epoll_ctl" SYS_epoll_ctl &[Vmm, Device, Net, FsQueue], ANY, "what the event loops watch";
-    "recvmsg" SYS_recvmsg &[Vmm, Device, FsControl, FsVhost], ANY,
+    "ioctl" SYS_ioctl &[Template], &[
+        &[Is(1, kvm::GET_CLOCK)], &[Is(1, kvm::GET_MP_STATE)], &[Is(1, kvm::GET_REGS)], &[Is(1, kvm::GET_SREGS)],
+        &[Is(1, kvm::GET_XSAVE)], &[Is(1, kvm::GET_XCRS)], &[Is(1, kvm::GET_DEBUGREGS)], &[Is(1, kvm::GET_LAPIC)],
+        &[Is(1, kvm::GET_MSRS)], &[Is(1, kvm::GET_VCPU_EVENTS)],
+    ], "KVM_GET_*: what the machine's clock and its vCPUs are when it is saved";
+    "lseek" SYS_lseek &[Template], ANY, "where guest memory has pages";
+    "pwrite64" SYS_pwrite64 &[Template], ANY, "they go to the template";
+    "epoll_wait" SYS_epoll_wait &[Vmm, Template, Net, FsQueue], ANY, "the event loops";
+    "epoll_ctl" SYS_epoll_ctl &[Vmm, Template, Device, Net, FsQueue], ANY, "what the event loops watch";
+    "recvmsg" SYS_recvmsg &[Vmm, Template, Device, FsControl, FsVhost], ANY,
         "the shim's requests; vsock streams; vhost-user messages";
-    "sendmsg" SYS_sendmsg &[Vmm, Device, FsControl, FsVhost], ANY,
+    "sendmsg" SYS_sendmsg &[Vmm, Template, Device, FsControl, FsVhost], ANY,
         "answers to the shim; vsock streams; vhost-user messages";
-    "read" SYS_read &[Vmm, Device, FsControl], ANY,
+    "read" SYS_read &[Vmm, Template, Device, FsControl], ANY,
         "eventfds; the list of mounts (fs-control)";
     "readv" SYS_readv &[Net], ANY, "frames from the tap";
     "writev" SYS_writev ALL, ANY, "frames to the tap; the C library's last word before abort(3)";
-    "pread64" SYS_pread64 &[Vmm, Vcpu], ANY, "KVM's counters";
-    "recvfrom" SYS_recvfrom &[Vmm, Device], ANY, "vsock streams; what is unread when the device is reset";
-    "sendto" SYS_sendto &[Vmm], &[&[Is(4, 0)]], "vsock streams, to no address";
-    "shutdown" SYS_shutdown &[Vmm, Device], ANY, "one direction of a vsock stream ends; all of it when the device is reset";
-    "getsockopt" SYS_getsockopt &[Vmm], ANY, "what the shim offers is a stream socket";
-    "getsockname" SYS_getsockname &[Vmm], ANY, "what the shim offers is a Unix socket";
-    "fcntl" SYS_fcntl &[Vmm], &[
+    "pread64" SYS_pread64 &[Vmm, Template, Vcpu], ANY, "KVM's counters";
+    "recvfrom" SYS_recvfrom &[Vmm, Template, Device], ANY, "vsock streams; what is unread when the device is reset";
+    "sendto" SYS_sendto &[Vmm, Template], &[&[Is(4, 0)]], "vsock streams, to no address";
+    "shutdown" SYS_shutdown &[Vmm, Template, Device], ANY, "one direction of a vsock stream ends; all of it when the device is reset";
+    "getsockopt" SYS_getsockopt &[Vmm, Template], ANY, "what the shim offers is a stream socket";
+    "getsockname" SYS_getsockname &[Vmm, Template], ANY, "what the shim offers is a Unix socket";
+    "fcntl" SYS_fcntl &[Vmm, Template], &[
         &[Is(1, libc::F_GETFL as u64)],
         &[Is(1, libc::F_SETFL as u64), Bits(2, NONBLOCK, NONBLOCK)],
     ], "O_NONBLOCK on a tap that the shim plugs; taken from nothing that the fs process writes to";
     "fcntl" SYS_fcntl &[Device], &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]], "queues that start get copies of their kicks";
     "getrandom" SYS_getrandom ALL, ANY, "the guest's entropy device; seeds of hash maps";
-    "tgkill" SYS_tgkill &[Vmm], &[&[Is(2, KICK)]], "the kick that makes KVM_RUN return";
-    "fallocate" SYS_fallocate &[Vmm], &[&[Is(1, HOLE)]], "what the guest gives back or unplugs becomes a hole in its memory";
+    "tgkill" SYS_tgkill &[Vmm, Template], &[&[Is(2, KICK)]], "the kick that makes KVM_RUN return";
+    "fallocate" SYS_fallocate &[Vmm, Template], &[&[Is(1, HOLE)]], "what the guest gives back or unplugs becomes a hole in its memory";
     "timerfd_create" SYS_timerfd_create &[Device], ANY, "a rate-limited network device starts";
     "timerfd_settime" SYS_timerfd_settime &[Device, Net], ANY, "when the rate limit lets a frame pass";
     "clock_nanosleep" SYS_clock_nanosleep &[Device, Net], ANY, "the pace of changes to taps";

@@ -99,6 +99,33 @@ fn a_good_configuration_passes() {
 }
 
 #[test]
+fn a_machine_with_a_serial_console_is_not_saved() {
+    let files = |p: &mut Packet| {
+        let file = || tempfile::tempfile().unwrap();
+        let first = p.fds.len() as u32;
+        p.fds.extend([file().into(), file().into()]);
+        TemplateFiles {
+            state: Fd(first),
+            memory: Fd(first + 1),
+        }
+    };
+    refused!(SpecError::SavedSerial, |p| p.config.save = Some(files(p)));
+    // One that goes on is refused its template when it starts, and boots.
+    let Some(spec) = check(|p| p.config.template = Some(files(p))) else {
+        return;
+    };
+    assert!(spec.unwrap().template.is_some());
+    refused!(SpecError::Kind { .. }, |p| {
+        let file = files(p);
+        p.config.template = Some(TemplateFiles {
+            state: Fd(6),
+            ..file
+        });
+        p.config.serial = None;
+    });
+}
+
+#[test]
 fn sizes_out_of_range_are_refused() {
     refused!(SpecError::Version(9), |p| p.config.version = 9);
     for vcpus in [0, 33, 256, 257, u32::MAX] {

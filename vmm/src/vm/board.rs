@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::resting::Resting;
 use crate::arch::x86_64::interrupts::KvmRouter;
 use crate::arch::x86_64::layout::{self, SpareRange};
 use crate::boot::CmdlineError;
@@ -28,7 +29,7 @@ use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY, l
 use crate::devices::virtio::net::{self, Counters, Net, NetPorts, Pairs, Slot, Workers};
 use crate::devices::virtio::registers::{self, Registers};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::signal::{Signal, USED_BUFFER};
+use crate::devices::virtio::signal::USED_BUFFER;
 use crate::devices::virtio::vsock::{OfferError, Ports, Vsock};
 use crate::event_loop::EventLoop;
 use crate::irq::IrqFd;
@@ -88,6 +89,8 @@ pub struct Board {
     pub net_workers: Workers,
     /// The thread on which devices start, to be started.
     pub activator: Activator,
+    /// What a template has of them.
+    pub resting: Resting,
 }
 
 /// Makes the devices of `spec`, taking their descriptors out of it and announcing them on its command line.
@@ -116,6 +119,7 @@ pub fn build(
     let activator = Activator::default();
     let mut pins = layout::virtio_pins(devices.len(), spec.serial.is_some());
     let mut buses = Buses::default();
+    let mut transports = Vec::new();
     for (index, device) in devices.into_iter().enumerate() {
         let seat = Seat {
             window: layout::virtio_window(index),
@@ -124,16 +128,15 @@ pub fn build(
         };
         let name = device.name();
         let transport = attach_virtio(device, seat, vm, memory.all(), reports)?;
+        transports.push(transport.clone());
         let attended = Attended::new(transport.clone(), activator.clone());
         let size = layout::VIRTIO_MMIO_SIZE;
         buses.mmio.insert(seat.window, size, shared(attended))?;
         if name == net::NAME {
             net.add(transport);
         } else if name == mem::NAME {
-            let signal = lock(&transport).signal();
-            plug = unwired
-                .take()
-                .and_then(|unwired| wire(unwired, memory, vm, signal));
+            let unwired = unwired.take();
+            plug = unwired.and_then(|unwired| wire(unwired, memory, vm, &transport));
         }
         spec.cmdline.push_virtio(seat.window, seat.pin)?;
     }
@@ -141,10 +144,11 @@ pub fn build(
         serial_console(output, &mut buses, vm)?;
         pins.push(layout::SERIAL_PIN);
     }
-    fixed_devices(&mut buses, &pins, spec.possible_vcpus, vm, (reports, log))?;
+    let ioapic = fixed_devices(&mut buses, &pins, spec.possible_vcpus, vm, (reports, log))?;
     Ok(Board {
         buses,
         pins,
+        resting: Resting::new(ioapic, transports, ports.clone()),
         ports,
         net,
         balloon,
@@ -168,7 +172,7 @@ fn fixed_devices(
     vcpus: u8,
     vm: &Arc<VmFd>,
     (reports, log): (&Arc<Reports>, &Log),
-) -> Result<(), BoardError> {
+) -> Result<Arc<Mutex<Ioapic<KvmRouter>>>, BoardError> {
     let reports = reports.clone();
     let announce = AnnouncePort::new(Arc::new(move |what| reports.announced(what)));
     buses
@@ -180,11 +184,11 @@ fn fixed_devices(
 
     let count = pins.iter().max().map_or(1, |last| *last as u8 + 1);
     let router = KvmRouter::new(vm.clone(), routing_failed(log.clone()));
-    let ioapic = Ioapic::new(vcpus, count, router);
+    let ioapic = shared(Ioapic::new(vcpus, count, router));
     buses
         .mmio
-        .insert(layout::IOAPIC, layout::IOAPIC_SIZE, shared(ioapic))?;
-    Ok(())
+        .insert(layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone())?;
+    Ok(ioapic)
 }
 
 fn shared<T>(device: T) -> Arc<Mutex<T>> {
@@ -286,9 +290,15 @@ fn memory_devices(
     Ok((gauge, plug))
 }
 
-/// The machine's access to the device that plugs memory, whose transport has this signal.
-fn wire(unwired: Unwired, memory: &Memory, vm: &Arc<VmFd>, signal: Signal) -> Option<Plug> {
+/// The machine's access to the device that plugs memory.
+fn wire(
+    unwired: Unwired,
+    memory: &Memory,
+    vm: &Arc<VmFd>,
+    transport: &Mutex<MmioTransport>,
+) -> Option<Plug> {
     let (mut spare, vm) = (memory.spare()?, vm.clone());
+    let signal = lock(transport).signal();
     let show = Box::new(move |size| spare.show(&vm, size).map_err(Into::into));
     Some(unwired.wire(signal, show))
 }

@@ -168,10 +168,18 @@ pub fn initramfs(act: Act) -> Vec<u8> {
     cpio(&[("init", 0o100_755, &elf(&code.0))])
 }
 
-/// An initramfs with a whole program as its /init.
+/// An initramfs with a whole program as its /init. Rust's start-up code wants /dev/null where there
+/// is no console.
 pub fn initramfs_with(program: &[u8]) -> Vec<u8> {
-    cpio(&[("init", 0o100_755, program)])
+    cpio(&[
+        ("dev", 0o040_755, b""),
+        ("dev/null", NULL, b""),
+        ("init", 0o100_755, program),
+    ])
 }
+
+/// Mode of the only device in an archive.
+const NULL: u32 = 0o020_666;
 
 /// A static executable of one segment, to be run by Linux.
 fn elf(code: &[u8]) -> Vec<u8> {
@@ -215,6 +223,7 @@ fn cpio(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
         archive.extend(b"070701");
         let size = content.len() as u32;
         let name_size = name.len() as u32 + 1;
+        let (major, minor) = if *mode == NULL { (1, 3) } else { (0, 0) };
         for field in [
             inode as u32,
             *mode,
@@ -225,8 +234,8 @@ fn cpio(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
             size,
             0,
             0,
-            0,
-            0,
+            major,
+            minor,
             name_size,
             0,
         ] {

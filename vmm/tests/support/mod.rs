@@ -315,6 +315,25 @@ impl Machine {
         }
     }
 
+    /// Waits until the guest does nothing but what its timers want, some 50 exits a second.
+    pub fn rest(&mut self) {
+        let exits = |machine: &mut Machine| match machine.ask(&Request::Stats) {
+            Event::Stats(stats) => stats.kvm["exits"] - stats.kvm["irq_exits"],
+            other => panic!("{other:?}"),
+        };
+        let start = Instant::now();
+        let mut before = exits(self);
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            let now = exits(self);
+            if now - before < 100 {
+                return;
+            }
+            assert!(start.elapsed() < LONG, "{}", self.report());
+            before = now;
+        }
+    }
+
     /// Sends a request and returns the answer.
     pub fn ask(&mut self, request: &Request) -> Event {
         self.process.control().send(request).unwrap();

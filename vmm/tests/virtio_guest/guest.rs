@@ -59,14 +59,24 @@ pub fn run() -> ! {
             println!("mounting {target} FAILED {error}");
         }
     }
+    let mut host = dial(plan::START).expect("the host is there");
+    // Perhaps in another machine than the one that has begun to wait.
+    host.read_exact(&mut [0]).expect("the host says when");
+    let mut report = String::new();
     for (name, scenario) in SCENARIOS {
         let start = Instant::now();
-        match std::panic::catch_unwind(scenario) {
-            Ok(Ok(note)) => println!("{name} ok, {:?} {note}", start.elapsed()),
-            Ok(Err(why)) => println!("{name} FAILED {why}"),
-            Err(_) => println!("{name} FAILED by a panic"),
-        }
+        let outcome = match std::panic::catch_unwind(scenario) {
+            Ok(Ok(note)) => format!("ok, {:?} {note}", start.elapsed()),
+            Ok(Err(why)) => format!("FAILED {why}"),
+            Err(_) => "FAILED by a panic".to_owned(),
+        };
+        println!("{name} {outcome}");
+        report += &format!("{name} {outcome}\n");
     }
+    // The first connection has gone with the driver that was bound again.
+    let mut host = dial(plan::REPORT).expect("the host listens to the report");
+    host.write_all(report.as_bytes()).expect("the host reads");
+    drop(host);
     // The machine stops at the announcement, whatever the console still holds.
     let _ = nix::sys::termios::tcdrain(io::stdout());
     say(announce::POWER_OFF);

@@ -9,6 +9,7 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// Leaves of Intel SDM volume 2 "CPUID", AMD APM volume 3 appendix E and Documentation/virt/kvm/x86/cpuid.rst.
 mod leaf {
+    pub const VENDOR: u32 = 0;
     pub const FEATURES: u32 = 1;
     pub const CACHES: u32 = 4;
     pub const EXTENDED_FEATURES: u32 = 7;
@@ -106,6 +107,15 @@ pub fn physical_bits(supported: &CpuId) -> u32 {
 }
 
 /// Whole leaves that are not passed on: made anew below, or belonging to a feature that is not offered.
+/// Whether the processor is one of AMD's, or of those that are made after them, whose
+/// virtualization is SVM.
+pub fn is_amd(supported: &CpuId) -> bool {
+    const NAMES: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+    let leaf = |entry: &&kvm_cpuid_entry2| entry.function == leaf::VENDOR;
+    let vendor = supported.as_slice().iter().find(leaf);
+    vendor.is_some_and(|entry| NAMES.contains(&entry.ebx))
+}
+
 fn keep(function: u32) -> bool {
     !matches!(
         function,

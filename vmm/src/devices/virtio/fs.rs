@@ -194,7 +194,7 @@ impl Fs {
             .set_vring_addr(index, &rings)
             .step("set a queue's address")?;
         frontend
-            .set_vring_base(index, 0)
+            .set_vring_base(index, queue.next_available())
             .step("set a queue's start")?;
         frontend
             .set_vring_call(index, signal.call_fd())

@@ -13,6 +13,7 @@
 
 use std::sync::{Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::*;
@@ -61,6 +62,38 @@ struct QueueSetup {
     layout: Layout,
     ready: bool,
     kick: EventFd,
+}
+
+/// What a driver has made of a transport.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    /// Of the device that it drives (VIRTIO 1.2 §5).
+    device: u32,
+    status: u8,
+    /// The features that it has accepted.
+    accepted: u64,
+    /// Each queue's place, and whether it is ready.
+    queues: Vec<(Layout, bool)>,
+}
+
+/// A driver of another machine cannot go on with a device.
+#[derive(Debug, Error)]
+pub enum ResumeError {
+    /// There is another device.
+    #[error("its device is {0} with {1} queues, this one is {2} with {3}")]
+    Device(u32, usize, u32, usize),
+    /// The driver was about to start the device, or to reset it.
+    #[error("its driver is in the middle of something: status {0:#x}")]
+    Status(u8),
+    /// What the driver accepted is not offered here.
+    #[error("features {0:#x} that its driver uses are not offered")]
+    Features(u64),
+    /// A queue is where no memory is.
+    #[error("queue {0} is not in memory")]
+    Layout(usize),
+    /// The device cannot start.
+    #[error("its device does not start")]
+    Activate(#[from] ActivateError),
 }
 
 /// The registers of one device.
@@ -158,6 +191,63 @@ impl MmioTransport {
         self.offered = device.features();
         self.device = device;
         self.show_constants();
+        self.show_selected();
+        Ok(())
+    }
+
+    /// What the driver has made of it.
+    pub fn state(&self) -> TransportState {
+        TransportState {
+            device: self.device.id(),
+            status: self.registers().load(VIRTIO_MMIO_STATUS) as u8,
+            accepted: self.accepted,
+            queues: self
+                .queues
+                .iter()
+                .map(|queue| (queue.layout, queue.ready))
+                .collect(),
+        }
+    }
+
+    /// Goes on with a driver that has done all that: nobody has touched the transport before. Each
+    /// queue is looked at once, as if it had been kicked.
+    ///
+    /// # Errors
+    /// It is the driver of another device, or the device cannot start.
+    pub fn resume(&mut self, state: &TransportState) -> Result<(), ResumeError> {
+        let (id, count) = (self.device.id(), self.queues.len());
+        if (state.device, state.queues.len()) != (id, count) {
+            let (device, queues) = (state.device, state.queues.len());
+            return Err(ResumeError::Device(device, queues, id, count));
+        }
+        let runs = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+        // Of a place without a device the driver has read that it is none.
+        if state.status == 0 {
+            return Ok(());
+        }
+        if state.status != runs {
+            return Err(ResumeError::Status(state.status));
+        }
+        self.accepted = state.accepted;
+        if !self.features_acceptable() {
+            return Err(ResumeError::Features(state.accepted));
+        }
+        for (index, (queue, &(layout, ready))) in
+            self.queues.iter_mut().zip(&state.queues).enumerate()
+        {
+            if ready && !layout.is_valid(&self.memory, queue.max_size) {
+                return Err(ResumeError::Layout(index));
+            }
+            (queue.layout, queue.ready) = (layout, ready);
+        }
+        self.set_status(state.status);
+        self.registers()
+            .set(VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER);
+        self.start(true)?;
+        for queue in self.queues.iter().filter(|queue| queue.ready) {
+            // The only error is a full counter, which wakes as well.
+            let _ = queue.kick.write(1);
+        }
         self.show_selected();
         Ok(())
     }
@@ -262,6 +352,15 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
+        match self.start(false) {
+            Ok(()) => {}
+            Err(ActivateError::Guest(fault)) => self.signal.fault(fault),
+            Err(ActivateError::Host(error)) => self.signal.failed(&*error),
+        }
+    }
+
+    /// Gives the device its queues, from their start or from where they were left.
+    fn start(&mut self, resumed: bool) -> Result<(), ActivateError> {
         let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let queue = |setup: &QueueSetup| -> Result<Option<VirtQueue>, ActivateError> {
             if !setup.ready {
@@ -270,28 +369,19 @@ impl MmioTransport {
             let kick = setup.kick.try_clone();
             let kick = kick.map_err(|error| ActivateError::Host(Box::new(error)))?;
             let (memory, signal) = (self.memory.clone(), self.signal.clone());
-            Ok(Some(VirtQueue::new(
-                setup.layout,
-                event_idx,
-                memory,
-                kick,
-                signal,
-            )?))
+            let mut queue = VirtQueue::new(setup.layout, event_idx, memory, kick, signal)?;
+            if resumed {
+                queue.resume()?;
+            }
+            Ok(Some(queue))
         };
-        let queues = self.queues.iter().map(queue).collect::<Result<_, _>>();
-        let activated = queues.and_then(|queues| {
-            self.device.activate(Activation {
-                memory: self.memory.clone(),
-                features: self.accepted,
-                queues,
-                signal: self.signal.clone(),
-            })
-        });
-        match activated {
-            Ok(()) => {}
-            Err(ActivateError::Guest(fault)) => self.signal.fault(fault),
-            Err(ActivateError::Host(error)) => self.signal.failed(&*error),
-        }
+        let queues = self.queues.iter().map(queue).collect::<Result<_, _>>()?;
+        self.device.activate(Activation {
+            memory: self.memory.clone(),
+            features: self.accepted,
+            queues,
+            signal: self.signal.clone(),
+        })
     }
 
     fn reset(&mut self) {

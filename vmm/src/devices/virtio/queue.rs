@@ -1,5 +1,8 @@
 //! A running virtqueue: chains come out checked, used ones go back, the driver is interrupted no more than it wants.
 
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -13,7 +16,7 @@ use super::signal::Signal;
 pub const MAX_SIZE: u16 = 1024;
 
 /// Where a driver put a queue (VIRTIO 1.2 §2.7).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// Descriptors, a power of two.
     pub size: u16,
@@ -82,6 +85,21 @@ impl VirtQueue {
             event_idx,
             used_since_signal: false,
         })
+    }
+
+    /// Goes on where a device at rest has left the queue: whatever it took it had given back, so
+    /// that the used ring's index says both.
+    pub(super) fn resume(&mut self) -> Result<(), Fault> {
+        let used = self.queue.used_idx(&self.memory, Ordering::Acquire);
+        let used = used.map_err(|_| Fault::Ring)?.0;
+        self.queue.set_next_avail(used);
+        self.queue.set_next_used(used);
+        Ok(())
+    }
+
+    /// The index of the next chain to be taken, for a vhost-user back end.
+    pub fn next_available(&self) -> u16 {
+        self.queue.next_avail()
     }
 
     /// Where the driver put it, for a vhost-user back end.

@@ -221,6 +221,18 @@ impl Driver {
         }
     }
 
+    /// The same driver, its memory and rings, in front of another device of the kind.
+    pub(crate) fn go_on(
+        self,
+        device: impl VirtioDevice + 'static,
+    ) -> Result<Driver, super::mmio::ResumeError> {
+        let state = self.transport.state();
+        let mut moved = Driver::new(device, self.memory.clone());
+        moved.queues = self.queues;
+        moved.transport.resume(&state)?;
+        Ok(moved)
+    }
+
     pub(crate) fn read(&mut self, register: u64) -> u32 {
         let mut data = [0; 4];
         self.transport.read(register, &mut data);

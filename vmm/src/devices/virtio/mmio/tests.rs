@@ -439,3 +439,77 @@ fn access(input: &mut Unstructured<'_>) -> arbitrary::Result<(bool, u64, Vec<u8>
 fn fuzz_registers() {
     bulkhead_fuzz::run("registers", registers);
 }
+
+#[test]
+fn a_driver_goes_on_with_another_device_of_the_kind() {
+    let (mut driver, _) = probe();
+    driver.start_with(QUEUE_FEATURES);
+    let (_, life) = probe();
+    let next = Probe {
+        life: life.clone(),
+        config: [0; 6],
+    };
+    let places: Vec<u64> = driver.queues.iter().map(|queue| queue.table).collect();
+    let mut driver = driver.go_on(next).unwrap();
+    assert_eq!(driver.read(reg::STATUS), 0xf);
+    assert_eq!(driver.read(reg::INTERRUPT_STATUS), USED_BUFFER);
+    {
+        let life = life.lock().unwrap();
+        let tables: Vec<u64> = life.layouts.iter().map(|layout| layout.table).collect();
+        assert_eq!((life.activations, tables), (1, places));
+    }
+    driver.write(reg::QUEUE_SEL, 1);
+    assert_eq!(driver.read(reg::QUEUE_READY), 1);
+    // It can be reset and started anew.
+    driver.start();
+    assert_eq!(life.lock().unwrap().activations, 2);
+}
+
+#[test]
+fn a_device_that_nobody_drives_stays_so() {
+    let (driver, _) = probe();
+    let (_, life) = probe();
+    let next = Probe {
+        life: life.clone(),
+        config: [0; 6],
+    };
+    let mut driver = driver.go_on(next).unwrap();
+    assert_eq!(life.lock().unwrap().activations, 0);
+    driver.start();
+}
+
+#[test]
+fn a_driver_of_something_else_is_refused() {
+    let state = |change: fn(&mut TransportState)| {
+        let (mut driver, _) = probe();
+        driver.start_with(QUEUE_FEATURES);
+        let mut state = driver.transport.state();
+        change(&mut state);
+        let (mut other, life) = probe();
+        let error = other.transport.resume(&state).unwrap_err();
+        assert_eq!(life.lock().unwrap().activations, 0, "{error}");
+        error
+    };
+    let error = state(|state| state.device = 4);
+    assert!(matches!(error, ResumeError::Device(4, 2, 42, 2)), "{error}");
+    let error = state(|state| state.queues.truncate(1));
+    assert!(matches!(error, ResumeError::Device(42, 1, ..)), "{error}");
+    for status in [1, 3, 0xb, 0x8f, 0x4f, 0xff] {
+        let (mut other, _) = probe();
+        let mut state = other.transport.state();
+        state.status = status;
+        let error = other.transport.resume(&state).unwrap_err();
+        assert!(matches!(error, ResumeError::Status(_)), "{error}");
+    }
+    let error = state(|state| state.accepted |= 1 << 5);
+    assert!(matches!(error, ResumeError::Features(_)), "{error}");
+    for change in [
+        (|state| state.queues[1].0.table = HIGH_RAM + RAM_SIZE) as fn(&mut TransportState),
+        |state| state.queues[1].0.used = u64::MAX,
+        |state| state.queues[1].0.size = 9,
+        |state| state.queues[1].0.size = 16,
+    ] {
+        let error = state(change);
+        assert!(matches!(error, ResumeError::Layout(1)), "{error}");
+    }
+}

@@ -14,6 +14,7 @@
 
 use std::num::Wrapping;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
@@ -46,6 +47,18 @@ pub(super) enum Turn {
     Idle,
     /// The connection has ended, and the guest knows.
     Over,
+}
+
+/// What a connection at rest is to the guest's driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionState {
+    pub(super) guest_port: u32,
+    pub(super) host_port: u32,
+    sent: u32,
+    peer_taken: u32,
+    peer_alloc: u32,
+    received: u32,
+    told_forwarded: u32,
 }
 
 pub(super) struct Connection {
@@ -88,6 +101,50 @@ impl Connection {
             peer_alloc: request.buf_alloc,
             received: Wrapping(0),
             told_forwarded: Wrapping(0),
+            room_asked: false,
+            guest_ended: 0,
+            told_ended: 0,
+        }
+    }
+
+    /// What it is to the guest, if nothing is under way on it: each side has all bytes and all
+    /// words of the other.
+    pub(super) fn at_rest(&self) -> Option<ConnectionState> {
+        let ended = self.input_ended || self.guest_ended | self.told_ended != 0;
+        let rests = self.answered
+            && !self.scheduled
+            && !ended
+            && self.host.backlog() == 0
+            && !self.wants_turn();
+        rests.then_some(ConnectionState {
+            guest_port: self.ports.guest,
+            host_port: self.ports.host,
+            sent: self.sent.0,
+            peer_taken: self.peer_taken.0,
+            peer_alloc: self.peer_alloc,
+            received: self.received.0,
+            told_forwarded: self.told_forwarded.0,
+        })
+    }
+
+    /// The same connection, joined to another socket.
+    pub(super) fn resumed(host: HostEnd, state: &ConnectionState) -> Connection {
+        Connection {
+            ports: Ports {
+                guest: state.guest_port,
+                host: state.host_port,
+            },
+            host,
+            scheduled: false,
+            answered: true,
+            input: true,
+            input_ended: false,
+            batch: 1,
+            sent: Wrapping(state.sent),
+            peer_taken: Wrapping(state.peer_taken),
+            peer_alloc: state.peer_alloc,
+            received: Wrapping(state.received),
+            told_forwarded: Wrapping(state.told_forwarded),
             room_asked: false,
             guest_ended: 0,
             told_ended: 0,

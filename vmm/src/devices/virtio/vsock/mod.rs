@@ -11,6 +11,7 @@
 //! socket and guest memory in one system call; only what a full socket did not take is copied, at most [`BUF_ALLOC`] bytes
 //! a connection, and then the guest's credit is used up.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -30,6 +31,7 @@ mod ring;
 #[cfg(test)]
 pub(super) mod tests;
 
+pub use connection::ConnectionState;
 pub use host::BUF_ALLOC;
 
 use muxer::{Muxer, Offers, Queues};
@@ -58,6 +60,20 @@ pub enum OfferError {
     /// [`MAX_SOCKETS`] is reached.
     #[error("{MAX_SOCKETS} vsock connections are open or offered; close some first")]
     Full,
+}
+
+/// The connections of a saved guest cannot go on.
+#[derive(Debug, Error)]
+pub enum ResumeError {
+    /// Nobody of this machine waits for one.
+    #[error("its connection to vsock port {0} has nobody to go on with")]
+    NotOffered(u32),
+    /// No driver runs.
+    #[error("its vsock driver does not run")]
+    Stopped,
+    /// A socket cannot be watched.
+    #[error("watch a socket")]
+    Watch(#[source] io::Error),
 }
 
 /// What [`Ports::withdraw`] found.
@@ -130,6 +146,33 @@ impl Ports {
             return Err(OfferError::Full);
         }
         worker.offers.insert(port, socket);
+        Ok(())
+    }
+
+    /// The guest's connections, if the device has nothing to do.
+    pub fn at_rest(&self) -> Option<Vec<ConnectionState>> {
+        let worker = lock(&self.0);
+        worker
+            .muxer
+            .as_ref()
+            .map_or(Some(Vec::new()), Muxer::at_rest)
+    }
+
+    /// Joins the connections of a saved guest, whose driver was resumed, to what is offered here.
+    ///
+    /// # Errors
+    /// Something is not offered.
+    pub fn resume(&self, connections: &[ConnectionState]) -> Result<(), ResumeError> {
+        let mut worker = lock(&self.0);
+        let Worker { offers, muxer, .. } = &mut *worker;
+        for connection in connections {
+            let port = connection.host_port;
+            let socket = offers.remove(&port).ok_or(ResumeError::NotOffered(port))?;
+            let muxer = muxer.as_mut().ok_or(ResumeError::Stopped)?;
+            muxer
+                .resume(connection, socket)
+                .map_err(ResumeError::Watch)?;
+        }
         Ok(())
     }
 

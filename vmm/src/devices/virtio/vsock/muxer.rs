@@ -1,6 +1,7 @@
 //! All connections of a running device: packets from the tx queue to sockets, and turns at the rx queue.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::os::fd::OwnedFd;
 
 use vm_memory::GuestMemoryMmap;
@@ -10,7 +11,7 @@ use super::super::chain::{Buffers, Chain};
 use super::super::fault::{Fault, Notice};
 use super::super::queue::VirtQueue;
 use super::super::signal::Signal;
-use super::connection::{Connection, Ports, Turn};
+use super::connection::{Connection, ConnectionState, Ports, Turn};
 use super::host::HostEnd;
 use super::packet::{GUEST_CID, HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
 use super::ring::RxRing;
@@ -102,6 +103,29 @@ impl Muxer {
         for host in ends.chain(self.drains.into_values()) {
             host.close(&self.poller);
         }
+    }
+
+    /// What its connections are to the guest, if the device has nothing to do.
+    pub(super) fn at_rest(&self) -> Option<Vec<ConnectionState>> {
+        let idle = self.replies.is_empty() && self.turns.is_empty() && self.drains.is_empty();
+        let states = self.connections.values().map(Connection::at_rest);
+        states.collect::<Option<_>>().filter(|_| idle)
+    }
+
+    /// Joins a connection that the guest has to a socket of the host.
+    ///
+    /// # Errors
+    /// epoll_ctl(2)'s.
+    pub(super) fn resume(&mut self, state: &ConnectionState, socket: OwnedFd) -> io::Result<()> {
+        let token = self.free_token();
+        let host = HostEnd::new(socket, token, &self.poller)?;
+        let connection = Connection::resumed(host, state);
+        let ports = connection.ports;
+        self.connections.insert(token, connection);
+        self.tokens.insert(ports, token);
+        self.schedule(token);
+        self.signal.observe(Notice::Connected { port: ports.host });
+        Ok(())
     }
 
     /// The driver has offered rx buffers.

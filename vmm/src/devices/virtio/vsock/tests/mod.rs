@@ -16,6 +16,7 @@ mod attacks;
 mod credit;
 mod ends;
 mod fuzz;
+mod rest;
 mod stream;
 
 const RX_BUFFER: u64 = 4096;
