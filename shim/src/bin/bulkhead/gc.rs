@@ -1,6 +1,6 @@
 //! `bulkhead gc`.
 
-use bulkhead_shim::{config::Config, ledger};
+use bulkhead_shim::{config::Config, ledger, template::Store};
 
 use crate::failure::Failure;
 
@@ -23,10 +23,26 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         return Ok(0);
     };
     let collected = ledger::collect(&state, arguments.dry_run)?;
+    // After the sandboxes: a dead builder's machine writes to no template then.
+    let swept = Store::at(&state).sweep(arguments.dry_run);
+    let swept = swept.map_err(|error| {
+        Failure::new(format!(
+            "cannot read the templates in {}: {error}",
+            state.display()
+        ))
+    })?;
     if arguments.json {
         let text = serde_json::to_string_pretty(&collected).expect("made of strings and numbers");
         println!("{text}");
     } else {
+        for one in &swept {
+            let done = match (arguments.dry_run, &one.left) {
+                (true, _) => "of no use".into(),
+                (false, None) => "removed".into(),
+                (false, Some(error)) => format!("left, {error}"),
+            };
+            println!(".templates/{}: {done}: {}", one.name, one.reason);
+        }
         for sandbox in &collected {
             let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
             match arguments.dry_run {
@@ -52,7 +68,7 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
                 .for_each(|leftover| println!("  left: {leftover}"));
         }
     }
-    Ok(u8::from(
-        collected.iter().any(|sandbox| !sandbox.left.is_empty()),
-    ))
+    let left = collected.iter().any(|sandbox| !sandbox.left.is_empty())
+        || swept.iter().any(|one| one.left.is_some());
+    Ok(u8::from(left))
 }
