@@ -423,6 +423,12 @@ fn templates_that_cannot_be_are_refused_and_those_of_nobody_go() {
         text.contains(".tmp-77: of no use") && left.exists(),
         "{text}"
     );
+    let output = place.bulkhead(&["gc", "--dry-run", "--json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("\"template\": \"0123") && left.exists(),
+        "{text}"
+    );
     let output = place.bulkhead(&["gc"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(

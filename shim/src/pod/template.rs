@@ -321,7 +321,8 @@ async fn make(
     }
 }
 
-/// Starts `bulkhead template build`, which goes its own way ([`detach`]).
+/// Starts `bulkhead template build`, which goes its own way ([`detach`]); on a thread, since a fork
+/// takes its time, and somebody must collect it. If this process ends earlier, init does.
 fn start_builder(config: &Config, shape: &Shape) -> io::Result<()> {
     let program = std::env::current_exe()?.with_file_name("bulkhead");
     let mut command = Command::new(program);
@@ -336,12 +337,14 @@ fn start_builder(config: &Config, shape: &Shape) -> io::Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     linux::process::hand_over(&mut command, 3, Vec::new(), true);
-    let mut child = command.spawn()?;
-    // Only to collect it: whoever ends earlier leaves it to init.
-    std::thread::Builder::new()
-        .name("template".into())
-        .stack_size(64 << 10)
-        .spawn(move || child.wait())?;
+    let run = move || match command.status() {
+        Ok(status) if status.success() => {}
+        // Beside the template, that is to be, is why; the next pod tells it.
+        Ok(status) => tracing::warn!(%status, "`bulkhead template build` has made no template"),
+        Err(error) => tracing::warn!(%error, "cannot start `bulkhead template build`"),
+    };
+    let thread = std::thread::Builder::new().name("template".into());
+    thread.stack_size(256 << 10).spawn(run)?;
     Ok(())
 }
 

@@ -11,7 +11,6 @@
 //! A file's change time cannot be set, so that whatever has happened to a file since shows.
 
 use std::{
-    ffi::OsString,
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Read, Write},
     os::{
@@ -82,6 +81,7 @@ pub struct Listed {
 #[derive(Debug, Serialize)]
 pub struct Swept {
     /// In the store.
+    #[serde(rename = "template")]
     pub name: String,
     /// Why nobody has a use for it.
     pub reason: String,
@@ -269,6 +269,11 @@ impl Store {
         }
         // What it says is an older try's, and its age that of this one.
         mark(&lock, "")?;
+        // And the half of a dead one's.
+        let half = format!("{key}{TEMPORARY}");
+        for name in self.names()?.iter().filter(|name| name.starts_with(&half)) {
+            remove(&self.directory.join(name))?;
+        }
         let directory = self.temporary(&key);
         let make = |name: &str| {
             let mut options = OpenOptions::new();
@@ -333,10 +338,10 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other?,
         };
-        let names = entries.map(|entry| Ok(entry?.file_name()));
-        let names: io::Result<Vec<OsString>> = names.collect();
-        let names = names?.into_iter();
-        let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
+        let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        let mut names: Vec<String> = names
+            .filter_map(io::Result::transpose)
+            .collect::<io::Result<_>>()?;
         names.sort();
         Ok(names)
     }

@@ -397,4 +397,9 @@ fn gc_takes_what_fits_nothing_and_what_the_dead_have_left() {
     assert!(swept.iter().all(|one| one.left.is_none()));
     assert_eq!(world.names(), ["README"]);
     assert!(world.store.open(&old).is_none());
+    // The next builder needs no gc.
+    fs::create_dir(&half).unwrap();
+    fs::write(half.join("memory"), "half").unwrap();
+    let building = world.begin(kept);
+    assert_eq!(building.files()[1].metadata().unwrap().len(), 0);
 }

@@ -1,6 +1,8 @@
 //! `bulkhead gc`.
 
 use bulkhead_shim::{config::Config, ledger, template::Store};
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::failure::Failure;
 
@@ -32,7 +34,8 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         ))
     })?;
     if arguments.json {
-        let text = serde_json::to_string_pretty(&collected).expect("made of strings and numbers");
+        let all = [json(&collected)?, json(&swept)?].concat();
+        let text = serde_json::to_string_pretty(&all)?;
         println!("{text}");
     } else {
         for one in &swept {
@@ -71,4 +74,9 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
     let left = collected.iter().any(|sandbox| !sandbox.left.is_empty())
         || swept.iter().any(|one| one.left.is_some());
     Ok(u8::from(left))
+}
+
+/// What has a sandbox, and what has a template, in one list.
+fn json<T: Serialize>(all: &[T]) -> Result<Vec<Value>, serde_json::Error> {
+    all.iter().map(serde_json::to_value).collect()
 }
