@@ -437,3 +437,31 @@ fn templates_that_cannot_be_are_refused_and_those_of_nobody_go() {
     );
     assert!(!place.path("state").exists());
 }
+
+#[test]
+fn a_template_that_cannot_be_made_leaves_the_reason_and_nothing_else() {
+    let place = Place::new();
+    // Here the VMM is no program, or the host has no cgroup v2. A person's second try is made.
+    for _ in 0..2 {
+        let output = place.bulkhead(&["template", "build", "--memory", "64"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{text}");
+        let Ok(entries) = fs::read_dir(place.path("state/.templates")) else {
+            assert!(text.contains("run it as root"), "{text}");
+            return println!("NOT RUN: this needs root");
+        };
+        let paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        let [lock] = paths.as_slice() else {
+            panic!("{paths:?}");
+        };
+        assert_eq!(lock.extension().unwrap(), "lock");
+        let reason = fs::read_to_string(lock).unwrap();
+        assert!(
+            !reason.is_empty() && text.contains(&reason),
+            "{reason}: {text}"
+        );
+        assert_eq!(fs::read_dir(place.path("state")).unwrap().count(), 1);
+    }
+    let output = place.bulkhead(&["gc"]);
+    assert!(output.status.success() && output.stdout.is_empty());
+}
