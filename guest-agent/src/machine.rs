@@ -1,8 +1,10 @@
 //! The guest as a whole: what it is, its name, clock and sysctls, the share, and its end.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use bulkhead_agent_protocol::SEED;
 use linux::process::collect_any;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -41,6 +43,16 @@ fn system(what: impl Into<String>) -> impl FnOnce(nix::Error) -> MachineError {
         what,
         source: errno.into(),
     }
+}
+
+/// Has the kernel draw its random numbers from these bytes of the host's from now on.
+pub fn reseed(seed: &[u8; SEED]) -> Result<(), MachineError> {
+    let failed = |source| MachineError::System {
+        what: "seed the kernel's random numbers".to_owned(),
+        source,
+    };
+    let device = std::fs::File::open("/dev/urandom").map_err(failed)?;
+    linux::entropy::reseed(device.as_fd(), seed).map_err(|errno| failed(errno.into()))
 }
 
 /// Sets the host name of the guest, which new UTS namespaces begin with.

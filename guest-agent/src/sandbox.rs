@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use bulkhead_agent_protocol::{PROTOCOL_VERSION, agent};
+use bulkhead_agent_protocol::{PROTOCOL_VERSION, SEED, agent};
 
 use crate::container::{self, Container, Launcher, Process, ProcessError, blocking, cgroup};
 use crate::error::Error;
@@ -71,10 +71,16 @@ impl Sandbox {
                 theirs: request.version,
             });
         }
+        let seed: [u8; SEED] = request.seed.as_slice().try_into().map_err(|_| {
+            let found = request.seed.len();
+            Error::Invalid(format!("the seed has {found} bytes, and must have {SEED}"))
+        })?;
         if self.started.swap(true, Ordering::Relaxed) {
             return Err(Error::Started);
         }
         if self.owns_machine {
+            // First of all: until then every clone of a template draws the same numbers.
+            machine::reseed(&seed)?;
             machine::set_clock(request.realtime_ns)?;
             if !request.hostname.is_empty() {
                 machine::set_hostname(&request.hostname)?;

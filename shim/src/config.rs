@@ -102,6 +102,8 @@ pub struct Config {
     pub host_sockets: bool,
     /// Layers of the jails without which pods start on a host whose kernel lacks them.
     pub accept_missing: Vec<Layer>,
+    /// Whether pods go on from templates.
+    pub template: Template,
     /// The file share.
     pub share: Share,
     /// Network interfaces.
@@ -111,6 +113,19 @@ pub struct Config {
     /// Where it was read, where that is not the default.
     #[serde(skip)]
     pub named: Option<PathBuf>,
+}
+
+/// Whether pods go on from machines that were saved, in the place of booting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Template {
+    /// Where there is one; the first pod of a kind has one made for the next ones.
+    Auto,
+    /// Never.
+    #[default]
+    Off,
+    /// Always: a pod that cannot fails.
+    Required,
 }
 
 /// Keys of the `[audit]` table.
@@ -215,6 +230,7 @@ impl Default for Config {
             kernel_arguments: Vec::new(),
             host_sockets: false,
             accept_missing: Vec::new(),
+            template: Template::default(),
             share: Share::default(),
             network: Network::default(),
             audit: Audit::default(),
@@ -540,6 +556,14 @@ mod tests {
         let config = parse("memory_mib = 256\nkernel = \"/k\"\n[share]\nqueues = 2\n").unwrap();
         assert_eq!(config.memory_mib, 256);
         assert_eq!(config.share.queues, 2);
+        for (text, template) in [
+            ("", Template::Off),
+            ("template = \"auto\"", Template::Auto),
+            ("template = \"off\"", Template::Off),
+            ("template = \"required\"", Template::Required),
+        ] {
+            assert_eq!(parse(text).unwrap().template, template);
+        }
         assert!(
             !config.host_sockets,
             "a way out of the machine is opened by hand"
@@ -562,6 +586,13 @@ mod tests {
         let error = parse("accept_missing = [\"landlok\"]").unwrap_err();
         assert!(
             error.contains("line 1") && error.contains("`landlok`"),
+            "{error}"
+        );
+        let error = parse("template = true").unwrap_err();
+        assert!(error.contains("line 1"), "{error}");
+        let error = parse("template = \"on\"").unwrap_err();
+        assert!(
+            error.contains("`on`") && error.contains("`required`"),
             "{error}"
         );
         let error = parse("[share]\nqueue = 2\n").unwrap_err();

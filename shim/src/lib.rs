@@ -13,6 +13,7 @@
 //!        ├► cgroup           the pod's processes start in it
 //!        └► ledger           every host resource, written down before it is taken
 //!             └► netns       a network namespace: links, taps, redirects
+//! template         machines that were saved when their agents were idle, by what they were made of
 //! audit            what only Bulkhead knows of a pod, for the operator's log
 //! oci              config.json, and Kubernetes' words about a pod (cri) ─► what the agent is told, or a refusal by name
 //! io, logs, hooks, config, ids, error, text, sys   what several of them need
@@ -40,4 +41,5 @@ pub mod pod;
 pub mod share;
 #[allow(unsafe_code)] // glibc's heap, bpf(2), the stub of a pod, what a daemon was started with
 pub mod sys;
+pub mod template;
 pub mod text;

@@ -371,3 +371,97 @@ fn what_install_would_do_is_shown_and_not_done() {
     );
     assert!(!place.path("etc").exists());
 }
+
+#[test]
+fn templates_that_cannot_be_are_refused_and_those_of_nobody_go() {
+    let place = Place::new();
+    let fails = |arguments: &[&str]| {
+        let output = place.bulkhead(&[&["template"], arguments].concat());
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{text}");
+        text
+    };
+    assert!(fails(&["build", "--memory", "47"]).contains("at least 48"));
+    assert!(fails(&["build", "--vcpus", "33"]).contains("1 to 32"));
+    assert!(fails(&["build", "--shape", "{}"]).contains("missing field `vcpus`"));
+    assert!(fails(&["build", "--shape", "{}", "--run"]).contains("cannot be used with"));
+    let none = "0123456789abcdef0123456789abcdef";
+    for name in [none, "../x", ""] {
+        let error = fails(&["drop", name]);
+        assert!(
+            error.contains("no template") && error.contains("ls"),
+            "{error}"
+        );
+    }
+    assert!(fails(&["drop", none, "--all"]).contains("cannot be used with"));
+    fs::remove_file(place.path("vmlinux")).unwrap();
+    assert!(fails(&["build"]).contains("vmlinux"));
+    assert!(!place.path("state").exists());
+    let output = place.bulkhead(&["template", "ls"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.starts_with("KEY") && text.lines().count() == 1,
+        "{text}"
+    );
+    let output = place.bulkhead(&["template", "ls", "--json"]);
+    assert_eq!(output.stdout, b"[]\n");
+    assert!(
+        place
+            .bulkhead(&["template", "drop", "--all"])
+            .status
+            .success()
+    );
+    // What a builder leaves that was killed.
+    let left = place
+        .path("state/.templates")
+        .join(format!("{none}.tmp-77"));
+    fs::create_dir_all(&left).unwrap();
+    fs::write(left.join("memory"), "half").unwrap();
+    let output = place.bulkhead(&["gc", "--dry-run"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains(".tmp-77: of no use") && left.exists(),
+        "{text}"
+    );
+    let output = place.bulkhead(&["gc", "--dry-run", "--json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("\"template\": \"0123") && left.exists(),
+        "{text}"
+    );
+    let output = place.bulkhead(&["gc"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && text.contains(".tmp-77: removed"),
+        "{text}"
+    );
+    assert!(!place.path("state").exists());
+}
+
+#[test]
+fn a_template_that_cannot_be_made_leaves_the_reason_and_nothing_else() {
+    let place = Place::new();
+    // Here the VMM is no program, or the host has no cgroup v2. A person's second try is made.
+    for _ in 0..2 {
+        let output = place.bulkhead(&["template", "build", "--memory", "64"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{text}");
+        let Ok(entries) = fs::read_dir(place.path("state/.templates")) else {
+            assert!(text.contains("run it as root"), "{text}");
+            return println!("NOT RUN: this needs root");
+        };
+        let paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        let [lock] = paths.as_slice() else {
+            panic!("{paths:?}");
+        };
+        assert_eq!(lock.extension().unwrap(), "lock");
+        let reason = fs::read_to_string(lock).unwrap();
+        assert!(
+            !reason.is_empty() && text.contains(&reason),
+            "{reason}: {text}"
+        );
+        assert_eq!(fs::read_dir(place.path("state")).unwrap().count(), 1);
+    }
+    let output = place.bulkhead(&["gc"]);
+    assert!(output.status.success() && output.stdout.is_empty());
+}

@@ -6,7 +6,10 @@ mod watched;
 pub use watched::Watched;
 
 /// Version of `agent.proto`, sent in `StartSandboxRequest`. Shim and agent are installed together.
-pub const PROTOCOL_VERSION: u32 = 11;
+pub const PROTOCOL_VERSION: u32 = 12;
+
+/// Bytes of the seed in `StartSandboxRequest`.
+pub const SEED: usize = 64;
 
 /// Largest RPC message that either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;

@@ -100,6 +100,7 @@ impl Guest {
     pub async fn start_sandbox(&self) -> ttrpc::Result<agent::StartSandboxResponse> {
         let request = agent::StartSandboxRequest {
             version: bulkhead_agent_protocol::PROTOCOL_VERSION,
+            seed: vec![0; bulkhead_agent_protocol::SEED],
             sandbox_id: "test".into(),
             ..Default::default()
         };

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use crate::guest::{Guest, PATIENCE, context, shell, status};
-use bulkhead_agent_protocol::agent::{self, namespaces::Kind};
+use bulkhead_agent_protocol::{
+    PROTOCOL_VERSION, SEED,
+    agent::{self, namespaces::Kind},
+};
 use ttrpc::Code;
 
 #[tokio::test]
@@ -273,7 +276,7 @@ async fn pause_stops_and_resume_goes_on() {
 }
 
 #[tokio::test]
-async fn a_wrong_protocol_version_and_a_second_sandbox_are_refused() {
+async fn a_wrong_protocol_version_a_wrong_seed_and_a_second_sandbox_are_refused() {
     let guest = Guest::before_sandbox().await;
     let request = agent::StartSandboxRequest {
         version: 999,
@@ -282,6 +285,17 @@ async fn a_wrong_protocol_version_and_a_second_sandbox_are_refused() {
     let (code, text) = status(guest.client.start_sandbox(context(), &request).await);
     assert_eq!(code, Code::FAILED_PRECONDITION);
     assert!(text.contains("999"), "{text}");
+    for length in [0, SEED - 1, SEED + 1] {
+        let request = agent::StartSandboxRequest {
+            version: PROTOCOL_VERSION,
+            seed: vec![1; length],
+            ..Default::default()
+        };
+        let (code, text) = status(guest.client.start_sandbox(context(), &request).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        let wanted = format!("the seed has {length} bytes, and must have 64");
+        assert!(text.contains(&wanted), "{text}");
+    }
     guest.start_sandbox().await.unwrap();
     assert_eq!(
         status(guest.start_sandbox().await).0,

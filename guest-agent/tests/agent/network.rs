@@ -42,6 +42,7 @@ async fn members_of_the_pod_are_in_its_network_and_others_are_not() {
     let guest = Guest::before_sandbox().await;
     let request = agent::StartSandboxRequest {
         version: bulkhead_agent_protocol::PROTOCOL_VERSION,
+        seed: vec![0; bulkhead_agent_protocol::SEED],
         network: Some(network(0, ("net.ipv4.ip_default_ttl", "77"))).into(),
         ..Default::default()
     };

@@ -11,10 +11,8 @@ use serde::Serialize;
 
 use super::{
     Error, FILE_NAME, Ledger, Leftover, Resource, failed, is_same,
-    list::names,
-    lock_namespace,
-    record::{self, CLAIMS},
-    try_lock,
+    list::{names, namespaces},
+    lock_namespace, record, try_lock,
 };
 use crate::sys::process::ProcessId;
 
@@ -39,10 +37,7 @@ pub struct Collected {
 /// Only when the state directory cannot be read; trouble with one sandbox is in its [`Collected::left`].
 pub fn collect(state: &Path, dry_run: bool) -> Result<Vec<Collected>, Error> {
     let mut done = Vec::new();
-    for namespace in names(state)? {
-        if namespace == CLAIMS {
-            continue;
-        }
+    for namespace in namespaces(state)? {
         for sandbox in names(&state.join(&namespace))? {
             if let Some(collected) = collect_one(state, &namespace, &sandbox, dry_run)? {
                 done.push(collected);

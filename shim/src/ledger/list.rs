@@ -21,7 +21,7 @@ pub struct Listed {
 /// The state directory cannot be read.
 pub fn list(state: &Path) -> Result<Vec<Listed>, Error> {
     let mut listed = Vec::new();
-    for namespace in names(state)? {
+    for namespace in namespaces(state)? {
         for sandbox in names(&state.join(&namespace))? {
             let path = state.join(&namespace).join(&sandbox).join(FILE_NAME);
             let text = match fs::read(&path) {
@@ -38,6 +38,13 @@ pub fn list(state: &Path) -> Result<Vec<Listed>, Error> {
         }
     }
     Ok(listed)
+}
+
+/// Those that have sandboxes. Under dotted names there are claims, templates, and no sandboxes.
+pub(super) fn namespaces(state: &Path) -> Result<Vec<String>, Error> {
+    let mut names = names(state)?;
+    names.retain(|name| !name.starts_with('.'));
+    Ok(names)
 }
 
 /// Names of the directories in a directory; none when it is not there.

@@ -13,7 +13,7 @@ mod line;
 use std::{os::unix::net::UnixStream, time::Duration};
 
 use bulkhead_agent_protocol::{
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSION, SEED,
     agent::{
         AnswerConnectionRequest, CgroupFile, ChangeVolumeRequest, ConnectListenerRequest,
         Container, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
@@ -76,6 +76,9 @@ pub enum Error {
     /// The connection could not be set up.
     #[error("cannot use the agent's connection")]
     Connect(#[source] std::io::Error),
+    /// The host has no random bytes.
+    #[error("cannot draw random bytes for the guest")]
+    Seed(#[source] std::io::Error),
 }
 
 impl Error {
@@ -220,6 +223,9 @@ impl Agent {
         shm_bytes: u64,
         network: Option<Network>,
     ) -> Result<StartSandboxResponse, Error> {
+        // Of the host's: it may go on from a template, as others do.
+        let mut seed = [0; SEED];
+        linux::random(&mut seed).map_err(|errno| Error::Seed(errno.into()))?;
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let request = StartSandboxRequest {
             version: PROTOCOL_VERSION,
@@ -229,6 +235,7 @@ impl Agent {
             shm_bytes,
             network: network.into(),
             realtime_ns: now.map_or(0, |since| since.as_nanos() as u64),
+            seed: seed.into(),
             ..StartSandboxRequest::default()
         };
         // Its caller knows how long a boot may take.

@@ -126,6 +126,33 @@ pub enum Error {
         "config.json: linux.namespaces: pid with a path is not supported in a pod whose containers have pid namespaces of their own: a container cannot join another one's"
     )]
     PrivatePids,
+    /// The host does not tell what it is.
+    #[error("cannot find out which kernel and processor this host has")]
+    Host(#[source] io::Error),
+    /// It may not boot, and there is nothing else that it can go on from.
+    #[error(
+        "the pod has no template to go on from: {0}; make one by `bulkhead template build`, or allow pods to boot by template = \"auto\" in the configuration"
+    )]
+    NoTemplate(String),
+    /// The place of the templates.
+    #[error("cannot {action} a template in {path}; see whether there is room on its file system")]
+    Store {
+        /// The verb.
+        action: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A guest that always has something to do.
+    #[error(
+        "the guest was not idle within {0} s after its agent had dialled: it cannot become a template"
+    )]
+    Restless(u64),
+    /// The builder's machine has gone, and something of it stays.
+    #[error("the machine was saved, but left {0}; run `bulkhead gc`")]
+    Left(String),
     /// The guest ended instead of becoming ready.
     #[error("{end}; it {reached}")]
     Boot {

@@ -1,11 +1,17 @@
 //! The installed files that a machine is made from.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{
+    fs::{File, Metadata},
+    io,
+    os::unix::fs::FileExt,
+    path::Path,
+};
 
 use super::error::Error;
 use crate::{
     config::Config,
     sys::{mount::ReadOnlyFile, spawn::Executable},
+    template::{Basis, Host, Identity, Shape},
 };
 
 /// What a machine is made from, opened before anything is taken. The files are on read-only mounts of their own: neither the
@@ -47,6 +53,29 @@ impl Parts {
                 source,
             })?,
         })
+    }
+}
+
+impl Parts {
+    /// What decides whether a machine made of them is like a saved one.
+    pub fn basis(&self, config: &Config, shape: Shape) -> Result<Basis, Error> {
+        let installed = config.installed()?;
+        let of = |path: &Path, file: io::Result<Metadata>| {
+            let identity = file.map(|file| Identity::of(path, &file));
+            identity.map_err(|source| Error::File {
+                what: "part",
+                path: path.into(),
+                remedy: "look at the file system that it is on",
+                source,
+            })
+        };
+        let files = [
+            of(&installed.vmm, self.executable.metadata())?,
+            of(&installed.kernel, self.kernel.metadata())?,
+            of(&installed.initramfs, self.initrd.metadata())?,
+        ];
+        let host = Host::here().map_err(Error::Host)?;
+        Ok(Basis::new(files, host, shape))
     }
 }
 

@@ -4,13 +4,22 @@
 //! of these types in a pod has it from here.
 
 use std::{
-    os::{fd::AsFd, unix::net::UnixStream},
+    fs::File,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
 };
 
 use bulkhead_vmm_config::{MAX_DEVICES, port};
 
-use super::{Parts, Request, Sandbox, error::Error, size};
+use super::{
+    Parts, Request, SHARE_TAG, Sandbox,
+    error::Error,
+    size,
+    template::{self, Start},
+};
 use crate::{
     audit::Audit,
     cgroup::{self, stay},
@@ -29,6 +38,7 @@ use crate::{
         process::{self, ProcessId},
         stub,
     },
+    template::Origin,
 };
 pub(super) use tokio::task::spawn_blocking as aside;
 
@@ -38,9 +48,6 @@ pub(super) use crate::{
     share::Share,
     sys::stub::Stub,
 };
-
-/// The virtio-fs tag of the share.
-pub(super) const SHARE_TAG: &str = "share";
 
 /// What [`super::Sandbox::launch`] takes, in this order.
 pub(super) struct Taken {
@@ -53,18 +60,23 @@ pub(super) struct Taken {
     pub(super) uid: u32,
     pub(super) network: Option<Network>,
     pub(super) slots: usize,
+    pub(super) origin: Origin,
 }
 
 impl Taken {
     pub(super) async fn take(
         config: &Config,
         parts: &Parts,
-        request: &Request<'_>,
+        (request, start): (&Request<'_>, Start<'_>),
         cgroup: &Path,
         ledger: &mut Ledger,
         audit: &Audit,
     ) -> Result<Taken, Error> {
         cgroup::require_v2()?;
+        let (origin, template) = match start {
+            Start::Pod => template::origin(config, parts, request, ledger.state())?,
+            Start::Boot | Start::Save(_) => (Origin::Boot, None),
+        };
         let uid = claim_uid(config, request, ledger)?;
         let share = Share::create(ledger)?;
         let home = request.joins.then(stay::home).flatten();
@@ -92,6 +104,8 @@ impl Taken {
         let pairs = config.network.pairs(request.size.vcpus);
         let attached = request
             .network
+            // A saved machine has seen none: they come when its guest is ready.
+            .filter(|_| template.is_none())
             // The machine itself says when there are too many.
             .map(|namespace| Network::attach(namespace, pairs, usize::MAX, ledger));
         let mut network = attached.transpose()?;
@@ -101,7 +115,7 @@ impl Taken {
         // The share is a device, too.
         let slots = (MAX_DEVICES - 1)
             .saturating_sub(nics.len())
-            .min(request.net_slots);
+            .min(template::slots(request, &origin));
         if let Some(network) = &mut network {
             network.settle(slots);
         }
@@ -126,8 +140,11 @@ impl Taken {
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
             accept_missing: &config.accept_missing,
-            template: None,
-            save: None,
+            template: template.as_ref().map(borrowed),
+            save: match start {
+                Start::Save(files) => Some(borrowed(files)),
+                Start::Boot | Start::Pod => None,
+            },
         };
         let vm = Vm::start(place, hardware, ledger).await?;
         let settings = (&config.share, &*config.accept_missing);
@@ -150,6 +167,7 @@ impl Taken {
             uid,
             network,
             slots,
+            origin,
         })
     }
 }
@@ -189,6 +207,10 @@ impl Sandbox {
             .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
         Ok(stub)
     }
+}
+
+fn borrowed([state, memory]: &[File; 2]) -> [BorrowedFd<'_>; 2] {
+    [state.as_fd(), memory.as_fd()]
 }
 
 /// Most processes and threads that a pod needs on the host: of the VMM one for each vCPU and each pair of queues of a network

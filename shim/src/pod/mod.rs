@@ -21,6 +21,7 @@ mod reclaim;
 mod resize;
 mod sandbox;
 pub mod size;
+pub mod template;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod timeline;
@@ -37,7 +38,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
-use bulkhead_vmm_config::{Phase, Stamp};
+use bulkhead_vmm_config::Phase;
 use tokio::{
     io::Interest,
     sync::{Mutex, MutexGuard},
@@ -63,11 +64,14 @@ use crate::{
         launch::Stub,
         layers::{Layer, Roots},
         resize::Sizes,
+        template::Start,
         timeline::now_ns,
     },
     sys,
 };
 
+/// The virtio-fs tag of the share.
+const SHARE_TAG: &str = "share";
 /// How long the guest may take over something that costs it microseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a container may take to end that the guest says it has killed: it may have much memory to give back.
@@ -203,7 +207,7 @@ impl Pod {
             request,
         } = order;
         let (id, sizes) = (request.id, (request.size, request.room.clone()));
-        let mut sandbox = Sandbox::launch(config, parts, request).await?;
+        let mut sandbox = Sandbox::launch_as(config, parts, request, Start::Pod).await?;
         if plan.paths.shm.is_some() {
             sandbox.share_memory(plan.shm_bytes);
         }
@@ -229,7 +233,8 @@ impl Pod {
         };
         match done {
             Ok(done) => {
-                tell_boot(id, began, &held.sandbox.stamps());
+                tell_boot(id, began, &held.sandbox);
+                held.sandbox.leave_template(config);
                 let pod = Pod::new(id, plan.clone(), held, (config, sizes));
                 Ok((pod, done))
             }
@@ -464,14 +469,16 @@ impl Trouble {
 }
 
 /// Logs what its start took: `boot_ms` from the VMM's first moment to the agent's call, `ready_ms` all of it.
-fn tell_boot(pod: &str, began_ns: u64, stamps: &[Stamp]) {
+fn tell_boot(pod: &str, began_ns: u64, sandbox: &Sandbox) {
+    let stamps = sandbox.stamps();
+    let template = sandbox.origin.is_template();
     let at = |phase| stamps.iter().find(|stamp| stamp.phase == phase);
     let boot_ns = match (at(Phase::VmmStart), at(Phase::AgentDialled)) {
         (Some(first), Some(last)) => last.at_ns.saturating_sub(first.at_ns),
         _ => 0,
     };
     let [boot_ms, ready_ms] = [boot_ns, now_ns().saturating_sub(began_ns)].map(|ns| ns / 1_000_000);
-    tracing::info!(pod, boot_ms, ready_ms, "the pod is ready");
+    tracing::info!(pod, template, boot_ms, ready_ms, "the pod is ready");
 }
 
 /// Asks the guest for something that it does at once, unless it hangs.

@@ -20,16 +20,18 @@ use bulkhead_agent_protocol::agent::{self as wire, StartSandboxResponse};
 use bulkhead_vmm_config::{Phase, Stamp};
 
 use super::{
+    SHARE_TAG,
     access::{Access, DESTROYED, LAST_WORDS},
     background::Background,
     error::Error,
     installed::Parts,
     jailed::Jailed,
-    launch::{Cgroup, Fs, SHARE_TAG, Share, Taken, Vm},
+    launch::{Cgroup, Fs, Share, Taken, Vm},
     oom::OomScores,
     reclaim,
     resize::Room,
     size::Size,
+    template::Start,
 };
 use crate::{
     audit::{Audit, Event},
@@ -46,6 +48,7 @@ use crate::{
     oci::{HostBind, Plan},
     share::{self, mount_points},
     sys::process::{self, ProcessId},
+    template::Origin,
 };
 
 /// How long the guest may take to sync and power off, and the VMM to end.
@@ -84,7 +87,7 @@ pub struct Request<'a> {
 pub struct Sandbox {
     pub(super) id: String,
     audit: Audit,
-    boot_timeout: Duration,
+    pub(super) boot_timeout: Duration,
     pub(super) ledger: Ledger,
     share: Share,
     fs: Arc<Fs>,
@@ -104,6 +107,11 @@ pub struct Sandbox {
     pub(super) namespace: Option<PathBuf>,
     /// How many interfaces may come later.
     pub(super) slots: usize,
+    /// Those that there are come when the guest is ready, too.
+    late_network: bool,
+    /// From what its machine goes on, and what the operator says about that.
+    pub(super) origin: Origin,
+    pub(super) templates: config::Template,
     pub(super) oom: OomScores,
     /// The process whose pid stands for the pod's; it may have ended.
     pub(super) stub: Option<ProcessId>,
@@ -125,17 +133,22 @@ impl Sandbox {
         parts: &Parts,
         request: Request<'_>,
     ) -> Result<Sandbox, Error> {
+        Sandbox::launch_as(config, parts, request, Start::Boot).await
+    }
+
+    pub(super) async fn launch_as(
+        config: &Config,
+        parts: &Parts,
+        request: Request<'_>,
+        start: Start<'_>,
+    ) -> Result<Sandbox, Error> {
         let place = cgroup::place(request.cgroups_path, request.namespace, request.id)?;
         let state = ledger::canonical_state(&config.state_dir)?;
         let mut ledger = Ledger::create(&state, request.namespace, request.id)?;
         let audit = Audit::of(config, request.namespace, request.id);
-        let serial = request.serial.is_some();
-        let serial = serial.then(|| ("--serial", "a console of the guest".into()));
-        for (name, value) in config.switches().into_iter().chain(serial) {
-            let name = name.into();
-            audit.tell(Event::Switch { name, value });
-        }
-        let taken = Taken::take(config, parts, &request, &place, &mut ledger, &audit);
+        tell_switches(config, &request, &audit);
+        let given = (&request, start);
+        let taken = Taken::take(config, parts, given, &place, &mut ledger, &audit);
         match taken.await {
             Ok(taken) => Ok(Sandbox {
                 id: request.id.into(),
@@ -161,6 +174,9 @@ impl Sandbox {
                 network: taken.network,
                 namespace: request.network.map(Path::to_path_buf),
                 slots: taken.slots,
+                late_network: taken.origin.is_template() && request.network.is_some(),
+                origin: taken.origin,
+                templates: config.template,
                 oom: OomScores::of_pod(request.oom_score_adj),
                 stub: None,
                 links: None,
@@ -180,13 +196,24 @@ impl Sandbox {
     /// Waits until the guest's agent answers.
     pub async fn ready(&mut self, hostname: &str) -> Result<StartSandboxResponse, Error> {
         let network = self.network.as_mut().map(Network::for_guest);
-        let answer = self.answer(hostname, network).await;
+        let answer = match self.answer(hostname, network).await {
+            Ok(answer) => self.complete().await.map(|()| answer),
+            Err(error) => Err(error),
+        };
         let answer = answer.inspect_err(|error| error.tell_end(&self.audit))?;
-        self.follow_network()?;
         self.reclaim = self
             .rules
             .map(|rules| reclaim::start(self.cgroup.path(), self.agent.clone(), rules));
         Ok(answer)
+    }
+
+    /// What a guest lacks that is no other's any more.
+    async fn complete(&mut self) -> Result<(), Error> {
+        self.heed_template()?;
+        match self.late_network {
+            true => self.find_interfaces().await,
+            false => self.follow_network(),
+        }
     }
 
     /// Waits until the share can be served.
@@ -250,7 +277,7 @@ impl Sandbox {
     }
 
     /// Stops the machine to get the guest's console, and says how far it came.
-    async fn too_slow(&self) -> Error {
+    pub(super) async fn too_slow(&self) -> Error {
         let reached = self.reached();
         let processors = self.processors().await;
         let _ = self.vm.stop().await;
@@ -531,6 +558,16 @@ impl Sandbox {
                 self.audit.tell_end("destroyed", DESTROYED, BTreeMap::new());
             }
         }
+    }
+}
+
+/// Tells what the operator has chosen that changes how the pod is contained.
+fn tell_switches(config: &Config, request: &Request<'_>, audit: &Audit) {
+    let serial = request.serial.is_some();
+    let serial = serial.then(|| ("--serial", "a console of the guest".into()));
+    for (name, value) in config.switches().into_iter().chain(serial) {
+        let name = name.into();
+        audit.tell(Event::Switch { name, value });
     }
 }
 

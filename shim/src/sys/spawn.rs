@@ -7,7 +7,7 @@
 
 use std::{
     ffi::{CStr, CString},
-    fs::File,
+    fs::{File, Metadata},
     io::{self, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -43,6 +43,11 @@ impl Executable {
             path: path.into(),
             file: ReadOnlyFile::at(path)?,
         })
+    }
+
+    /// What the program's file is.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        File::from(self.file.as_fd().try_clone_to_owned()?).metadata()
     }
 
     /// Where it was found.

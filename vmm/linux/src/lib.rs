@@ -10,6 +10,7 @@
 
 pub mod capability;
 pub mod descriptor;
+pub mod entropy;
 pub mod landlock;
 pub mod mount;
 pub mod netlink;

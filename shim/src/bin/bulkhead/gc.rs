@@ -1,6 +1,8 @@
 //! `bulkhead gc`.
 
-use bulkhead_shim::{config::Config, ledger};
+use bulkhead_shim::{config::Config, ledger, template::Store};
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::failure::Failure;
 
@@ -23,10 +25,27 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
         return Ok(0);
     };
     let collected = ledger::collect(&state, arguments.dry_run)?;
+    // After the sandboxes: a dead builder's machine writes to no template then.
+    let swept = Store::at(&state).sweep(arguments.dry_run);
+    let swept = swept.map_err(|error| {
+        Failure::new(format!(
+            "cannot read the templates in {}: {error}",
+            state.display()
+        ))
+    })?;
     if arguments.json {
-        let text = serde_json::to_string_pretty(&collected).expect("made of strings and numbers");
+        let all = [json(&collected)?, json(&swept)?].concat();
+        let text = serde_json::to_string_pretty(&all)?;
         println!("{text}");
     } else {
+        for one in &swept {
+            let done = match (arguments.dry_run, &one.left) {
+                (true, _) => "of no use".into(),
+                (false, None) => "removed".into(),
+                (false, Some(error)) => format!("left, {error}"),
+            };
+            println!(".templates/{}: {done}: {}", one.name, one.reason);
+        }
         for sandbox in &collected {
             let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
             match arguments.dry_run {
@@ -52,7 +71,12 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
                 .for_each(|leftover| println!("  left: {leftover}"));
         }
     }
-    Ok(u8::from(
-        collected.iter().any(|sandbox| !sandbox.left.is_empty()),
-    ))
+    let left = collected.iter().any(|sandbox| !sandbox.left.is_empty())
+        || swept.iter().any(|one| one.left.is_some());
+    Ok(u8::from(left))
+}
+
+/// What has a sandbox, and what has a template, in one list.
+fn json<T: Serialize>(all: &[T]) -> Result<Vec<Value>, serde_json::Error> {
+    all.iter().map(serde_json::to_value).collect()
 }

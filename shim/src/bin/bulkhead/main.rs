@@ -13,6 +13,7 @@ mod probe;
 mod run;
 mod signals;
 mod streams;
+mod template;
 mod terminal;
 mod uids;
 mod version;
@@ -43,6 +44,7 @@ Exit codes:
 Files:
   /etc/bulkhead/config.toml            configuration, optional
   /run/bulkhead/NAMESPACE/SANDBOX      ledger and mounts of a pod
+  /run/bulkhead/.templates             templates
   /run/bulkhead-oci/ID                 a container of an engine; --root is another place
   /var/log/bulkhead/audit.jsonl        audit log of all pods
   PREFIX/libexec/bulkhead              bulkhead-vmm, vmlinux, initramfs";
@@ -74,10 +76,12 @@ enum Command {
     Run(run::Arguments),
     /// Say what this host can do, with a remedy for each missing thing; runs a small guest
     Check(check::Arguments),
-    /// Give back what pods held whose owner is dead
+    /// Give back what pods held whose owner is dead, and templates that nobody can use any more
     Gc(gc::Arguments),
     /// Show what has passed through the pods' network interfaces, and what was dropped
     Network(network::Arguments),
+    /// Make, show and remove templates: machines from which pods go on in the place of booting
+    Template(template::Arguments),
     /// Show the audit log and what comes: refusals, layers in force, blocked calls, limits, ends
     Events(events::Arguments),
     /// Make Bulkhead known to containerd and write a RuntimeClass for Kubernetes
@@ -165,6 +169,10 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
         Some(Command::Gc(arguments)) => {
             own::narrow()?;
             gc::gc(&arguments, &load()?)
+        }
+        Some(Command::Template(arguments)) => {
+            own::narrow()?;
+            template::template(&arguments, &load()?)
         }
         Some(Command::Network(arguments)) => network::network(&arguments, &load()?),
         Some(Command::Events(arguments)) => match arguments.of_container()? {

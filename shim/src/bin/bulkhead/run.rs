@@ -112,7 +112,7 @@ impl Arguments {
 /// Runs to the end; the exit code of this command.
 pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, Failure> {
     ids::check("id", &arguments.id)?;
-    check_words(arguments, config)?;
+    check_size(arguments.vcpus, arguments.memory, config)?;
     refuse_descriptors(arguments.preserve_fds)?;
     let bundle = Bundle::load(&arguments.bundle)?;
     let plan = oci::plan(&bundle, &arguments.id);
@@ -149,16 +149,16 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
 }
 
 /// Refuses sizes on the command line that cannot work.
-fn check_words(arguments: &Arguments, config: &Config) -> Result<(), Failure> {
-    if let Some(vcpus) = arguments.vcpus {
+pub fn check_size(vcpus: Option<u32>, memory: Option<u64>, config: &Config) -> Result<(), Failure> {
+    if let Some(vcpus) = vcpus {
         let most = config.most_vcpus();
         if !(1..=most).contains(&vcpus) {
             let text = format!("--vcpus {vcpus} cannot work: 1 to {most} are possible");
             return Err(Failure::new(text));
         }
     }
-    if let Some(mib) = arguments.memory {
-        let vcpus = arguments.vcpus.unwrap_or(config.vcpus);
+    if let Some(mib) = memory {
+        let vcpus = vcpus.unwrap_or(config.vcpus);
         let least = least_memory_mib(vcpus);
         if mib < least {
             let text = format!("--memory {mib} cannot boot: the guest needs at least {least} MiB");

@@ -10,10 +10,15 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent as wire;
-use bulkhead_vmm_config::{PluggedStats, Stamp, VmStats};
+use bulkhead_vmm_config::{Phase, PluggedStats, Stamp, VmStats};
 use tokio::task::{JoinError, yield_now};
 
-use super::{Parts, Request, Sandbox, error::Error, testing::Guest};
+use super::{
+    Parts, Request, Sandbox,
+    error::Error,
+    template::{self, Start},
+    testing::Guest,
+};
 use crate::{
     audit::Audit,
     config::Config,
@@ -28,9 +33,9 @@ use crate::{
     oci::{HostBind, HostRoot},
     share,
     sys::process::Death,
+    template::Origin,
 };
 
-pub(super) const SHARE_TAG: &str = "share";
 /// A pid that no process of Linux can have.
 const STUB_PID: i32 = 2_000_000_000;
 
@@ -52,19 +57,27 @@ pub(super) struct Taken {
     pub(super) uid: u32,
     pub(super) network: Option<Network>,
     pub(super) slots: usize,
+    pub(super) origin: Origin,
 }
 
 impl Taken {
     pub(super) async fn take(
-        _: &Config,
-        _: &Parts,
-        request: &Request<'_>,
+        config: &Config,
+        parts: &Parts,
+        (request, start): (&Request<'_>, Start<'_>),
         cgroup: &Path,
         ledger: &mut Ledger,
         audit: &Audit,
     ) -> Result<Taken, Error> {
         ledger.claim("uid-1", request.id)?;
+        let (origin, _) = match start {
+            Start::Pod => template::origin(config, parts, request, ledger.state())?,
+            Start::Boot | Start::Save(_) => (Origin::Boot, None),
+        };
         let (guest, connection) = Guest::boot().await;
+        if let Start::Save(files) = start {
+            guest.save_to(files);
+        }
         Ok(Taken {
             share: Share::default(),
             cgroup: Cgroup {
@@ -77,7 +90,8 @@ impl Taken {
             agent_log: Tail::default(),
             uid: 1,
             network: None,
-            slots: 0,
+            slots: template::slots(request, &origin),
+            origin,
         })
     }
 }
@@ -172,7 +186,21 @@ impl Vm {
     }
 
     pub(super) fn stamps(&self) -> Vec<Stamp> {
-        Vec::new()
+        vec![Stamp {
+            phase: Phase::AgentDialled,
+            at_ns: 0,
+            exits: 0,
+            irq_exits: 0,
+        }]
+    }
+
+    pub(super) fn template_refused(&self) -> Option<String> {
+        self.0.refusal.lock().unwrap().clone()
+    }
+
+    pub(super) async fn save(&self) -> Result<(), vmm::Error> {
+        self.0.save();
+        Ok(())
     }
 
     pub(super) async fn stats(&self) -> Result<VmStats, vmm::Error> {
@@ -182,6 +210,7 @@ impl Vm {
         };
         Ok(VmStats {
             plugged: Some(plugged),
+            kvm: [("exits".into(), self.0.count_exits())].into(),
             ..VmStats::default()
         })
     }

@@ -8,6 +8,7 @@
 use std::{
     cell::Cell,
     collections::{BTreeMap, HashMap, HashSet},
+    fs::File,
     io::{self, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
     pin::Pin,
@@ -20,6 +21,7 @@ use std::{
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
+    SEED,
     agent::{self as wire, ProgramProblem},
     agent_ttrpc::{Agent, create_agent},
 };
@@ -47,6 +49,8 @@ thread_local! {
     /// The guests that were booted on this thread, oldest first, and what serves their agents.
     static BOOTED: Mutex<Vec<(Arc<Guest>, Server)>> = const { Mutex::new(Vec::new()) };
     static NEXT: Cell<Option<Fault>> = const { Cell::new(None) };
+    static NEXT_BUSY: Cell<u64> = const { Cell::new(0) };
+    static NEXT_REFUSAL: Cell<Option<String>> = const { Cell::new(None) };
 }
 
 /// Forgets all guests of this thread.
@@ -70,6 +74,16 @@ pub(crate) fn last_guest() -> Option<Arc<Guest>> {
 /// What goes wrong in the next guest of this thread, as [`Guest::set_fault`].
 pub(crate) fn fail_next_boot(fault: Option<Fault>) {
     NEXT.set(fault);
+}
+
+/// How many exits the guests of this thread have from now on between two looks.
+pub(crate) fn keep_busy(exits: u64) {
+    NEXT_BUSY.set(exits);
+}
+
+/// The VMM of the next guest of this thread refuses its template.
+pub(crate) fn refuse_next_template(reason: &str) {
+    NEXT_REFUSAL.set(Some(reason.into()));
 }
 
 /// When a guest does not answer.
@@ -143,6 +157,15 @@ pub(crate) struct Guest {
     pub(crate) kept: AtomicU64,
     /// Processors that are online; 0: nobody has said.
     pub(crate) processors: AtomicU32,
+    /// Exits until now, and how many there are between two looks.
+    exits: AtomicU64,
+    pub(crate) busy: AtomicU64,
+    /// Where it is saved.
+    saves: Mutex<Option<[File; 2]>>,
+    /// Why the template that it was given is of no use.
+    pub(super) refusal: Mutex<Option<String>>,
+    /// The seed of each StartSandbox that it has heard.
+    pub(crate) seeds: Mutex<Vec<Vec<u8>>>,
 }
 
 /// One connection, then none for ever.
@@ -194,6 +217,11 @@ impl Guest {
             pluggable: AtomicU64::new(u64::MAX),
             kept: AtomicU64::new(0),
             processors: AtomicU32::new(0),
+            exits: AtomicU64::new(0),
+            busy: AtomicU64::new(NEXT_BUSY.get()),
+            saves: Mutex::default(),
+            refusal: Mutex::new(NEXT_REFUSAL.take()),
+            seeds: Mutex::default(),
         });
         let init = Arc::new(Init(guest.clone()));
         let mut server = Server::new()
@@ -202,6 +230,27 @@ impl Guest {
         server.start().await.expect("it has a listener");
         BOOTED.with(|booted| booted.lock().unwrap().push((guest.clone(), server)));
         (guest, host)
+    }
+
+    /// It may be saved there.
+    pub(super) fn save_to(&self, files: &[File; 2]) {
+        let files = files.each_ref().map(|file| file.try_clone().unwrap());
+        *self.saves.lock().unwrap() = Some(files);
+    }
+
+    /// Writes itself down, which ends it.
+    pub(super) fn save(&self) {
+        let files = self.saves.lock().unwrap().take();
+        let files = files.expect("it was given files to be saved to");
+        for mut file in files {
+            file.write_all(b"a machine").unwrap();
+        }
+        self.end_itself(GuestEnd::Saved);
+    }
+
+    pub(super) fn count_exits(&self) -> u64 {
+        let busy = self.busy.load(Ordering::Relaxed);
+        self.exits.fetch_add(busy, Ordering::Relaxed)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -489,8 +538,12 @@ impl Agent for Init {
     async fn start_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::StartSandboxRequest,
+        request: wire::StartSandboxRequest,
     ) -> ttrpc::Result<wire::StartSandboxResponse> {
+        // Of bytes of zeros it is one in 2^512.
+        let seed = request.seed;
+        assert!(seed.len() == SEED && seed.iter().any(|byte| *byte != 0));
+        self.0.seeds.lock().unwrap().push(seed);
         Ok(wire::StartSandboxResponse::default())
     }
 

@@ -1,0 +1,171 @@
+use std::fs;
+
+use super::*;
+use crate::{
+    oci::PodPlan,
+    pod::{Order, Pod, testing},
+};
+
+fn world(template: config::Template) -> (tempfile::TempDir, Config) {
+    testing::forget_guests();
+    testing::keep_busy(0);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = Config {
+        state_dir: dir.path().canonicalize().unwrap().join("state"),
+        template,
+        ..Config::default()
+    };
+    config.audit.path = Default::default();
+    (dir, config)
+}
+
+const SIZE: Size = Size {
+    vcpus: 1,
+    memory_mib: 128,
+};
+
+async fn boot(config: &Config, change: impl FnOnce(&mut Request<'_>)) -> Result<Pod, Error> {
+    let mut request = Request {
+        namespace: "default",
+        id: "pod",
+        size: SIZE,
+        room: Room::default(),
+        cgroups_path: None,
+        joins: false,
+        host_limits: &[],
+        network: None,
+        net_slots: 0,
+        serial: None,
+        oom_score_adj: None,
+    };
+    change(&mut request);
+    let order = Order {
+        parts: &Parts,
+        plan: &PodPlan::default(),
+        request,
+    };
+    let nothing = async |_: &mut super::super::Held| Ok::<(), Error>(());
+    let booted = Pod::boot(config, order, nothing, std::future::pending()).await;
+    booted.map(|(pod, ())| pod)
+}
+
+fn plain(config: &Config) -> Shape {
+    shape(config, SIZE, Size::default(), false)
+}
+
+fn listed(config: &Config) -> Vec<Key> {
+    let listed = Store::at(&config.state_dir).list().unwrap();
+    listed.into_iter().map(|one| one.key).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_builder_says_nothing_to_the_agent_and_leaves_nothing_but_the_template() {
+    let (_dir, config) = world(config::Template::Auto);
+    let built = build(&config, plain(&config)).await.unwrap();
+    let Built::New(key) = built else {
+        panic!("{built:?}")
+    };
+    let guest = testing::last_guest().unwrap();
+    assert!(
+        guest.seeds.lock().unwrap().is_empty(),
+        "StartSandbox was said"
+    );
+    assert_eq!(listed(&config), std::slice::from_ref(&key));
+    let names = fs::read_dir(&config.state_dir).unwrap();
+    let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, [".templates"], "its sandbox is given back");
+    let again = build(&config, plain(&config)).await.unwrap();
+    assert!(matches!(again, Built::There(there) if there == key));
+    assert_eq!(testing::guests().len(), 1, "nothing is booted for it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_go_on_from_it_each_with_a_seed_of_its_own() {
+    let (_dir, config) = world(config::Template::Required);
+    let error = boot(&config, |_| {}).await.unwrap_err();
+    assert!(error.to_string().contains("template build"), "{error}");
+    assert!(testing::last_guest().is_none() && !config.state_dir.exists());
+    build(&config, plain(&config)).await.unwrap();
+    for id in ["a", "b"] {
+        let pod = boot(&config, |request| request.id = id).await.unwrap();
+        let held = pod.held().await;
+        let sandbox = &held.as_ref().unwrap().sandbox;
+        assert!(
+            matches!(&sandbox.origin, Origin::Template(key) if [key.clone()] == *listed(&config))
+        );
+        drop(held);
+        pod.destroy().await;
+    }
+    let seeds: Vec<_> = testing::guests()
+        .iter()
+        .flat_map(|guest| guest.seeds.lock().unwrap().clone())
+        .collect();
+    assert!(seeds.len() == 2 && seeds[0] != seeds[1]);
+    // Another shape, and a console on which a boot is looked at.
+    for change in [
+        (|request: &mut Request<'_>| request.size.vcpus = 2) as fn(&mut Request<'_>),
+        |request| request.net_slots = 4,
+        |request| request.serial = Some(File::open("/dev/null").unwrap().into()),
+    ] {
+        let error = boot(&config, change).await.unwrap_err();
+        assert!(matches!(error, Error::NoTemplate(_)), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_template_that_the_vmm_refuses_goes_and_the_pod_boots_if_it_may() {
+    for required in [false, true] {
+        let template = match required {
+            true => config::Template::Required,
+            false => config::Template::Auto,
+        };
+        let (_dir, config) = world(template);
+        build(&config, plain(&config)).await.unwrap();
+        testing::refuse_next_template("KVM has no such register");
+        let booted = boot(&config, |_| {}).await;
+        assert!(listed(&config).is_empty());
+        match booted {
+            Ok(pod) => {
+                assert!(!required);
+                pod.destroy().await;
+            }
+            Err(error) => {
+                assert!(
+                    required && error.to_string().contains("no such register"),
+                    "{error}"
+                );
+            }
+        }
+        assert!(!config.state_dir.join("default").exists());
+        let basis = Parts.basis(&config, plain(&config)).unwrap();
+        let reason = Store::at(&config.state_dir).hold_off(&basis.key()).unwrap();
+        assert!(reason.contains("no such register"), "{reason}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_never_idle_is_no_template() {
+    let (_dir, config) = world(config::Template::Auto);
+    testing::keep_busy(IDLE_EXITS);
+    let error = build(&config, plain(&config)).await.unwrap_err();
+    testing::keep_busy(0);
+    assert!(
+        error.to_string().contains("not idle within 20 s"),
+        "{error}"
+    );
+    assert!(listed(&config).is_empty() && !config.state_dir.join(NAMESPACE).exists());
+    let basis = Parts.basis(&config, plain(&config)).unwrap();
+    let (origin, _) = Origin::find(&Store::at(&config.state_dir), basis);
+    let Origin::Cold { reason, missing } = origin else {
+        panic!("{origin:?}")
+    };
+    assert!(reason.contains("not idle") && missing.is_none(), "{reason}");
+}
+
+#[test]
+fn pods_of_any_number_of_interfaces_have_one_shape() {
+    let (_dir, config) = world(config::Template::Auto);
+    let with = shape(&config, SIZE, Size::default(), true);
+    assert_eq!(with.net_slots as usize, MAX_DEVICES - 1);
+    assert_eq!(plain(&config).net_slots, 0);
+}
