@@ -121,8 +121,10 @@ pub struct Config {
 pub enum Template {
     /// Where there is one; the first pod of a kind has one made for the next ones.
     Auto,
-    /// Never.
+    /// Where there is one, which somebody has made by `bulkhead template build`.
     #[default]
+    Built,
+    /// Never.
     Off,
     /// Always: a pod that cannot fails.
     Required,
@@ -557,7 +559,8 @@ mod tests {
         assert_eq!(config.memory_mib, 256);
         assert_eq!(config.share.queues, 2);
         for (text, template) in [
-            ("", Template::Off),
+            ("", Template::Built),
+            ("template = \"built\"", Template::Built),
             ("template = \"auto\"", Template::Auto),
             ("template = \"off\"", Template::Off),
             ("template = \"required\"", Template::Required),

@@ -2,6 +2,7 @@
 
 mod returned_memory;
 mod system_calls;
+mod templates;
 
 use std::fs;
 use std::io::Write;

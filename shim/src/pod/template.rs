@@ -38,8 +38,8 @@ const LOOK: Duration = Duration::from_millis(20);
 /// The guest's kernel names free memory two seconds after it was freed: what it has named by then
 /// is no part of the template.
 const SETTLING: Duration = Duration::from_secs(3);
-/// A guest with fewer exits than this in so long is idle: its timers are few and far between.
-const IDLE_EXITS: u64 = 8;
+/// A guest with fewer exits than this in so long is idle: its timers cause some 50 a second.
+const IDLE_EXITS: u64 = 60;
 const IDLE: Duration = Duration::from_millis(500);
 /// How long a guest may take until it is.
 const RESTLESS: Duration = Duration::from_secs(20);
@@ -110,10 +110,14 @@ pub(super) fn origin(
         }
     };
     match &found.0 {
+        Origin::Cold { reason, .. } if config.template == config::Template::Required => {
+            return Err(Error::NoTemplate(reason.clone()));
+        }
+        // Who has had none made expects none.
+        Origin::Cold {
+            missing: Some(_), ..
+        } if config.template == config::Template::Built => {}
         Origin::Cold { reason, .. } => {
-            if config.template == config::Template::Required {
-                return Err(Error::NoTemplate(reason.clone()));
-            }
             tracing::info!(pod = request.id, reason, "the pod boots");
         }
         Origin::Template(key) => {
@@ -168,15 +172,10 @@ impl Sandbox {
         else {
             return;
         };
-        // A machine that is booted with its interfaces says nothing about one that gets them later.
-        let has_network = self
-            .network
-            .as_ref()
-            .is_some_and(|network| !network.is_empty());
         // Ten pods at once miss the same one.
         let (store, key) = (Store::at(self.ledger.state()), basis.key());
         let comes = || store.has(&key) || store.hold_off(&key).is_some();
-        if self.templates != config::Template::Auto || has_network || comes() {
+        if self.templates != config::Template::Auto || comes() {
             return;
         }
         if let Err(error) = start_builder(config, &basis.shape) {

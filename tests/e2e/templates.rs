@@ -1,0 +1,215 @@
+//! Pods that go on from a template: as if each had booted, and no two alike in what must differ.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_tests::{Bundle, Host, Ran, Started, run};
+use tempfile::TempDir;
+
+/// A state directory of its own, with a template of `bulkhead run`.
+struct Node {
+    dir: TempDir,
+    /// `template` of its configuration.
+    mode: &'static str,
+}
+
+impl Node {
+    fn new(mode: &'static str) -> Node {
+        let dir = TempDir::with_prefix_in("bulkhead-node-", "/run").expect("a tmpfs");
+        let node = Node { dir, mode };
+        let state = node.dir.path().join("state");
+        let text = format!(
+            "template = \"{mode}\"\nstate_dir = \"{}\"\n",
+            state.display()
+        );
+        fs::write(node.config(), text).expect("writable");
+        node
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.path().join("config.toml")
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("bulkhead");
+        command.arg("--config").arg(self.config()).args(words);
+        command
+    }
+
+    fn ok(&self, words: &[&str]) -> String {
+        run(&mut self.command(words)).ok()
+    }
+
+    fn built(mode: &'static str) -> Node {
+        let node = Node::new(mode);
+        let made = node.ok(&["template", "build", "--run"]);
+        assert!(made.ends_with(": made"), "{made}");
+        node
+    }
+
+    fn run(&self, id: &str, script: &str) -> Ran {
+        let bundle = Bundle::busybox().script(script);
+        bundle.write();
+        let path = bundle.path().to_str().expect("a plain path");
+        run(&mut self.command(&["run", "--bundle", path, id]))
+    }
+
+    /// The directory of its only template.
+    fn template(&self) -> PathBuf {
+        let templates = self.dir.path().join("state/.templates");
+        let entries = fs::read_dir(templates).expect("a directory");
+        let mut paths = entries.map(|entry| entry.expect("an entry").path());
+        paths.find(|path| path.is_dir()).expect("a template")
+    }
+
+    /// Until a builder that nobody waits for has published it.
+    fn wait_for_template(&self) {
+        let there = || {
+            let listed = self.ok(&["template", "ls", "--json"]);
+            listed.contains("\"refused\": null")
+        };
+        bulkhead_tests::eventually("a template is made", there, || {
+            format!("{} {}", self.mode, self.ok(&["template", "ls"]))
+        });
+    }
+
+    /// Nothing of a pod or a builder is in its state, whatever templates are.
+    fn assert_idle(&self) {
+        let state = self.dir.path().join("state");
+        let names = |path: &Path| -> BTreeSet<String> {
+            let entries = fs::read_dir(path).into_iter().flatten();
+            entries
+                .map(|entry| {
+                    entry
+                        .expect("an entry")
+                        .file_name()
+                        .to_string_lossy()
+                        .into()
+                })
+                .collect()
+        };
+        for name in names(&state) {
+            let within = names(&state.join(&name));
+            let half = within.iter().any(|name| name.contains(".tmp-"));
+            let free = name.starts_with('.') || within.is_empty();
+            assert!(free && !half, "{name}: {within:?}");
+        }
+    }
+}
+
+/// What a guest says of itself, a line each.
+const TELL: &str = "cat /proc/sys/kernel/random/boot_id
+    head -c 16 /dev/urandom | od -An -tx1
+    grep stack /proc/self/maps
+    hostname
+    date +%s
+    nproc; grep MemTotal /proc/meminfo; uname -r; cat /proc/sys/kernel/random/entropy_avail
+    dd if=/dev/zero of=/tmp/x bs=64k count=20 2>/dev/null; cmp -n 1310720 /tmp/x /dev/zero && echo same";
+
+#[test]
+fn clones_are_alike_and_differ_in_what_must_differ() {
+    let host = Host::now();
+    let cold = Node::new("off").run("cold", TELL).ok();
+    let node = Node::built("required");
+    let clones: Vec<String> = ["one", "two"].map(|id| node.run(id, TELL).ok()).into();
+    let lines = |text: &str| -> Vec<String> { text.lines().map(str::to_owned).collect() };
+    let all: Vec<Vec<String>> = [&cold, &clones[0], &clones[1]]
+        .map(|text| lines(text))
+        .into();
+    let line = |nth: usize| -> BTreeSet<&str> { all.iter().map(|one| &*one[nth]).collect() };
+    for (nth, what) in ["boot id", "random bytes", "stack's place", "host name"]
+        .into_iter()
+        .enumerate()
+    {
+        assert_eq!(line(nth).len(), 3, "{what}: {all:#?}");
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.expect("after 1970").as_secs();
+    for one in &all {
+        let theirs: u64 = one[4].parse().expect("seconds");
+        assert!(now.abs_diff(theirs) < 120, "{theirs} and {now}");
+    }
+    let same = |one: &Vec<String>| one[5..].to_vec();
+    assert_eq!(same(&all[1]), same(&all[2]));
+    assert_eq!(same(&all[0]), same(&all[1]), "as one that has booted");
+    node.assert_idle();
+    drop(node);
+    host.assert_nothing_left();
+}
+
+/// Many in a row and some at once, while one of them has its template taken away.
+#[test]
+fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
+    let node = Node::built("required");
+    let host = Host::now();
+    for nth in 0..10 {
+        let ran = node.run(&format!("row-{nth}"), "echo $((6 * 7)); exit 3");
+        assert_eq!((ran.status, ran.text().trim()), (3, "42"), "{ran}");
+    }
+    let bundle = Bundle::busybox().script("read line; echo got $line");
+    bundle.write();
+    let path = bundle.path().to_str().expect("a plain path");
+    let start = |nth: usize| {
+        let id = format!("at-once-{nth}");
+        Started::spawn(node.command(&["run", "--bundle", path, &id]))
+    };
+    let pods: Vec<Started> = (0..4).map(start).collect();
+    for (nth, mut pod) in pods.into_iter().enumerate() {
+        let mut stdin = pod.stdin();
+        writeln!(stdin, "{nth}").expect("it reads");
+        assert_eq!(pod.finish_with(stdin).ok(), format!("got {nth}"));
+        if nth == 0 {
+            // The others have their files open.
+            node.ok(&["template", "drop", "--all"]);
+        }
+    }
+    host.assert_nothing_left();
+    let refused = node.run("late", "true");
+    assert_eq!(refused.status, 125, "{refused}");
+    assert!(refused.errors().contains("template"), "{refused}");
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_template_that_was_changed_is_dropped_and_the_pod_boots() {
+    for (file, at) in [("state", 40), ("memory", 5 << 20), ("manifest.json", 3)] {
+        let node = Node::built("auto");
+        let path = node.template().join(file);
+        let mut bytes = fs::read(&path).expect("a file");
+        bytes[at] ^= 1;
+        fs::write(&path, bytes).expect("root may");
+        let ran = node.run("boots", "echo it boots");
+        assert_eq!(ran.ok(), "it boots", "{file}");
+        let left = node.ok(&["template", "ls"]);
+        assert_eq!(left.lines().count(), 1, "{file}: {left}");
+        // The pod that has booted has another one made.
+        node.wait_for_template();
+        assert_eq!(node.run("clone", "echo it goes on").ok(), "it goes on");
+    }
+}
+
+/// Wherever a builder is when it is killed, the next one finishes, and `gc` finds the rest.
+#[test]
+fn a_killed_builder_leaves_nothing_that_is_not_found() {
+    let host = Host::now();
+    let node = Node::new("required");
+    for millis in [150, 700, 2500, 5000] {
+        let mut child = node
+            .command(&["template", "build", "--run"])
+            .spawn()
+            .expect("it starts");
+        std::thread::sleep(Duration::from_millis(millis));
+        child.kill().expect("it is ours");
+        child.wait().expect("it is ours");
+    }
+    node.ok(&["gc"]);
+    node.assert_idle();
+    host.assert_nothing_left();
+    node.ok(&["template", "build", "--run"]);
+    assert_eq!(node.run("clone", "echo fine").ok(), "fine");
+    node.assert_idle();
+}
