@@ -30,6 +30,7 @@ mod resources;
 mod seccomp;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::{
     collections::HashMap,
@@ -51,6 +52,7 @@ pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{GROUP, LATER_INTERFACES, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
 pub use pod_paths::PodPaths;
+pub use view::{Seen, view};
 
 /// The newest OCI runtime-spec whose configuration is converted or refused by name.
 pub const NEWEST_SPEC: &str = "1.3.0";

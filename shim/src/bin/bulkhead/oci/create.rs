@@ -10,10 +10,12 @@ use std::{
 use bulkhead_shim::{
     audit::time,
     command_line::{Client, Record, Room},
-    oci::Bundle,
+    oci::{self, Bundle, Seen},
     sys::{
         daemon,
+        mount::Depth,
         process::{ProcessId, wait_gone},
+        view::View,
     },
 };
 
@@ -145,12 +147,36 @@ fn make_in(
         "bulkhead: container {} (its processes are in its virtual machine)",
         words.id
     );
-    let pid = process::keep(&connection, slave, stub, &title)?;
+    let view = view(bundle)?;
+    let pid = process::keep(&connection, slave, stub, Some(&view), &title)?;
     let keeper = ProcessId::of(pid);
     let keeper = keeper.ok_or_else(|| Failure::new("the container's keeper has ended"))?;
     room.write(&record(bundle, &words.id, keeper, *monitor))?;
     process::write_pid(words.pid_file.as_deref(), pid)?;
     Ok(connection.kept(pid)?)
+}
+
+/// The container's files of the host, for who enters its mount namespace.
+fn view(bundle: &Bundle) -> Result<View, Failure> {
+    let (root, seen) = oci::view(bundle)?;
+    let failed = |path: &Path| {
+        let path = path.display().to_string();
+        move |error| Failure::new(format!("cannot show {path} in the keeper's root: {error}"))
+    };
+    let mut view = View::of(&root.path, root.read_only).map_err(failed(&root.path))?;
+    for (path, seen) in seen {
+        let added = match seen {
+            Seen::Nothing => view.hide(&path),
+            Seen::Processes => view.processes(&path),
+            Seen::Host {
+                source,
+                recursive,
+                read_only,
+            } => view.bind(&path, &source, Depth::of(recursive), read_only),
+        };
+        added.map_err(failed(&path))?;
+    }
+    Ok(view)
 }
 
 fn record(bundle: &Bundle, id: &str, keeper: ProcessId, monitor: Option<ProcessId>) -> Record {
