@@ -124,6 +124,15 @@ fn a_container_is_looked_after() {
         assert_eq!(podman.run(&["healthcheck", "run", "c"]).status, 1);
         podman.ok(&["exec", "c", "touch", "/well"]);
         podman.ok(&["healthcheck", "run", "c"]);
+        let join = |flag: &str| podman.run_in(runtime, &["--rm", flag, "busybox", "true"]);
+        for flag in ["--pid=container:c", "--ipc=container:c"] {
+            let ran = join(flag);
+            assert_eq!(ran.status == 0, runtime == "crun", "{runtime}: {ran}");
+            assert!(
+                ran.status == 0 || ran.errors().contains("podman pod create"),
+                "{ran}"
+            );
+        }
         podman.ok(&["update", "--pids-limit", "55", "c"]);
         let limit = podman.ok(&["exec", "c", "cat", "/sys/fs/cgroup/pids.max"]);
         assert_eq!(limit, "55", "{runtime}");

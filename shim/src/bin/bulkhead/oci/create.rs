@@ -10,7 +10,7 @@ use std::{
 use bulkhead_shim::{
     audit::time,
     command_line::{Client, Record, Room},
-    oci::{self, Bundle, Seen},
+    oci::{self, Bundle, Role, Seen},
     sys::{
         daemon,
         mount::Depth,
@@ -18,6 +18,7 @@ use bulkhead_shim::{
         view::View,
     },
 };
+use oci_spec::runtime as spec;
 
 use super::{Engine, console, process, status, wait_for};
 use crate::failure::Failure;
@@ -121,7 +122,7 @@ fn make_in(
     monitor: &mut Option<ProcessId>,
 ) -> Result<(), Failure> {
     room.keep_config(&fs::read(bundle.directory.join("config.json"))?)?;
-    let listeners = match holder(engine, bundle)? {
+    let listeners = match holder(engine, bundle, &words.id)? {
         Some(holder) => {
             room.join(&holder)?;
             None
@@ -196,17 +197,35 @@ fn record(bundle: &Bundle, id: &str, keeper: ProcessId, monitor: Option<ProcessI
 
 /// The container whose pod this one joins: Podman names namespaces of its process (`podman pod`,
 /// `--network container:NAME`).
-fn holder(engine: &Engine<'_>, bundle: &Bundle) -> Result<Option<Room>, Failure> {
+fn holder(engine: &Engine<'_>, bundle: &Bundle, id: &str) -> Result<Option<Room>, Failure> {
+    let annotations = bundle.spec.annotations().clone().unwrap_or_default();
+    let role = oci::role(&annotations, id);
     let linux = bundle.spec.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    let mut found = None;
     for namespace in namespaces.unwrap_or_default() {
         if let Some(path) = namespace.path()
             && let Some(holder) = Room::holder(engine.root(), path)?
         {
-            return Ok(Some(holder));
+            check_shared(&holder, namespace.typ(), &role)?;
+            found = Some(holder);
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// Refuses a namespace that the holder has to itself: of a lone container's only the network is its
+/// machine's; those of a pod are shared by whoever says that he is its member.
+fn check_shared(holder: &Room, kind: spec::LinuxNamespaceType, role: &Role) -> Result<(), Failure> {
+    let is_member = matches!(role, Role::Member(pod) if *pod == holder.id);
+    if kind == spec::LinuxNamespaceType::Network || is_member {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "--{kind}=container: is not supported: container {} has its {kind} namespace to itself; make a pod of both \
+        (podman pod create --share {kind})",
+        holder.id
+    )))
 }
 
 fn start_monitor(engine: &Engine<'_>, id: &str, listeners: Vec<OwnedFd>) -> Result<u32, Failure> {
