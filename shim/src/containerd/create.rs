@@ -188,6 +188,12 @@ impl Tasks {
                 plan.paths.has_guest = false;
                 self.make_member(wanted, pod, &plan).await
             }
+            // A pod of Podman's without an infra container holds no namespaces that its members share.
+            (Role::Member(_), None)
+                if self.place.handed.is_some() && oci::is_podmans(&annotations) =>
+            {
+                self.make_alone(wanted).await
+            }
             (Role::Member(sandbox), _) => Err(Error::State(format!(
                 "the pod {sandbox:?} of container {:?} does not run here",
                 wanted.id

@@ -25,11 +25,13 @@ mod pod_files;
 mod pod_paths;
 #[cfg(test)]
 mod pod_tests;
+mod podman;
 mod process;
 mod resources;
 mod seccomp;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::{
     collections::HashMap,
@@ -51,6 +53,8 @@ pub(crate) use pod::HOST_NAMESPACES;
 pub use pod::{GROUP, LATER_INTERFACES, PodPlan, Role, check_sandbox, pod_plan, role};
 pub use pod_files::PodFiles;
 pub use pod_paths::PodPaths;
+pub use podman::is_podmans;
+pub use view::{Seen, view};
 
 /// The newest OCI runtime-spec whose configuration is converted or refused by name.
 pub const NEWEST_SPEC: &str = "1.3.0";
@@ -103,6 +107,14 @@ pub enum Error {
         /// Why, and what to do instead.
         reason: String,
     },
+    /// The same, by the flag of the engine that has asked for it.
+    #[error("{name} is not supported: {reason}")]
+    Flag {
+        /// Its name.
+        name: &'static str,
+        /// Why, and what to do instead.
+        reason: String,
+    },
     /// The seccomp profile could not be compiled.
     #[error("config.json: linux.seccomp cannot be compiled: {0}")]
     Seccomp(String),
@@ -111,11 +123,13 @@ pub enum Error {
 impl Error {
     /// What the audit log has of it, if it refuses what a container in a machine is not given.
     pub fn refusal(&self) -> Option<Event> {
-        let Error::Unsupported { field, reason } = self else {
-            return None;
+        let (field, reason) = match self {
+            Error::Unsupported { field, reason } => (field.as_str(), reason),
+            Error::Flag { name, reason } => (*name, reason),
+            _ => return None,
         };
         Some(Event::Refused {
-            field: Some(field.clone()),
+            field: Some(field.into()),
             reason: reason.clone(),
         })
     }
@@ -278,6 +292,7 @@ pub fn plan_in_pod(
     root: RootFrom,
 ) -> Result<Plan, Error> {
     refuse_labels(bundle.spec.process().as_ref(), DEFAULT_PROFILES)?;
+    podman::refuse(&bundle.spec)?;
     convert(bundle, container_id, pod, root)
 }
 

@@ -100,9 +100,12 @@ fn convert_one(
     index: usize,
 ) -> Result<(agent::Mount, Option<HostBind>), Error> {
     let words = mount.options().clone().unwrap_or_default();
-    let options = options::parse(field, &words)?;
+    let mut options = options::parse(field, &words)?;
     let kind = mount.typ().as_deref().unwrap_or_default();
     let is_bind = options.flags & libc::MS_BIND != 0 || kind == "bind";
+    if is_bind && !makes_mounts(&bundle.spec) {
+        options.share_as_slave();
+    }
     let mut converted = agent::Mount {
         destination: destination(mount.destination())?,
         flags: options.flags,
@@ -208,6 +211,15 @@ fn bind_source(
         read_only_whole: options.recursive_set & 1 != 0,
         propagation: propagation(field, &options.propagation)?,
     }))
+}
+
+/// Whether the container may mount. One that may not, as a build's, has nothing to show to the host
+/// through a shared mount; a mount namespace that it makes in a user namespace of its own has slaves.
+fn makes_mounts(spec: &spec::Spec) -> bool {
+    let process = spec.process().as_ref();
+    let sets = process.and_then(|process| process.capabilities().as_ref());
+    let bounding = sets.and_then(|sets| sets.bounding().as_ref());
+    bounding.is_none_or(|set| set.contains(&spec::Capability::SysAdmin))
 }
 
 fn propagation(field: &str, asked: &[u64]) -> Result<HostPropagation, Error> {

@@ -165,6 +165,15 @@ impl Options {
         }
     }
 
+    /// What is to be shared gets the other side's mounts and gives none.
+    pub(super) fn share_as_slave(&mut self) {
+        for flags in &mut self.propagation {
+            if *flags & libc::MS_SHARED != 0 {
+                *flags ^= libc::MS_SHARED | libc::MS_SLAVE;
+            }
+        }
+    }
+
     /// mount_setattr(2): an access time mode may be set only together with clearing the whole field.
     fn set_all(&mut self, attributes: u64) {
         let is_mode = attributes & !ATTR_ATIME_FIELD == 0;

@@ -224,11 +224,6 @@ fn every_unsupported_feature_is_refused_by_its_name() {
         ),
         (
             "/mounts/-",
-            json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["rbind", "rshared"]}),
-            "shared propagation",
-        ),
-        (
-            "/mounts/-",
             json!({"destination": "/x", "type": "bind", "source": "/proc/sys", "options": ["rbind"]}),
             "host's proc",
         ),
@@ -242,6 +237,24 @@ fn every_unsupported_feature_is_refused_by_its_name() {
         assert!(
             error.contains(name) && error.contains("is not supported"),
             "{pointer}: {error}"
+        );
+    }
+}
+
+#[test]
+fn a_shared_mount_is_refused_to_whoever_could_mount_in_it() {
+    let shared = json!({"destination": "/x", "type": "bind", "source": "volume", "options": ["rbind", "rshared"]});
+    let mut config = with("/mounts/-", shared);
+    let plan = planned(&config).unwrap();
+    let flags = libc::MS_SLAVE | libc::MS_REC;
+    assert_eq!(plan.container.mounts.last().unwrap().propagation, [flags]);
+    assert_eq!(plan.binds[0].propagation, HostPropagation::Slave);
+    for bounding in [json!({"bounding": ["CAP_SYS_ADMIN"]}), json!({})] {
+        config["process"]["capabilities"] = bounding;
+        let error = planned(&config).unwrap_err();
+        assert!(
+            error.contains("shared propagation is not supported"),
+            "{error}"
         );
     }
 }

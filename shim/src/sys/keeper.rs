@@ -12,7 +12,8 @@
 //! the monitor dies ──► the connection breaks ──► exit code 255
 //! ```
 //!
-//! Who enters its namespaces finds nothing of the host, as with the pod's stub.
+//! Who enters its namespaces finds nothing of the host but the container's files, if it stands for a
+//! container, and else nothing, as with the pod's stub.
 
 use std::{
     io::{self, Read},
@@ -25,6 +26,7 @@ use nix::errno::Errno;
 use super::{
     spawn::pipe,
     stub::{Words, done, drop_capabilities, empty_root},
+    view::View,
 };
 
 /// The keeper's own descriptors.
@@ -51,6 +53,8 @@ pub struct Keeper<'a> {
     pub network: BorrowedFd<'a>,
     /// The pod's cgroup.
     pub cgroup: BorrowedFd<'a>,
+    /// What is in its root; `None`: nothing.
+    pub view: Option<&'a View>,
     /// Its command line.
     pub title: &'a str,
 }
@@ -67,6 +71,7 @@ impl Keeper<'_> {
             terminal: self.terminal.map(|fd| fd.as_raw_fd()),
             network: self.network.as_raw_fd(),
             report: report.as_raw_fd(),
+            view: self.view,
             title: self.title.as_bytes(),
             words: Words::of_this_process()?,
         };
@@ -95,6 +100,7 @@ struct Child<'a> {
     terminal: Option<RawFd>,
     network: RawFd,
     report: RawFd,
+    view: Option<&'a View>,
     title: &'a [u8],
     words: Words,
 }
@@ -115,6 +121,11 @@ impl Child<'_> {
     fn settle(&self, report: &mut RawFd) -> nix::Result<std::convert::Infallible> {
         // SAFETY: setns on an integer.
         done(unsafe { libc::setns(self.network, libc::CLONE_NEWNET) })?;
+        // Its trees are descriptors, whose numbers may be those that are given below.
+        match self.view {
+            Some(view) => view.enter()?,
+            None => empty_root()?,
+        }
         // First out of the way of the numbers that are given below.
         *report = aside(*report)?;
         let monitor = aside(self.monitor)?;
@@ -130,7 +141,6 @@ impl Child<'_> {
             // SAFETY: the ioctl takes a number.
             done(unsafe { libc::ioctl(TERMINAL, libc::TIOCSCTTY, 0) })?;
         }
-        empty_root()?;
         self.words.rename(self.title, c"bulkhead-keeper");
         drop_capabilities()?;
         let first = TERMINAL + i32::from(terminal.is_some());
@@ -241,6 +251,7 @@ mod tests {
             terminal,
             network: network.as_fd(),
             cgroup: cgroup.as_fd(),
+            view: None,
             title: "a keeper",
         };
         let pid = keeper.start().unwrap();

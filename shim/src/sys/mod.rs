@@ -11,6 +11,7 @@ pub mod own;
 pub mod process;
 pub mod spawn;
 pub mod stub;
+pub mod view;
 
 #[cfg(test)]
 pub(crate) mod memory_tests;

@@ -79,6 +79,16 @@ impl DetachedTree {
         self.set(Depth::Whole, inert)
     }
 
+    /// Makes every mount of the tree mere files: as [`DetachedTree::set_inert`], but links lead on.
+    pub fn set_data(&self) -> io::Result<()> {
+        self.set(Depth::Whole, attr::NODEV | attr::NOSUID | attr::NOEXEC)
+    }
+
+    /// For who attaches it in another mount namespace.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     fn set(&self, depth: Depth, set: u64) -> io::Result<()> {
         Ok(mount_setattr(
             self.0.as_fd(),

@@ -20,7 +20,11 @@ use linux::{
     capability,
     process::{Place, clone3},
 };
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, umount2},
+    unistd::{chdir, pivot_root},
+};
 
 use super::{process, spawn::pipe};
 
@@ -247,7 +251,7 @@ pub(super) fn empty_root() -> nix::Result<()> {
         done(unsafe { libc::mount(source, target.as_ptr(), kind, flags, data) })
     };
     let null = std::ptr::null::<libc::c_void>();
-    mount(none, c"/", none, libc::MS_REC | libc::MS_PRIVATE, null)?;
+    keep_mounts_private()?;
     let name = c"bulkhead-pod".as_ptr();
     let limits = c"mode=0755,size=4k,nr_inodes=4".as_ptr().cast();
     // Over a directory that every host has; nobody else sees it.
@@ -259,15 +263,23 @@ pub(super) fn empty_root() -> nix::Result<()> {
     }
     let proc = c"proc".as_ptr();
     mount(proc, c"proc", proc, FLAGS, null)?;
-    // SAFETY: the same. The old root comes to lie on the new one and is taken off it (pivot_root(2), "pivot_root(".", ".")").
-    unsafe {
-        let dot = c".".as_ptr();
-        done(libc::syscall(libc::SYS_pivot_root, dot, dot) as i32)?;
-        done(libc::umount2(dot, libc::MNT_DETACH))?;
-        done(libc::chdir(c"/".as_ptr()))?;
-    }
+    pivot()?;
     let read_only = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | FLAGS;
     mount(none, c"/", none, read_only, null)
+}
+
+/// What is mounted in this mount namespace from here on is mounted in no other.
+pub(super) fn keep_mounts_private() -> nix::Result<()> {
+    let (none, flags) = (None::<&CStr>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    nix::mount::mount(none, c"/", none, flags, none)
+}
+
+/// Makes the working directory, a mount, the root, and takes the old root off: it comes to lie on the new one (pivot_root(2),
+/// "pivot_root(".", ".")").
+pub(super) fn pivot() -> nix::Result<()> {
+    pivot_root(c".", c".")?;
+    umount2(c".", MntFlags::MNT_DETACH)?;
+    chdir(c"/")
 }
 
 /// Gives up every capability for good. Async-signal-safe calls only.

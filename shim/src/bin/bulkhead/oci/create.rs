@@ -10,12 +10,15 @@ use std::{
 use bulkhead_shim::{
     audit::time,
     command_line::{Client, Record, Room},
-    oci::Bundle,
+    oci::{self, Bundle, Role, Seen},
     sys::{
         daemon,
+        mount::Depth,
         process::{ProcessId, wait_gone},
+        view::View,
     },
 };
+use oci_spec::runtime as spec;
 
 use super::{Engine, console, process, status, wait_for};
 use crate::failure::Failure;
@@ -119,7 +122,7 @@ fn make_in(
     monitor: &mut Option<ProcessId>,
 ) -> Result<(), Failure> {
     room.keep_config(&fs::read(bundle.directory.join("config.json"))?)?;
-    let listeners = match holder(engine, bundle)? {
+    let listeners = match holder(engine, bundle, &words.id)? {
         Some(holder) => {
             room.join(&holder)?;
             None
@@ -145,12 +148,36 @@ fn make_in(
         "bulkhead: container {} (its processes are in its virtual machine)",
         words.id
     );
-    let pid = process::keep(&connection, slave, stub, &title)?;
+    let view = view(bundle)?;
+    let pid = process::keep(&connection, slave, stub, Some(&view), &title)?;
     let keeper = ProcessId::of(pid);
     let keeper = keeper.ok_or_else(|| Failure::new("the container's keeper has ended"))?;
     room.write(&record(bundle, &words.id, keeper, *monitor))?;
     process::write_pid(words.pid_file.as_deref(), pid)?;
     Ok(connection.kept(pid)?)
+}
+
+/// The container's files of the host, for who enters its mount namespace.
+fn view(bundle: &Bundle) -> Result<View, Failure> {
+    let (root, seen) = oci::view(bundle)?;
+    let failed = |path: &Path| {
+        let path = path.display().to_string();
+        move |error| Failure::new(format!("cannot show {path} in the keeper's root: {error}"))
+    };
+    let mut view = View::of(&root.path, root.read_only).map_err(failed(&root.path))?;
+    for (path, seen) in seen {
+        let added = match seen {
+            Seen::Nothing => view.hide(&path),
+            Seen::Processes => view.processes(&path),
+            Seen::Host {
+                source,
+                recursive,
+                read_only,
+            } => view.bind(&path, &source, Depth::of(recursive), read_only),
+        };
+        added.map_err(failed(&path))?;
+    }
+    Ok(view)
 }
 
 fn record(bundle: &Bundle, id: &str, keeper: ProcessId, monitor: Option<ProcessId>) -> Record {
@@ -170,17 +197,35 @@ fn record(bundle: &Bundle, id: &str, keeper: ProcessId, monitor: Option<ProcessI
 
 /// The container whose pod this one joins: Podman names namespaces of its process (`podman pod`,
 /// `--network container:NAME`).
-fn holder(engine: &Engine<'_>, bundle: &Bundle) -> Result<Option<Room>, Failure> {
+fn holder(engine: &Engine<'_>, bundle: &Bundle, id: &str) -> Result<Option<Room>, Failure> {
+    let annotations = bundle.spec.annotations().clone().unwrap_or_default();
+    let role = oci::role(&annotations, id);
     let linux = bundle.spec.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    let mut found = None;
     for namespace in namespaces.unwrap_or_default() {
         if let Some(path) = namespace.path()
             && let Some(holder) = Room::holder(engine.root(), path)?
         {
-            return Ok(Some(holder));
+            check_shared(&holder, namespace.typ(), &role)?;
+            found = Some(holder);
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// Refuses a namespace that the holder has to itself: of a lone container's only the network is its
+/// machine's; those of a pod are shared by whoever says that he is its member.
+fn check_shared(holder: &Room, kind: spec::LinuxNamespaceType, role: &Role) -> Result<(), Failure> {
+    let is_member = matches!(role, Role::Member(pod) if *pod == holder.id);
+    if kind == spec::LinuxNamespaceType::Network || is_member {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "--{kind}=container: is not supported: container {} has its {kind} namespace to itself; make a pod of both \
+        (podman pod create --share {kind})",
+        holder.id
+    )))
 }
 
 fn start_monitor(engine: &Engine<'_>, id: &str, listeners: Vec<OwnedFd>) -> Result<u32, Failure> {

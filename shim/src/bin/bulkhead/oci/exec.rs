@@ -112,7 +112,7 @@ pub fn exec(engine: &Engine<'_>, words: &Exec) -> Result<u8, Failure> {
     let own = std::process::id() as i32;
     if words.detach {
         let title = format!("bulkhead: a process of container {}", words.id);
-        let pid = process::keep(&connection, slave, stub, &title)?;
+        let pid = process::keep(&connection, slave, stub, None, &title)?;
         process::write_pid(words.pid_file.as_deref(), pid)?;
         connection.kept(pid)?;
         return Ok(0);

@@ -10,7 +10,7 @@ use std::{
 use bulkhead_shim::{
     cgroup,
     command_line::{Connection, Room, ticket},
-    sys::keeper::Keeper,
+    sys::{keeper::Keeper, view::View},
 };
 
 use crate::failure::Failure;
@@ -36,6 +36,7 @@ pub fn keep(
     connection: &Connection,
     terminal: Option<BorrowedFd<'_>>,
     stub: u32,
+    view: Option<&View>,
     title: &str,
 ) -> Result<i32, Failure> {
     let failed = |error| Failure::new(format!("cannot start the container's keeper: {error}"));
@@ -47,6 +48,7 @@ pub fn keep(
         terminal,
         network: network.as_fd(),
         cgroup: cgroup.as_fd(),
+        view,
         title,
     };
     keeper.start().map_err(failed)
