@@ -434,7 +434,44 @@ def boot_with_nic():
     return {f"ready_{name}_ms": sorted(times)[2] for name, times in ready.items()}
 
 
-MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu, net_bulkhead, net_qemu, boot_with_nic)}
+def template():
+    """A pod that boots, one from a template and runc, in turn in one lab."""
+    directory = bundle(["/bin/true"])
+    configuration = "/tmp/bench-cold.toml"
+    with open(configuration, "w") as file:
+        file.write('template = "off"\n')
+    warm()
+    since = time.monotonic()
+    subprocess.run(["bulkhead", "template", "build", "--run", "--memory", str(MEMORY)], check=True, stdout=subprocess.DEVNULL)
+    figures = {"build_ms": [(time.monotonic() - since) * 1000]}
+
+    def take(name, value):
+        figures.setdefault(name, []).append(value)
+
+    # The first of each kind warms up.
+    for nth in range(6):
+        for name, words in (("cold", ["--config", configuration]), ("clone", [])):
+            file = "/tmp/timeline.json"
+            since = time.monotonic()
+            command = ["bulkhead", *words, "run", "--memory", str(MEMORY), "--timeline-json", file, "--bundle", directory, name]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+            whole = (time.monotonic() - since) * 1000
+            with open(file) as text:
+                at = {moment["name"]: moment["at_ns"] / 1e6 for moment in json.load(text)}
+            if ("kernel to init" in at) != (name == "cold"):
+                raise SystemExit(f"{name}: {sorted(at)}")
+            if nth:
+                take(f"{name}_whole_ms", whole)
+                take(f"{name}_ready_ms", at["agent ready"] - at["command start"])
+                take(f"{name}_dialled_ms", max(at["agent dialled"], at["first guest instruction"]) - at["vmm start"])
+        since = time.monotonic()
+        subprocess.run(["runc", "run", "--bundle", directory, "bench"], check=True, stdin=subprocess.DEVNULL)
+        if nth:
+            take("runc_whole_ms", (time.monotonic() - since) * 1000)
+    return {name: sorted(values)[len(values) // 2] for name, values in figures.items()}
+
+
+MEASUREMENTS = {f.__name__: f for f in (boot_bulkhead, boot_qemu, runc, memory_bulkhead, memory_qemu, stdio_bulkhead, files_bulkhead, files_qemu, net_bulkhead, net_qemu, boot_with_nic, template)}
 
 if __name__ == "__main__":
     print(json.dumps(MEASUREMENTS[sys.argv[1]]()))

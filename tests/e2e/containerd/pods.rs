@@ -89,6 +89,24 @@ impl Pod {
     }
 }
 
+/// `tests/run` has one made before this suite, so that most pods of it are clones; by hand it is
+/// made here.
+#[test]
+fn a_pod_goes_on_from_the_template_that_was_built() {
+    let engine = Engine::get();
+    must(Command::new("bulkhead").args(["template", "build"]));
+    let host = Host::now();
+    let logged = engine.log().len();
+    let pod = Pod::start(BULKHEAD, &[]);
+    let ran = pod.run(&[], "uname -r; exit 7");
+    assert_eq!(ran.status, 7, "{ran}");
+    assert!(ran.text().ends_with("-bulkhead"), "{ran}");
+    pod.remove();
+    let log = engine.log()[logged..].to_owned();
+    assert!(log.contains("template=true"), "{log}");
+    host.assert_nothing_left();
+}
+
 #[test]
 fn members_come_and_go_in_a_live_pod() {
     Engine::get();
