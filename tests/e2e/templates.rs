@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_tests::{Bundle, Host, Ran, Started, run};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// A state directory of its own, with a template of `bulkhead run`.
@@ -140,7 +142,7 @@ fn clones_are_alike_and_differ_in_what_must_differ() {
     host.assert_nothing_left();
 }
 
-/// Many in a row and some at once, while one of them has its template taken away.
+/// Many in a row, and some at once that go on when their template has gone.
 #[test]
 fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
     let node = Node::built("required");
@@ -149,7 +151,7 @@ fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
         let ran = node.run(&format!("row-{nth}"), "echo $((6 * 7)); exit 3");
         assert_eq!((ran.status, ran.text().trim()), (3, "42"), "{ran}");
     }
-    let bundle = Bundle::busybox().script("read line; echo got $line");
+    let bundle = Bundle::busybox().script("echo up; read line; echo got $line");
     bundle.write();
     let path = bundle.path().to_str().expect("a plain path");
     let start = |nth: usize| {
@@ -157,14 +159,14 @@ fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
         Started::spawn(node.command(&["run", "--bundle", path, &id]))
     };
     let pods: Vec<Started> = (0..4).map(start).collect();
+    for pod in &pods {
+        pod.wait_for_output("up");
+    }
+    node.ok(&["template", "drop", "--all"]);
     for (nth, mut pod) in pods.into_iter().enumerate() {
         let mut stdin = pod.stdin();
         writeln!(stdin, "{nth}").expect("it reads");
-        assert_eq!(pod.finish_with(stdin).ok(), format!("got {nth}"));
-        if nth == 0 {
-            // The others have their files open.
-            node.ok(&["template", "drop", "--all"]);
-        }
+        assert_eq!(pod.finish_with(stdin).ok(), format!("up\ngot {nth}"));
     }
     host.assert_nothing_left();
     let refused = node.run("late", "true");
@@ -189,6 +191,41 @@ fn a_template_that_was_changed_is_dropped_and_the_pod_boots() {
         node.wait_for_template();
         assert_eq!(node.run("clone", "echo it goes on").ok(), "it goes on");
     }
+}
+
+/// What no seal tells: the guest's kernel is damaged. One pod fails by its guest's end, and says so;
+/// nobody meets the template again.
+#[test]
+fn a_template_whose_guest_dies_is_used_once() {
+    let host = Host::now();
+    let node = Node::built("built");
+    let template = node.template();
+    let memory = fs::File::options()
+        .write(true)
+        .open(template.join("memory"))
+        .expect("root may");
+    // The kernel begins at 16 MiB.
+    for page in 0..1024 {
+        let at = (16 << 20) + page * 4096;
+        memory.write_all_at(&[0xcc; 4096], at).expect("room");
+    }
+    let data = memory.metadata().expect("a file");
+    let manifest = template.join("manifest.json");
+    let text = fs::read(&manifest).expect("a manifest");
+    let mut value: Value = serde_json::from_slice(&text).expect("JSON");
+    let seal = &mut value["memory"]["ctime_ns"];
+    assert!(seal.is_i64(), "{value}");
+    *seal = (data.ctime() * 1_000_000_000 + data.ctime_nsec()).into();
+    fs::write(&manifest, value.to_string()).expect("root may");
+
+    let failed = node.run("dies", "echo never");
+    assert_eq!(failed.status, 125, "{failed}");
+    assert!(failed.errors().contains("guest"), "{failed}");
+    let listed = node.ok(&["template", "ls"]);
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+    assert_eq!(node.run("boots", "echo it boots").ok(), "it boots");
+    drop(node);
+    host.assert_nothing_left();
 }
 
 /// Wherever a builder is when it is killed, the next one finishes, and `gc` finds the rest.

@@ -159,7 +159,10 @@ impl Vm {
 
         let mut events = EventLoop::new()?;
         let board = board::build(&mut spec, &vm, &memory, &mut events, &reports, &log)?;
-        let saver = spec.save.take().map(|files| Saver::new(files, &spec.kvm));
+        let saver = spec
+            .save
+            .take()
+            .map(|files| Saver::new(files, &spec.kvm, &vcpus[0]));
         let saver = saver.transpose()?;
         match &template {
             Start::Template(rested) => board.resting.resume(rested)?,

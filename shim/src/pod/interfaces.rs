@@ -9,6 +9,16 @@ impl Sandbox {
     /// # Errors
     /// Nothing has changed when an interface is refused ([`crate::network::Error`]).
     pub async fn find_interfaces(&mut self) -> Result<(), Error> {
+        self.look_for_interfaces(false).await
+    }
+
+    /// The same for a guest that has heard nothing of its namespace yet: it is told of one without
+    /// interfaces, too.
+    pub(super) async fn tell_network(&mut self) -> Result<(), Error> {
+        self.look_for_interfaces(true).await
+    }
+
+    async fn look_for_interfaces(&mut self, first: bool) -> Result<(), Error> {
         let Some(namespace) = &self.namespace else {
             return Ok(());
         };
@@ -19,7 +29,7 @@ impl Sandbox {
                 *none = Some(Network::attach(namespace, pairs, places, &mut self.ledger)?);
             }
         }
-        let given = self.give_interfaces().await;
+        let given = self.give_interfaces(first).await;
         if given.is_err() {
             // Its taps are closed, or the guest does not know of them.
             self.network = None;
@@ -27,8 +37,9 @@ impl Sandbox {
         given
     }
 
-    async fn give_interfaces(&mut self) -> Result<(), Error> {
-        let Some(network) = self.network.as_mut().filter(|network| network.has_news()) else {
+    async fn give_interfaces(&mut self, first: bool) -> Result<(), Error> {
+        let news = |network: &&mut Network| first || network.has_news();
+        let Some(network) = self.network.as_mut().filter(news) else {
             return Ok(());
         };
         for device in network.devices() {

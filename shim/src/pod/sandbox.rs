@@ -198,7 +198,10 @@ impl Sandbox {
         let network = self.network.as_mut().map(Network::for_guest);
         let answer = match self.answer(hostname, network).await {
             Ok(answer) => self.complete().await.map(|()| answer),
-            Err(error) => Err(error),
+            Err(error) => {
+                self.blame_template(&error);
+                Err(error)
+            }
         };
         let answer = answer.inspect_err(|error| error.tell_end(&self.audit))?;
         self.reclaim = self
@@ -211,7 +214,7 @@ impl Sandbox {
     async fn complete(&mut self) -> Result<(), Error> {
         self.heed_template()?;
         match self.late_network {
-            true => self.find_interfaces().await,
+            true => self.tell_network().await,
             false => self.follow_network(),
         }
     }
@@ -266,6 +269,9 @@ impl Sandbox {
         let stamps = self.vm.stamps();
         let has = |phase| stamps.iter().any(|stamp: &Stamp| stamp.phase == phase);
         match () {
+            () if self.origin.is_template() => {
+                "went on from a template, where its agent did not answer (the template is dropped: the next pod boots)"
+            }
             () if has(Phase::AgentDialled) => "reached its agent, which dialled but did not answer",
             () if has(Phase::Init) => "reached its agent, which did not dial",
             () if has(Phase::FirstInstruction) => {

@@ -38,7 +38,8 @@ const LOOK: Duration = Duration::from_millis(20);
 /// The guest's kernel names free memory two seconds after it was freed: what it has named by then
 /// is no part of the template.
 const SETTLING: Duration = Duration::from_secs(3);
-/// A guest with fewer exits than this in so long is idle: its timers cause some 50 a second.
+/// A guest with fewer exits of each vCPU than this in so long is idle: its timers cause some 50 a
+/// second.
 const IDLE_EXITS: u64 = 60;
 const IDLE: Duration = Duration::from_millis(500);
 /// How long a guest may take until it is.
@@ -46,8 +47,8 @@ const RESTLESS: Duration = Duration::from_secs(20);
 /// How long the VMM may take to write a machine down.
 const SAVING: Duration = Duration::from_secs(60);
 
-/// Places for interfaces of a machine that may have some: all, the share being a device too, so
-/// that pods of any number of interfaces have one template.
+/// Places for interfaces: all, the share being a device too, so that pods of any number of
+/// interfaces have one template.
 const SLOTS: u32 = MAX_DEVICES as u32 - 1;
 
 /// How a machine begins.
@@ -72,8 +73,8 @@ pub enum Built {
     Busy(Key),
 }
 
-/// The shape of a machine of this size; `network`: it may have interfaces.
-pub fn shape(config: &Config, size: Size, spare: Size, network: bool) -> Shape {
+/// The shape of a machine of this size.
+pub fn shape(config: &Config, size: Size, spare: Size) -> Shape {
     Shape {
         vcpus: size.vcpus,
         spare_vcpus: spare.vcpus,
@@ -82,7 +83,7 @@ pub fn shape(config: &Config, size: Size, spare: Size, network: bool) -> Shape {
         kernel_arguments: config.kernel_arguments.clone(),
         share_tag: SHARE_TAG.into(),
         share_queues: config.share.queues,
-        net_slots: if network { SLOTS } else { 0 },
+        net_slots: SLOTS,
         balloon: config.return_memory,
     }
 }
@@ -102,7 +103,7 @@ pub(super) fn origin(
         (_, Some(_)) => (Origin::cold("a serial console is to show its boot"), None),
         _ => {
             let spare = request.room.spare;
-            let shape = shape(config, request.size, spare, has_network(request));
+            let shape = shape(config, request.size, spare);
             match parts.basis(config, shape) {
                 Ok(basis) => Origin::find(&Store::at(state), basis),
                 Err(error) => (Origin::cold(line(&error)), None),
@@ -116,7 +117,7 @@ pub(super) fn origin(
         // Who has had none made expects none.
         Origin::Cold {
             missing: Some(_), ..
-        } if config.template == config::Template::Built => {}
+        } if config.template == config::Template::Built && Store::at(state).is_empty() => {}
         Origin::Cold { reason, .. } => {
             tracing::info!(pod = request.id, reason, "the pod boots");
         }
@@ -128,15 +129,11 @@ pub(super) fn origin(
     Ok(found)
 }
 
-fn has_network(request: &Request<'_>) -> bool {
-    request.network.is_some() || request.net_slots > 0
-}
-
 /// Places that the machine must have for interfaces that come later.
 pub(super) fn slots(request: &Request<'_>, origin: &Origin) -> usize {
     match origin {
-        Origin::Template(_) if has_network(request) => SLOTS as usize,
-        Origin::Boot | Origin::Cold { .. } | Origin::Template(_) => request.net_slots,
+        Origin::Template(_) => SLOTS as usize,
+        Origin::Boot | Origin::Cold { .. } => request.net_slots,
     }
 }
 
@@ -159,6 +156,14 @@ impl Sandbox {
         match self.templates {
             config::Template::Required => Err(Error::NoTemplate(reason)),
             _ => Ok(()),
+        }
+    }
+
+    /// Drops the template whose guest has not become a pod's, for whatever reason: the next pod
+    /// boots.
+    pub(super) fn blame_template(&self, error: &Error) {
+        if let Origin::Template(key) = &self.origin {
+            Store::at(self.ledger.state()).refuse(key, &error.text());
         }
     }
 
@@ -185,11 +190,11 @@ impl Sandbox {
 
     /// Waits until the agent has dialled and the guest has nothing more to do, and has the machine
     /// saved, which ends it.
-    async fn save(&self) -> Result<(), Error> {
+    async fn save(&self, vcpus: u64) -> Result<(), Error> {
         let saving = async {
             self.dialled().await?;
             sleep(SETTLING).await;
-            match timeout(RESTLESS, self.idle()).await {
+            match timeout(RESTLESS, self.idle(vcpus)).await {
                 Ok(idle) => idle?,
                 Err(_) => return Err(Error::Restless(RESTLESS.as_secs())),
             }
@@ -227,12 +232,12 @@ impl Sandbox {
         }
     }
 
-    async fn idle(&self) -> Result<(), Error> {
+    async fn idle(&self, vcpus: u64) -> Result<(), Error> {
         let mut before = self.exits().await?;
         loop {
             sleep(IDLE).await;
             let now = self.exits().await?;
-            if now.saturating_sub(before) < IDLE_EXITS {
+            if now.saturating_sub(before) < IDLE_EXITS * vcpus {
                 return Ok(());
             }
             before = now;
@@ -241,7 +246,9 @@ impl Sandbox {
 
     async fn exits(&self) -> Result<u64, Error> {
         let counters = self.vm.stats().await?.kvm;
-        Ok(counters.get("exits").copied().unwrap_or_default())
+        let count = |name: &str| counters.get(name).copied().unwrap_or_default();
+        // The host's own interrupts say nothing about the guest.
+        Ok(count("exits").saturating_sub(count("irq_exits")))
     }
 }
 
@@ -311,7 +318,7 @@ async fn make(
     ledger::reclaim(state, NAMESPACE, &key)?;
     let start = Start::Save(building.files());
     let sandbox = Sandbox::launch_as(&config, parts, request, start).await?;
-    let saved = sandbox.save().await;
+    let saved = sandbox.save(shape.vcpus.into()).await;
     let left = sandbox.give_back();
     saved?;
     match left.first() {

@@ -57,6 +57,9 @@ pub struct Host {
     pub kernel: String,
     /// Vendor, family, model, stepping and microcode.
     pub processor: String,
+    /// Its boot: what the kernel was told then may hide features of the processor, and clocks were
+    /// measured anew.
+    pub boot: String,
 }
 
 /// What the guest has seen of its machine.
@@ -162,6 +165,9 @@ impl Host {
         Ok(Host {
             kernel: format!("{release} {version}"),
             processor: processor(&String::from_utf8_lossy(&text)),
+            boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+                .trim()
+                .into(),
         })
     }
 }

@@ -31,6 +31,8 @@ const MEMORY: &str = "memory";
 const MANIFEST: &str = "manifest.json";
 const TEMPORARY: &str = ".tmp-";
 const LOCK: &str = ".lock";
+/// Bytes that are free where a template is made: several times what one takes.
+const ROOM: u64 = 128 << 20;
 /// Most templates: each has some 30 MiB of the host's memory.
 pub(super) const MOST: usize = 8;
 /// How long nobody tries again to make one that could not be made.
@@ -143,6 +145,11 @@ impl Store {
         self.directory.join(format!("{key}{suffix}"))
     }
 
+    /// Whether nobody has ever had a template made here.
+    pub fn is_empty(&self) -> bool {
+        self.names().map_or(true, |names| names.is_empty())
+    }
+
     /// Whether there is one, in whatever state.
     pub fn has(&self, key: &Key) -> bool {
         self.path(key).symlink_metadata().is_ok()
@@ -201,8 +208,10 @@ impl Store {
 
     /// Drops a template that the VMM has refused; nobody makes another one at once.
     pub fn refuse(&self, key: &Key, reason: &str) {
+        // Gone first: the mark may find no room.
+        let dropped = self.drop(key);
         let marked = self.open_lock(key).and_then(|lock| mark(&lock, reason));
-        if let Err(error) = marked.and_then(|()| self.drop(key)) {
+        if let Err(error) = dropped.and(marked) {
             tracing::warn!(%key, %error, "a template that is refused cannot be removed");
         }
     }
@@ -267,6 +276,7 @@ impl Store {
             fs::remove_file(self.beside(&key, LOCK))?;
             return Ok(Begun::There);
         }
+        self.has_room()?;
         // What it says is an older try's, and its age that of this one.
         mark(&lock, "")?;
         // And the half of a dead one's.
@@ -289,6 +299,21 @@ impl Store {
             files,
             lock,
         })))
+    }
+
+    /// Leaves the state directory, which is small on many nodes, to pods.
+    fn has_room(&self) -> io::Result<()> {
+        let free = nix::sys::statvfs::statvfs(&self.directory)?;
+        let free = free.blocks_available() as u64 * free.fragment_size() as u64;
+        match free >= ROOM {
+            true => Ok(()),
+            false => Err(io::Error::other(format!(
+                "{} has {} MiB left, {} are needed; drop templates, or make it larger",
+                self.directory.display(),
+                free >> 20,
+                ROOM >> 20
+            ))),
+        }
     }
 
     /// All of them, the one that was used last first.
@@ -423,8 +448,11 @@ impl Building {
             Err(error) => self.fail(&error.to_string()),
         }
         published?;
-        for listed in self.store.list()?.into_iter().skip(MOST) {
-            self.store.drop(&listed.key)?;
+        let others = self.store.list().unwrap_or_default().into_iter();
+        for listed in others.filter(|listed| listed.key != key).skip(MOST - 1) {
+            if let Err(error) = self.store.drop(&listed.key) {
+                tracing::warn!(key = %listed.key, %error, "a template too many cannot be removed");
+            }
         }
         Ok(key)
     }
@@ -451,8 +479,9 @@ impl Building {
 
     /// Leaves nothing but the reason, by which nobody tries again at once.
     pub fn fail(&self, reason: &str) {
-        let failed = mark(&self.lock, reason).and_then(|()| remove(&self.directory));
-        if let Err(error) = failed {
+        // Room first: the files may have taken all that there was.
+        let removed = remove(&self.directory);
+        if let Err(error) = removed.and(mark(&self.lock, reason)) {
             tracing::warn!(%error, "a template that was not finished is left for `bulkhead gc`");
         }
     }
@@ -502,5 +531,9 @@ fn remove(directory: &Path) -> io::Result<()> {
             _ => {}
         }
     }
-    fs::remove_dir(directory)
+    match fs::remove_dir(directory) {
+        // Somebody else has come first.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }

@@ -1,8 +1,8 @@
 //! A vCPU that stands still, as numbers: taken from KVM, and given to another vCPU.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -83,6 +83,17 @@ pub fn msrs(kvm: &Kvm) -> Result<Vec<u32>, CpuStateError> {
     list.sort_unstable();
     list.dedup();
     Ok(list)
+}
+
+/// What a vCPU that has not run says of itself.
+///
+/// # Errors
+/// KVM's.
+pub fn cpuid(vcpu: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, CpuStateError> {
+    let table = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(gives("CPUID"))?;
+    Ok(table.as_slice().to_vec())
 }
 
 fn gives(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuStateError {

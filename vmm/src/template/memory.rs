@@ -111,7 +111,13 @@ fn seek(file: &File, offset: u64, whence: Whence) -> Result<Option<u64>, RunErro
 /// # Errors
 /// A file is shorter than it was, or is that of a machine with other memory.
 pub fn fill(memory: &Memory, file: &File, runs: &[Run]) -> Result<(), RunError> {
+    let mut end = 0;
     for run in runs {
+        // Each byte once, whatever the file says.
+        if run.offset < end {
+            return Err(RunError::Outside(run.address));
+        }
+        end = run.offset.saturating_add(run.length);
         let outside = || RunError::Outside(run.address);
         let length = usize::try_from(run.length).map_err(|_| outside())?;
         let region = memory.saved().find(|region| {

@@ -17,7 +17,7 @@
 //! on together. What must differ between two clones is the agent's to change when it hears of its
 //! pod (docs/adr/0020-templates.md).
 
-use kvm_bindings::{CpuId, kvm_clock_data};
+use kvm_bindings::{CpuId, kvm_clock_data, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -59,6 +59,12 @@ pub enum TemplateError {
     /// A connection carries something, or a packet waits.
     #[error("a vsock connection is not at rest")]
     Busy,
+    /// A device that its driver has not finished to start, or that needs a reset.
+    #[error("device {0} is not at rest")]
+    Restless(usize),
+    /// The host's processor has changed.
+    #[error("its vCPUs have other features than those of this machine")]
+    Features,
     /// The number of devices.
     #[error("it has {0} devices and this machine {1}")]
     Devices(usize, usize),
@@ -86,6 +92,8 @@ pub struct BoardState {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
+    /// What the first vCPU said of itself before it ran: the guest has made itself fit that.
+    cpuid: Vec<kvm_cpuid_entry2>,
     cpus: Vec<CpuState>,
     clock: kvm_clock_data,
     board: BoardState,
@@ -97,18 +105,24 @@ pub struct Saver {
     files: TemplateSpec,
     msrs: Vec<u32>,
     build: String,
+    cpuid: Vec<kvm_cpuid_entry2>,
 }
 
 impl Saver {
-    /// Asks the host what there is to be saved.
+    /// Asks the host what there is to be saved of machines whose first vCPU, which has not run, is
+    /// this.
     ///
     /// # Errors
     /// It is more than a template can have.
-    pub fn new(files: TemplateSpec, kvm: &Kvm) -> Result<Saver, TemplateError> {
+    pub fn new(files: TemplateSpec, kvm: &Kvm, first: &VcpuFd) -> Result<Saver, TemplateError> {
         cpu::fits(kvm)?;
         let msrs = cpu::msrs(kvm)?;
-        let build = build_id();
-        Ok(Saver { files, msrs, build })
+        Ok(Saver {
+            files,
+            msrs,
+            build: build_id(),
+            cpuid: cpu::cpuid(first)?,
+        })
     }
 
     /// Writes a machine whose vCPUs and devices stand still.
@@ -131,6 +145,7 @@ impl Saver {
             .collect::<Result<_, _>>()?;
         let runs = memory::save(memory, &self.files.memory)?;
         let state = State {
+            cpuid: self.cpuid.clone(),
             cpus,
             clock,
             board,
@@ -155,6 +170,10 @@ pub fn resume(
     let state: State = file::read(&files.state, &build_id())?;
     if state.cpus.len() != vcpus.len() {
         return Err(TemplateError::Cpus(state.cpus.len(), vcpus.len()));
+    }
+    let first = vcpus.first().map(cpu::cpuid).transpose()?;
+    if first.as_ref() != Some(&state.cpuid) {
+        return Err(TemplateError::Features);
     }
     memory::fill(memory, &files.memory, &state.runs)?;
     let amd = cpuid::is_amd(supported);

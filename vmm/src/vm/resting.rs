@@ -54,10 +54,14 @@ impl Resting {
     /// What they are to the guest.
     fn state(&self) -> Result<BoardState, TemplateError> {
         let connections = self.ports.at_rest().ok_or(TemplateError::Busy)?;
-        let state = |transport: &Arc<Mutex<MmioTransport>>| lock(transport).state();
+        let state = |(index, transport): (usize, &Arc<Mutex<MmioTransport>>)| {
+            let state = lock(transport).at_rest();
+            state.ok_or(TemplateError::Restless(index))
+        };
+        let transports = self.transports.iter().enumerate().map(state);
         Ok(BoardState {
             ioapic: self.ioapic.lock().expect("it does not panic").state(),
-            transports: self.transports.iter().map(state).collect(),
+            transports: transports.collect::<Result<_, _>>()?,
             connections,
         })
     }

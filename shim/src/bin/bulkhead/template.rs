@@ -47,7 +47,7 @@ struct Build {
     /// Virtual processors; default: vcpus of the configuration, as of a pod without limits
     #[arg(long, value_name = "N")]
     vcpus: Option<u32>,
-    /// For `bulkhead run` without a network: such a machine cannot grow and gets no interfaces.
+    /// For `bulkhead run`, whose machines cannot grow.
     /// Without this: for pods of engines
     #[arg(long)]
     run: bool,
@@ -103,7 +103,7 @@ fn shape(arguments: &Build, config: &Config) -> Result<Shape, Failure> {
         true => Size::default(),
         false => size.spare(config),
     };
-    Ok(template::shape(config, size, spare, !arguments.run))
+    Ok(template::shape(config, size, spare))
 }
 
 fn listed(store: &Store) -> Result<Vec<Listed>, Failure> {
@@ -119,8 +119,8 @@ fn list(store: &Store, json: bool) -> Result<u8, Failure> {
         return Ok(0);
     }
     println!(
-        "{:32} {:>7} {:>11} {:>5} {:>8} {:>8}  STATE",
-        "KEY", "VCPUS", "MEMORY", "SLOTS", "SIZE", "UNUSED"
+        "{:32} {:>7} {:>11} {:>8} {:>8}  STATE",
+        "KEY", "VCPUS", "MEMORY", "SIZE", "UNUSED"
     );
     for one in &listed {
         println!("{}", row(one));
@@ -129,19 +129,18 @@ fn list(store: &Store, json: bool) -> Result<u8, Failure> {
 }
 
 fn row(one: &Listed) -> String {
-    let [vcpus, memory, slots] = match &one.basis {
+    let [vcpus, memory] = match &one.basis {
         Some(basis) => {
             let shape = &basis.shape;
             [
                 format!("{}+{}", shape.vcpus, shape.spare_vcpus),
                 format!("{}+{}", shape.memory_mib, shape.spare_memory_mib),
-                shape.net_slots.to_string(),
             ]
         }
-        None => ["-"; 3].map(String::from),
+        None => ["-"; 2].map(String::from),
     };
     format!(
-        "{:32} {vcpus:>7} {memory:>11} {slots:>5} {:>4} MiB {:>6} s  {}",
+        "{:32} {vcpus:>7} {memory:>11} {:>4} MiB {:>6} s  {}",
         one.key.to_string(),
         one.bytes >> 20,
         one.idle_secs,

@@ -46,6 +46,9 @@ const VENDOR: u32 = 0x484b_4c42;
 /// §2.1: the steps of the status register in their order.
 const STEPS: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
 
+/// The status of a driver that has taken all of them.
+const RUNNING: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+
 /// The transport, for whoever has it next.
 pub fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
     transport.lock().expect("a device does not panic")
@@ -195,18 +198,19 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// What the driver has made of it.
-    pub fn state(&self) -> TransportState {
-        TransportState {
+    /// What the driver has made of it, unless it, or the device, is in the middle of something.
+    pub fn at_rest(&self) -> Option<TransportState> {
+        let status = self.registers().load(VIRTIO_MMIO_STATUS) as u8;
+        (status == 0 || status == RUNNING).then(|| TransportState {
             device: self.device.id(),
-            status: self.registers().load(VIRTIO_MMIO_STATUS) as u8,
+            status,
             accepted: self.accepted,
             queues: self
                 .queues
                 .iter()
                 .map(|queue| (queue.layout, queue.ready))
                 .collect(),
-        }
+        })
     }
 
     /// Goes on with a driver that has done all that: nobody has touched the transport before. Each
@@ -220,12 +224,11 @@ impl MmioTransport {
             let (device, queues) = (state.device, state.queues.len());
             return Err(ResumeError::Device(device, queues, id, count));
         }
-        let runs = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
         // Of a place without a device the driver has read that it is none.
         if state.status == 0 {
             return Ok(());
         }
-        if state.status != runs {
+        if state.status != RUNNING {
             return Err(ResumeError::Status(state.status));
         }
         self.accepted = state.accepted;
@@ -248,6 +251,8 @@ impl MmioTransport {
             // The only error is a full counter, which wakes as well.
             let _ = queue.kick.write(1);
         }
+        // An interrupt that was under way when the machine was saved.
+        self.signal.used_buffer();
         self.show_selected();
         Ok(())
     }

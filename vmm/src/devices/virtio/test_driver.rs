@@ -226,7 +226,7 @@ impl Driver {
         self,
         device: impl VirtioDevice + 'static,
     ) -> Result<Driver, super::mmio::ResumeError> {
-        let state = self.transport.state();
+        let state = self.transport.at_rest().expect("it is at rest");
         let mut moved = Driver::new(device, self.memory.clone());
         moved.queues = self.queues;
         moved.transport.resume(&state)?;

@@ -483,7 +483,7 @@ fn a_driver_of_something_else_is_refused() {
     let state = |change: fn(&mut TransportState)| {
         let (mut driver, _) = probe();
         driver.start_with(QUEUE_FEATURES);
-        let mut state = driver.transport.state();
+        let mut state = driver.transport.at_rest().unwrap();
         change(&mut state);
         let (mut other, life) = probe();
         let error = other.transport.resume(&state).unwrap_err();
@@ -496,7 +496,7 @@ fn a_driver_of_something_else_is_refused() {
     assert!(matches!(error, ResumeError::Device(42, 1, ..)), "{error}");
     for status in [1, 3, 0xb, 0x8f, 0x4f, 0xff] {
         let (mut other, _) = probe();
-        let mut state = other.transport.state();
+        let mut state = other.transport.at_rest().unwrap();
         state.status = status;
         let error = other.transport.resume(&state).unwrap_err();
         assert!(matches!(error, ResumeError::Status(_)), "{error}");
@@ -512,4 +512,18 @@ fn a_driver_of_something_else_is_refused() {
         let error = state(change);
         assert!(matches!(error, ResumeError::Layout(1)), "{error}");
     }
+}
+
+#[test]
+fn a_device_that_needs_a_reset_is_not_at_rest() {
+    let (mut driver, life) = probe();
+    for status in [1, 3] {
+        driver.write(reg::STATUS, status);
+        assert_eq!(driver.transport.at_rest(), None, "status {status}");
+    }
+    driver.start_with(QUEUE_FEATURES);
+    assert!(driver.transport.at_rest().is_some());
+    let signal = life.lock().unwrap().signal.clone();
+    signal.unwrap().fault(Fault::Ring);
+    assert_eq!(driver.transport.at_rest(), None);
 }
