@@ -130,8 +130,13 @@ pub fn look(volume: BorrowedFd<'_>, has: impl Fn(&str) -> bool) -> Result<Direct
         }
     }
     match counts {
-        // The link was read before the host went on.
-        Some(version) if !top.entries.contains_key(&version) => Err(Error::Moving),
+        // The link was read before the host went on: what was walked then may be a version that is
+        // being removed, half of it gone.
+        Some(version)
+            if !top.entries.contains_key(&version) || target(volume, DATA)? != version =>
+        {
+            Err(Error::Moving)
+        }
         _ => Ok(top),
     }
 }

@@ -224,6 +224,47 @@ fn a_version_that_goes_while_it_is_read_is_read_again() {
     assert!(matches!(volume.look(), Err(Error::Moving)));
 }
 
+/// While the host replaces version after version, what a look finds is one of them, whole.
+#[test]
+fn a_look_never_finds_half_of_the_version_that_counts() {
+    const KEYS: usize = 40;
+    let names: Vec<String> = (0..KEYS).map(|nth| format!("key{nth}")).collect();
+    let files: Vec<(&str, &str)> = names.iter().map(|name| (&**name, "x")).collect();
+    let mut volume = Volume::new(&files);
+    let directory = fs::File::open(volume.dir.path()).unwrap();
+    let has_ended = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            let (mut whole, mut moving) = (0, 0);
+            while !has_ended.load(std::sync::atomic::Ordering::Relaxed) {
+                // The guest has all of them: the old one is walked too.
+                match look(directory.as_fd(), |_| true) {
+                    Err(Error::Moving) => moving += 1,
+                    Err(error) => panic!("{error}"),
+                    Ok(top) => {
+                        let Some(Node::Link(version, _)) = top.entries.get("..data") else {
+                            panic!("{top:?}")
+                        };
+                        let Some(Node::Directory(version)) = top.entries.get(version) else {
+                            panic!("{top:?}")
+                        };
+                        assert_eq!(version.entries.len(), KEYS, "half of a version");
+                        whole += 1;
+                    }
+                }
+            }
+            (whole, moving)
+        });
+        for _ in 0..1500 {
+            volume.write(&files);
+        }
+        has_ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        let (whole, moving) = looking.join().expect("it finds whole versions");
+        println!("{whole} looks found a version, {moving} were too early");
+        assert!(whole > 0 && moving > 0);
+    });
+}
+
 #[test]
 fn a_volume_without_a_version_is_empty() {
     let volume = Volume::new(&[]);

@@ -100,14 +100,11 @@ impl Podman {
 /// After conmon's clean-up, which goes on when the command has ended.
 #[track_caller]
 fn nothing_left(host: &Host) {
-    // proc_pid_stat(5): "PID (NAME) STATE ...". One that has ended waits for the lab's first
-    // process to collect it.
-    let works = |stat: &str| {
-        let lives = !stat.contains(") Z ");
-        lives
-            && ["(conmon)", "(podman)"]
-                .iter()
-                .any(|name| stat.contains(name))
+    // proc_pid_stat(5): "PID (NAME) STATE ...". One of theirs that has ended waits for the lab's
+    // first process to collect it; one of ours that nobody collects is left behind.
+    let works = |stat: &str| match stat.contains(") Z ") {
+        true => stat.contains("(bulkhead"),
+        false => stat.contains("(conmon)") || stat.contains("(podman)"),
     };
     let goes_on = || {
         let entries = fs::read_dir("/proc").expect("/proc is mounted");
