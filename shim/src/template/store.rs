@@ -208,9 +208,10 @@ impl Store {
 
     /// Drops a template that the VMM has refused; nobody makes another one at once.
     pub fn refuse(&self, key: &Key, reason: &str) {
-        // Gone first: the mark may find no room.
+        let lock = self.open_lock(key);
+        // Gone first: the reason may find no room.
         let dropped = self.drop(key);
-        let marked = self.open_lock(key).and_then(|lock| mark(&lock, reason));
+        let marked = lock.and_then(|lock| mark(&lock, reason));
         if let Err(error) = dropped.and(marked) {
             tracing::warn!(%key, %error, "a template that is refused cannot be removed");
         }
