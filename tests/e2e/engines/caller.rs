@@ -122,6 +122,14 @@ impl Caller {
     }
 }
 
+/// Orphans of the tests after it are the first process' again, which collects them.
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.collect();
+        nix::sys::prctl::set_child_subreaper(false).expect("Linux 3.4");
+    }
+}
+
 /// A container, or the place for one.
 pub struct Container<'a> {
     pub caller: &'a Caller,
