@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_tests::{Bundle, Host, Ran, Started, run};
+use bulkhead_tests::{Bundle, Host, Ran, Started, run, soak};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -144,10 +144,10 @@ fn clones_are_alike_and_differ_in_what_must_differ() {
 
 /// Many in a row, and some at once that go on when their template has gone.
 #[test]
-fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
+fn clones_in_a_row_and_four_at_once_leave_nothing() {
     let node = Node::built("required");
     let host = Host::now();
-    for nth in 0..10 {
+    for nth in 0..if soak() { 100 } else { 6 } {
         let ran = node.run(&format!("row-{nth}"), "echo $((6 * 7)); exit 3");
         assert_eq!((ran.status, ran.text().trim()), (3, "42"), "{ran}");
     }
@@ -177,20 +177,16 @@ fn ten_clones_in_a_row_and_four_at_once_leave_nothing() {
 
 #[test]
 fn a_template_that_was_changed_is_dropped_and_the_pod_boots() {
-    for (file, at) in [("state", 40), ("memory", 5 << 20), ("manifest.json", 3)] {
-        let node = Node::built("auto");
-        let path = node.template().join(file);
-        let mut bytes = fs::read(&path).expect("a file");
-        bytes[at] ^= 1;
-        fs::write(&path, bytes).expect("root may");
-        let ran = node.run("boots", "echo it boots");
-        assert_eq!(ran.ok(), "it boots", "{file}");
-        let left = node.ok(&["template", "ls"]);
-        assert_eq!(left.lines().count(), 1, "{file}: {left}");
-        // The pod that has booted has another one made.
-        node.wait_for_template();
-        assert_eq!(node.run("clone", "echo it goes on").ok(), "it goes on");
-    }
+    // The store's own tests damage each file at each place.
+    let node = Node::built("auto");
+    let path = node.template().join("memory");
+    let mut bytes = fs::read(&path).expect("a file");
+    bytes[5 << 20] ^= 1;
+    fs::write(&path, bytes).expect("root may");
+    assert_eq!(node.run("boots", "echo it boots").ok(), "it boots");
+    // The pod that has booted has another one made.
+    node.wait_for_template();
+    assert_eq!(node.run("clone", "echo it goes on").ok(), "it goes on");
 }
 
 /// What no seal tells: the guest's kernel is damaged. One pod fails by its guest's end, and says so;
@@ -233,7 +229,7 @@ fn a_template_whose_guest_dies_is_used_once() {
 fn a_killed_builder_leaves_nothing_that_is_not_found() {
     let host = Host::now();
     let node = Node::new("required");
-    for millis in [150, 700, 2500, 5000] {
+    for millis in [150, 2500, 5000] {
         let mut child = node
             .command(&["template", "build", "--run"])
             .spawn()
