@@ -54,7 +54,7 @@ pub fn write(mut file: &File, build: &str, state: &impl Serialize) -> Result<(),
     Ok(file.write_all(&bytes)?)
 }
 
-/// Reads what [`write`] has written for this `build`.
+/// Reads what [`write()`] has written for this `build`.
 ///
 /// # Errors
 /// It is not what was written.
