@@ -100,6 +100,10 @@ pub(super) fn origin(
 ) -> Result<(Origin, Option<[File; 2]>), Error> {
     let found = match (config.template, &request.serial) {
         (config::Template::Off, _) => return Ok((Origin::Boot, None)),
+        // Who has had none made expects none, and pays for no key.
+        (config::Template::Built, _) if Store::at(state).is_empty() => {
+            return Ok((Origin::Boot, None));
+        }
         (_, Some(_)) => (Origin::cold("a serial console is to show its boot"), None),
         _ => {
             let spare = request.room.spare;
@@ -114,10 +118,6 @@ pub(super) fn origin(
         Origin::Cold { reason, .. } if config.template == config::Template::Required => {
             return Err(Error::NoTemplate(reason.clone()));
         }
-        // Who has had none made expects none.
-        Origin::Cold {
-            missing: Some(_), ..
-        } if config.template == config::Template::Built && Store::at(state).is_empty() => {}
         Origin::Cold { reason, .. } => {
             tracing::info!(pod = request.id, reason, "the pod boots");
         }
