@@ -451,17 +451,12 @@ def template():
     # The first of each kind warms up.
     for nth in range(6):
         for name, words in (("cold", ["--config", configuration]), ("clone", [])):
-            file = "/tmp/timeline.json"
-            since = time.monotonic()
-            command = ["bulkhead", *words, "run", "--memory", str(MEMORY), "--timeline-json", file, "--bundle", directory, name]
-            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-            whole = (time.monotonic() - since) * 1000
-            with open(file) as text:
-                at = {moment["name"]: moment["at_ns"] / 1e6 for moment in json.load(text)}
+            report = timeline(directory, words)
+            at = {moment["name"]: moment["at_ns"] / 1e6 for moment in report["moments"]}
             if ("kernel to init" in at) != (name == "cold"):
                 raise SystemExit(f"{name}: {sorted(at)}")
             if nth:
-                take(f"{name}_whole_ms", whole)
+                take(f"{name}_whole_ms", report["whole_ms"])
                 take(f"{name}_ready_ms", at["agent ready"] - at["command start"])
                 take(f"{name}_dialled_ms", max(at["agent dialled"], at["first guest instruction"]) - at["vmm start"])
         since = time.monotonic()

@@ -117,9 +117,17 @@ impl Muxer {
     /// # Errors
     /// epoll_ctl(2)'s.
     pub(super) fn resume(&mut self, state: &ConnectionState, socket: OwnedFd) -> io::Result<()> {
+        self.join(socket, |host| Connection::resumed(host, state))
+    }
+
+    /// Has a connection on a socket of the host from now on.
+    fn join(
+        &mut self,
+        socket: OwnedFd,
+        connect: impl FnOnce(HostEnd) -> Connection,
+    ) -> io::Result<()> {
         let token = self.free_token();
-        let host = HostEnd::new(socket, token, &self.poller)?;
-        let connection = Connection::resumed(host, state);
+        let connection = connect(HostEnd::new(socket, token, &self.poller)?);
         let ports = connection.ports;
         self.connections.insert(token, connection);
         self.tokens.insert(ports, token);
@@ -242,22 +250,12 @@ impl Muxer {
         let Some(socket) = offer else {
             return self.refuse(request);
         };
-        let token = self.free_token();
-        match HostEnd::new(socket, token, &self.poller) {
-            Ok(host) => {
-                let connection = Connection::new(ports, host, request);
-                self.connections.insert(token, connection);
-                self.tokens.insert(ports, token);
-                self.schedule(token);
-                self.signal.observe(Notice::Connected { port: ports.host });
-            }
-            Err(error) => {
-                self.refuse(request);
-                self.signal.observe(Notice::Failed {
-                    device: DEVICE,
-                    error: &error,
-                });
-            }
+        if let Err(error) = self.join(socket, |host| Connection::new(ports, host, request)) {
+            self.refuse(request);
+            self.signal.observe(Notice::Failed {
+                device: DEVICE,
+                error: &error,
+            });
         }
     }
 
