@@ -8,6 +8,8 @@ use std::process::Command;
 use bulkhead_tests::{Bundle, Netns, Runtime, Started, run};
 use tempfile::TempDir;
 
+use crate::templates::Node;
+
 /// Every kind of request of files that a program makes; without an interpreter's own.
 const WORK: &str = r#"
 import os, socket, subprocess, sys
@@ -37,7 +39,7 @@ print("done")
 "#;
 
 /// Every role.
-const ALL: &str = "vmm device vcpu net fs-control fs-vhost fs-queue";
+const ALL: &str = "vmm template device vcpu net fs-control fs-vhost fs-queue";
 
 /// What is listed for what this run does not do: why it stays, whose it is, the calls.
 const NOT_HERE: &[(&str, &str, &str)] = &[
@@ -61,13 +63,13 @@ const NOT_HERE: &[(&str, &str, &str)] = &[
     ("a kick that comes late", "vcpu", "rt_sigreturn"),
     (
         "KVM gives its counters where it has them",
-        "vmm vcpu",
+        "vmm template vcpu",
         "pread64",
     ),
     ("a tap that is plugged", "vmm", "ioctl fcntl"),
     (
         "memory that comes back some seconds after it is free",
-        "vmm",
+        "vmm template",
         "fallocate",
     ),
     (
@@ -94,8 +96,13 @@ const NOT_HERE: &[(&str, &str, &str)] = &[
     ("a tap that is full, a pair that stops", "net", "epoll_ctl"),
     (
         "offers that come later, streams that end early",
-        "vmm",
+        "vmm template",
         "getsockname getsockopt recvfrom shutdown",
+    ),
+    (
+        "a stream that the guest's answers go to",
+        "template",
+        "sendto sendmsg",
     ),
     (
         "a tree that is detached",
@@ -145,9 +152,9 @@ fn role(name: &str) -> Option<&'static str> {
     }
 }
 
-/// What each role called after it had its filter; `trace` has a file for each thread, by strace.
-fn used(trace: &Path) -> BTreeMap<String, BTreeSet<String>> {
-    let mut used: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+/// What each role called after it had its filter; `trace` has a file for each thread, by strace. `main` is the role
+/// of the VMM's first thread.
+fn used(trace: &Path, main: &'static str, used: &mut BTreeMap<String, BTreeSet<String>>) {
     for entry in fs::read_dir(trace).expect("strace wrote files") {
         let path = entry.expect("it is readable").path();
         let text = String::from_utf8_lossy(&fs::read(path).expect("it is readable")).into_owned();
@@ -159,6 +166,7 @@ fn used(trace: &Path) -> BTreeMap<String, BTreeSet<String>> {
         let Some(role) = name.and_then(role) else {
             continue;
         };
+        let role = if role == "vmm" { main } else { role };
         let calls = after
             .lines()
             .skip(1)
@@ -171,12 +179,22 @@ fn used(trace: &Path) -> BTreeMap<String, BTreeSet<String>> {
                     .all(|letter| letter.is_ascii_alphanumeric() || letter == '_')
             }));
     }
-    used
+}
+
+/// strace over a command, a file for each thread in `trace`.
+fn traced(trace: &TempDir, plain: &Command) -> Command {
+    let mut traced = Command::new("strace");
+    traced.args(["-f", "-ff", "-o"]).arg(trace.path().join("t"));
+    traced.arg(plain.get_program()).args(plain.get_args());
+    traced
+}
+
+fn trace() -> TempDir {
+    TempDir::with_prefix("trace-").expect("a temporary directory")
 }
 
 #[test]
 fn what_is_listed_is_used() {
-    let trace = TempDir::with_prefix("trace-").expect("a temporary directory");
     let (pod, peer) = (Netns::new(), Netns::new());
     pod.wire("eth0", &peer, "peer0");
     pod.ip("addr add 10.9.8.2/24 dev eth0");
@@ -196,13 +214,18 @@ fn what_is_listed_is_used() {
             .args(&["/usr/bin/python3", "-c", WORK]);
     bundle.write();
     let plain = Runtime::Bulkhead.run_command(bundle.path(), &[], "traced");
-    let mut traced = Command::new("strace");
-    traced.args(["-f", "-ff", "-o"]).arg(trace.path().join("t"));
-    traced.arg(plain.get_program()).args(plain.get_args());
-    let ran = Started::spawn(traced).finish();
+    let pods = trace();
+    let ran = Started::spawn(traced(&pods, &plain)).finish();
     assert_eq!(ran.ok(), "done");
+    let templates = trace();
+    let node = Node::new("built");
+    let build = node.command(&["template", "build", "--run"]);
+    let made = Started::spawn(traced(&templates, &build)).finish().ok();
+    assert!(made.ends_with(": made"), "{made}");
 
-    let used = used(trace.path());
+    let mut used = BTreeMap::new();
+    self::used(pods.path(), "vmm", &mut used);
+    self::used(templates.path(), "template", &mut used);
     let reason = |role: &str, call: &str| {
         let has = |words: &str, word: &str| words.split(' ').any(|other| other == word);
         let found = NOT_HERE

@@ -13,14 +13,14 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// A state directory of its own, with a template of `bulkhead run`.
-struct Node {
+pub struct Node {
     dir: TempDir,
     /// `template` of its configuration.
     mode: &'static str,
 }
 
 impl Node {
-    fn new(mode: &'static str) -> Node {
+    pub fn new(mode: &'static str) -> Node {
         let dir = TempDir::with_prefix_in("bulkhead-node-", "/run").expect("a tmpfs");
         let node = Node { dir, mode };
         let state = node.dir.path().join("state");
@@ -36,7 +36,7 @@ impl Node {
         self.dir.path().join("config.toml")
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("bulkhead");
         command.arg("--config").arg(self.config()).args(words);
         command

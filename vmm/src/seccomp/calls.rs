@@ -137,9 +137,9 @@ pub const CALLS: &[Call] = calls! {
         "KVM_RUN; KVM_SET_GSI_ROUTING: the guest programs the IOAPIC; KVM_GET_REGS: where KVM gave up";
     "ioctl" SYS_ioctl &[Device, Net], &[&[Is(1, libc::TUNSETOFFLOAD)], &[Is(1, libc::TUNSETQUEUE)]],
         "TUNSETOFFLOAD, TUNSETQUEUE: the driver chooses offloads and pairs of queues";
-    "ioctl" SYS_ioctl &[Vmm, Template], &[&[Is(1, libc::TUNGETIFF)], &[Is(1, libc::TUNSETVNETHDRSZ)], &[Is(1, libc::TUNSETOFFLOAD)]],
+    "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, libc::TUNGETIFF)], &[Is(1, libc::TUNSETVNETHDRSZ)], &[Is(1, libc::TUNSETOFFLOAD)]],
         "TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD: the shim plugs a tap, and what it can is found out";
-    "ioctl" SYS_ioctl &[Vmm, Template], &[&[Is(1, kvm::SET_USER_MEMORY_REGION)]],
+    "ioctl" SYS_ioctl &[Vmm], &[&[Is(1, kvm::SET_USER_MEMORY_REGION)]],
         "KVM_SET_USER_MEMORY_REGION: the shim lets the guest have more memory than ever before";
     "ioctl" SYS_ioctl &[Template], &[
         &[Is(1, kvm::GET_CLOCK)], &[Is(1, kvm::GET_MP_STATE)], &[Is(1, kvm::GET_REGS)], &[Is(1, kvm::GET_SREGS)],
@@ -164,7 +164,7 @@ pub const CALLS: &[Call] = calls! {
     "shutdown" SYS_shutdown &[Vmm, Template, Device], ANY, "one direction of a vsock stream ends; all of it when the device is reset";
     "getsockopt" SYS_getsockopt &[Vmm, Template], ANY, "what the shim offers is a stream socket";
     "getsockname" SYS_getsockname &[Vmm, Template], ANY, "what the shim offers is a Unix socket";
-    "fcntl" SYS_fcntl &[Vmm, Template], &[
+    "fcntl" SYS_fcntl &[Vmm], &[
         &[Is(1, libc::F_GETFL as u64)],
         &[Is(1, libc::F_SETFL as u64), Bits(2, NONBLOCK, NONBLOCK)],
     ], "O_NONBLOCK on a tap that the shim plugs; taken from nothing that the fs process writes to";
