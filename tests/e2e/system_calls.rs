@@ -115,6 +115,7 @@ const NOT_HERE: &[(&str, &str, &str)] = &[
         "recvmsg",
     ),
     ("a file that only a path leads to", "fs-queue", "truncate"),
+    ("a page that a template lends", "fs-vhost fs-queue", "read"),
 ];
 
 /// Role and call of each line of `bulkhead-vmm calls`.

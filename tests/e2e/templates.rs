@@ -116,6 +116,8 @@ fn clones_are_alike_and_differ_in_what_must_differ() {
     let host = Host::now();
     let cold = Node::new("off").run("cold", TELL).ok();
     let node = Node::built("required");
+    let learned = fs::metadata(node.template().join("touched"));
+    assert!(learned.expect("a file").len() > 0, "nothing was learned");
     let clones: Vec<String> = ["one", "two"].map(|id| node.run(id, TELL).ok()).into();
     let lines = |text: &str| -> Vec<String> { text.lines().map(str::to_owned).collect() };
     let all: Vec<Vec<String>> = [&cold, &clones[0], &clones[1]]

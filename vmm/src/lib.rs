@@ -12,6 +12,7 @@ pub mod event_loop;
 pub mod fs;
 pub mod irq;
 pub mod jail;
+pub mod lending;
 pub mod log;
 pub mod memory;
 pub mod metrics;

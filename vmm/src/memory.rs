@@ -7,11 +7,13 @@
 //! Behind RAM the same memfd has what may be plugged later. It is a hole until somebody writes
 //! there, so devices and the fs process reach all of it from the start. KVM knows of it as much as
 //! the shim has asked for ([`Spare`]).
+//!
+//! A machine that goes on from a template has the template's pages over its own ([`Lent`]).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -26,6 +28,10 @@ use vm_memory::{
 };
 
 use crate::arch::x86_64::layout::{self, SpareRange};
+
+mod lent;
+
+pub use lent::Lent;
 
 /// First of KVM's memory slots for [`Spare`]. RAM and devices' registers have those below.
 pub const FIRST_SPARE_SLOT: u32 = 64;
@@ -79,12 +85,24 @@ pub enum MemoryError {
     },
 }
 
+/// What a template lends a machine; copies are the same one.
+#[derive(Clone, Default)]
+pub struct Loan(Arc<Mutex<Lent>>);
+
+impl Loan {
+    /// Looks at it, or changes it.
+    pub fn lock(&self) -> MutexGuard<'_, Lent> {
+        self.0.lock().expect("nobody panics with it locked")
+    }
+}
+
 /// All memory of a machine.
 pub struct Memory {
     ram: GuestMemory,
     all: GuestMemory,
     spare: Option<SpareRange>,
     ramoops: GuestRegionMmap,
+    loan: Loan,
 }
 
 impl Memory {
@@ -144,7 +162,13 @@ impl Memory {
             all,
             spare,
             ramoops,
+            loan: Loan::default(),
         })
+    }
+
+    /// What a template lends it.
+    pub fn loan(&self) -> &Loan {
+        &self.loan
     }
 
     /// RAM, for loading.
@@ -162,11 +186,12 @@ impl Memory {
         self.ram.iter().chain([&self.ramoops])
     }
 
-    /// Takes the contents away: all is zero, and nothing is resident.
+    /// Takes the contents away: all is zero, nothing is resident, and nothing is lent.
     ///
     /// # Errors
     /// fallocate(2)'s.
     pub fn clear(&self) -> io::Result<()> {
+        self.loan.lock().forget(0..u64::MAX);
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         for region in self.saved() {
             let backing = region.file_offset().expect("guest memory is a file");
@@ -223,8 +248,6 @@ impl Memory {
     /// Makes RAM at `start..end`, multiples of [`HUGE_PAGE`], resident as huge pages, so that the guest's first accesses are no
     /// exits. A hint: a host that cannot gives small pages at the first access.
     pub fn populate_huge(&self, start: u64, end: u64) {
-        /// Linux 6.1; missing from the C library. Unlike MADV_HUGEPAGE it does not ask the host's settings for shared memory.
-        const MADV_COLLAPSE: libc::c_int = 25;
         for address in (start..end).step_by(HUGE_PAGE as usize) {
             // Nothing is collapsed where nothing is: make one page.
             if self.ram.write_obj(0_u8, GuestAddress(address)).is_err() {
@@ -235,9 +258,7 @@ impl Memory {
         let Ok(slice) = self.ram.get_slice(GuestAddress(start), length) else {
             return;
         };
-        let guard = slice.ptr_guard_mut();
-        // SAFETY: the range is a part of the mapping; the call changes how it is backed, not what it holds.
-        unsafe { libc::madvise(guard.as_ptr().cast(), length, MADV_COLLAPSE) };
+        collapse(slice.ptr_guard_mut().as_ptr(), length);
     }
 
     /// A copy of the ramoops region: bytes that the guest chose.
@@ -322,33 +343,53 @@ fn sealed_memfd(what: &'static str, size: u64) -> Result<File, MemoryError> {
 /// Maps `file` for good: guest memory lives as long as the process, so that no pointer to it can ever dangle.
 fn map(file: FileOffset, start: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
     let length = usize::try_from(size).expect("x86-64 has 64-bit addresses");
-    let fail = |source: io::Error| MemoryError::Map {
+    // NORESERVE: a pod's limit is its cgroup's, not the host's overcommit heuristic over the sum of all pods' sizes.
+    let address = map_shared(file.file(), (file.start(), size));
+    let address = address.map_err(|source| MemoryError::Map {
         start,
         size,
         source,
-    };
+    })?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // NORESERVE: a pod's limit is its cgroup's, not the host's overcommit heuristic over the sum of all pods' sizes.
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    let place = reserve_aligned(length).map_err(fail)?;
-    let (fd, offset) = (file.file().as_raw_fd(), file.start() as libc::off_t);
-    // SAFETY: it replaces a part of the reservation that was just made and that nobody else knows.
-    let address = unsafe { libc::mmap(place, length, protection, flags, fd, offset) };
-    if address == libc::MAP_FAILED {
-        return Err(fail(io::Error::last_os_error()));
-    }
-    keep_out_of_dumps(address.cast(), length).map_err(fail)?;
     let builder = MmapRegionBuilder::new(length)
         .with_mmap_prot(protection)
         .with_mmap_flags(flags)
         .with_file_offset(file);
     // SAFETY: the mapping has this length and is never undone.
-    let builder = unsafe { builder.with_raw_mmap_pointer(address.cast()) };
+    let builder = unsafe { builder.with_raw_mmap_pointer(address) };
     let mapping = builder
         .build()
         .map_err(|error| MemoryError::Ranges(error.to_string()))?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
         .ok_or_else(|| MemoryError::Ranges(format!("{start:#x}+{size:#x} wraps")))
+}
+
+/// Backs a mapping of shared memory by huge pages, as far as it has pages there. A hint.
+pub fn collapse(start: *mut u8, length: usize) {
+    /// Linux 6.1; missing from the C library. Unlike MADV_HUGEPAGE it does not ask the host's settings for shared memory.
+    const MADV_COLLAPSE: libc::c_int = 25;
+    // SAFETY: the call changes how memory is backed, not what it holds; where nothing is mapped it fails.
+    unsafe { libc::madvise(start.cast(), length, MADV_COLLAPSE) };
+}
+
+/// Maps `length` bytes from `offset` of a file, shared, at a multiple of [`HUGE_PAGE`] and for good.
+///
+/// # Errors
+/// mmap(2)'s.
+pub fn map_shared(file: &File, (offset, length): (u64, u64)) -> io::Result<*mut u8> {
+    let size = usize::try_from(length).map_err(io::Error::other)?;
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    let place = reserve_aligned(size)?;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: it replaces a part of the reservation that was just made and that nobody else knows.
+    let address = unsafe { libc::mmap(place, size, protection, flags, file.as_raw_fd(), offset) };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    keep_out_of_dumps(address.cast(), size)?;
+    Ok(address.cast())
 }
 
 /// Keeps a mapping of guest memory out of core dumps: what a pod has in memory is not for the

@@ -31,6 +31,15 @@ const _: () = assert!(MAX_DEVICES + 4 == layout::MAX_VIRTIO_DEVICES);
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
 pub enum SpecError {
+    /// What a template lends is in no file of its own.
+    #[error("a machine that goes on from a template cannot be saved to another")]
+    SavedAgain,
+    /// The fs process could not see what the template lends.
+    #[error("a machine with a template and a share needs the socket `lender`")]
+    NoLender,
+    /// Only one process asks.
+    #[error("a machine with the socket `lender` has one share at most, not {0}")]
+    OneBorrower(usize),
     /// Another version of the wire types.
     #[error(
         "the configuration has version {0}, this VMM knows {WIRE_VERSION}; install shim and VMM together"
@@ -161,6 +170,10 @@ pub struct VmSpec {
     pub accept_missing: Vec<Layer>,
     /// From what it goes on, in the place of booting.
     pub template: Option<TemplateSpec>,
+    /// The fs process's questions for what the template lends.
+    pub lender: Option<OwnedFd>,
+    /// Where it is written what it has touched of its template.
+    pub learn: Option<File>,
     /// Where it may be saved.
     pub save: Option<TemplateSpec>,
 }
@@ -171,6 +184,8 @@ pub struct TemplateSpec {
     pub state: File,
     /// RAM: a regular file.
     pub memory: File,
+    /// What machines touch of it: a regular file.
+    pub touched: Option<File>,
 }
 
 impl VmSpec {
@@ -210,6 +225,7 @@ impl VmSpec {
         }
         let mut fds = Descriptors::new(fds);
         let spec = VmSpec {
+            lender: lender(&config, &mut fds)?,
             vcpus,
             possible_vcpus,
             memory,
@@ -230,6 +246,7 @@ impl VmSpec {
             gid: config.gid,
             accept_missing: config.accept_missing,
             template: template(config.template, &mut fds)?,
+            learn: config.learn.map(|fd| learn(fd, &mut fds)).transpose()?,
             save: template(config.save, &mut fds)?,
             sandbox_id: config.sandbox_id,
         };
@@ -259,6 +276,9 @@ impl VmSpec {
         const ROOM: u64 = 64 << 20;
         if self.save.is_some() {
             return self.memory + ROOM;
+        }
+        if self.learn.is_some() {
+            return ROOM;
         }
         let regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
         let wanted = [Some(&self.log), self.serial.as_ref()];
@@ -333,7 +353,39 @@ fn template(
     Ok(Some(TemplateSpec {
         state: file(files.state, "template state")?,
         memory: file(files.memory, "template memory")?,
+        touched: files
+            .touched
+            .map(|fd| file(fd, "template touched"))
+            .transpose()?,
     }))
+}
+
+fn learn(fd: bulkhead_vmm_config::Fd, fds: &mut Descriptors) -> Result<File, SpecError> {
+    regular_file(fds.take(fd, "learn")?, "learn")
+}
+
+/// The socket of a machine whose memory two processes map, and a part of it only one.
+fn lender(config: &VmConfig, fds: &mut Descriptors) -> Result<Option<OwnedFd>, SpecError> {
+    if config.template.is_some() && config.save.is_some() {
+        return Err(SpecError::SavedAgain);
+    }
+    if config.template.is_some() && !config.fs.is_empty() && config.lender.is_none() {
+        return Err(SpecError::NoLender);
+    }
+    if config.fs.len() > 1 && config.lender.is_some() {
+        return Err(SpecError::OneBorrower(config.fs.len()));
+    }
+    let Some(fd) = config.lender else {
+        return Ok(None);
+    };
+    let socket = fds.take(fd, "lender")?;
+    unix_socket(
+        socket.as_fd(),
+        SockType::SeqPacket,
+        "lender",
+        "an AF_UNIX socket of packets",
+    )?;
+    Ok(Some(socket))
 }
 
 /// Checks that a descriptor is a Unix stream socket.
@@ -341,13 +393,21 @@ fn template(
 /// # Errors
 /// It is not.
 pub fn unix_stream(fd: BorrowedFd<'_>, what: &'static str) -> Result<(), SpecError> {
+    unix_socket(fd, SockType::Stream, what, "an AF_UNIX stream socket")
+}
+
+fn unix_socket(
+    fd: BorrowedFd<'_>,
+    kind: SockType,
+    what: &'static str,
+    expected: &'static str,
+) -> Result<(), SpecError> {
     let is_unix = getsockname::<UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&fd))
         .is_ok_and(|address| address.family() == Some(AddressFamily::Unix));
-    let is_stream = matches!(getsockopt(&fd, sockopt::SockType), Ok(SockType::Stream));
-    (is_unix && is_stream).then_some(()).ok_or(SpecError::Kind {
-        what,
-        expected: "an AF_UNIX stream socket",
-    })
+    let is_such = getsockopt(&fd, sockopt::SockType).is_ok_and(|is| is == kind);
+    (is_unix && is_such)
+        .then_some(())
+        .ok_or(SpecError::Kind { what, expected })
 }
 
 fn ports(

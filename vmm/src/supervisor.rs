@@ -1,5 +1,6 @@
 //! The machine's side of the control socket: requests in, reports out.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,15 +14,18 @@ use crate::devices::virtio::mem::Plug;
 use crate::devices::virtio::net::NetPorts;
 use crate::devices::virtio::vsock::{Ports, Withdrawn};
 use crate::event_loop::{Handler, Poller};
+use crate::lending::lender::Lender;
 use crate::log::{Log, chain};
 use crate::reports::{Ending, Reports};
 use crate::spec;
 use crate::vcpu::Vcpus;
 
 /// Key of the control socket on the event loop.
-pub const CONTROL: u32 = 0;
+const CONTROL: u32 = 0;
 /// Key of the reports' bell.
-pub const BELL: u32 = 1;
+const BELL: u32 = 1;
+/// Key of the fs process's questions.
+const LENDER: u32 = 2;
 
 /// Why the machine is to stop.
 #[derive(Clone, Debug)]
@@ -36,6 +40,21 @@ pub enum Outcome {
     Failed(String),
 }
 
+/// Has a supervisor's poller watch what it hears.
+///
+/// # Errors
+/// epoll_ctl(2)'s.
+pub fn watch(
+    poller: &Poller,
+    control: &ControlSocket,
+    reports: &Reports,
+    lender: Option<&Lender>,
+) -> io::Result<()> {
+    poller.add(control, CONTROL, EventSet::IN)?;
+    poller.add(reports.bell(), BELL, EventSet::IN)?;
+    lender.map_or(Ok(()), |lender| poller.add(lender, LENDER, EventSet::IN))
+}
+
 /// Answers the shim and passes reports on, on the event loop's thread.
 pub struct Supervisor {
     control: ControlSocket,
@@ -45,6 +64,7 @@ pub struct Supervisor {
     net: NetPorts,
     balloon: Option<Gauge>,
     memory: Option<Plug>,
+    lender: Option<Lender>,
     poller: Poller,
     log: Log,
     can_save: bool,
@@ -52,14 +72,14 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor of parked vCPUs. `poller` watches the control socket as [`CONTROL`] and the reports' bell as [`BELL`].
+    /// A supervisor of parked vCPUs, whose `poller` is [`watch`]'s.
     pub fn new(
         control: ControlSocket,
         reports: Arc<Reports>,
         vcpus: Vcpus,
         (ports, net, balloon, memory): (Ports, NetPorts, Option<Gauge>, Option<Plug>),
         poller: Poller,
-        (log, can_save): (Log, bool),
+        (lender, log, can_save): (Option<Lender>, Log, bool),
     ) -> Supervisor {
         Supervisor {
             control,
@@ -69,6 +89,7 @@ impl Supervisor {
             net,
             balloon,
             memory,
+            lender,
             poller,
             log,
             can_save,
@@ -89,6 +110,16 @@ impl Supervisor {
 
     /// Stops the vCPUs for good and listens to nobody any more.
     pub fn stop(&mut self) -> Vec<VcpuFd> {
+        // A vCPU may wait for the fs process, and that for an answer. Nobody in the guest is to see a request that ends for
+        // want of one.
+        self.vcpus.pause();
+        if let Some(lender) = self.lender.take() {
+            let (questions, lent) = lender.summary();
+            self.log.info(&format!(
+                "{} KiB are lent by the template still; the fs process has asked {questions} times",
+                lent >> 10
+            ));
+        }
         let vcpus = self.vcpus.stop();
         // They are watched since the start.
         let _ = self.poller.remove(&self.control);
@@ -205,6 +236,20 @@ impl Supervisor {
         });
     }
 
+    /// Answers the fs process. One that is not understood is the machine's end.
+    fn lend(&mut self) {
+        let Some(lender) = &mut self.lender else {
+            return;
+        };
+        match lender.answer(&self.vcpus) {
+            Ok(true) => {}
+            // Its end is noticed by its device.
+            Ok(false) => self.lender = None,
+            // Without its pages the share would fail in the guest, request by request.
+            Err(error) => self.end(Outcome::Failed(chain(&error))),
+        }
+    }
+
     fn plug(&mut self, device: &NetDevice, fds: Vec<OwnedFd>) -> Result<(), String> {
         let mut fds = Descriptors::new(fds);
         let backend = spec::net_device(device, self.net.most_pairs(), &mut fds)
@@ -233,6 +278,7 @@ impl Handler for Supervisor {
         }
         match key {
             CONTROL => self.next_request(),
+            LENDER => self.lend(),
             _ => self.pass_reports(),
         }
     }

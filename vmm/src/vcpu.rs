@@ -8,10 +8,13 @@
 //!                          ├── Order::Stop ──► thread ends, its descriptor is joined
 //!                          └── the guest ended ──► told to the listener, then parked until Order::Stop
 //! ```
+//!
+//! Beside the order the gate can be held for a moment, whatever the order is: then no vCPU is in the guest. It is not waited
+//! for what a vCPU does outside, so that it may wait for whoever holds the gate.
 
 use std::collections::BTreeMap;
 use std::slice;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -66,53 +69,80 @@ enum Order {
     Stop,
 }
 
-struct GateState {
-    order: Order,
-    parked: usize,
-}
-
 /// Where vCPU threads wait for an order.
 struct Gate {
-    state: Mutex<GateState>,
+    order: Mutex<Order>,
     changed: Condvar,
+    /// Nobody goes in.
+    held: AtomicBool,
 }
 
 impl Gate {
-    fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().expect("no thread panics at the gate")
+    /// Before KVM_RUN: marks the vCPU as being in the guest, as soon as the gate is not held.
+    fn enter(&self, inside: &AtomicBool) {
+        loop {
+            inside.store(true, Ordering::SeqCst);
+            if !self.held.load(Ordering::SeqCst) {
+                return;
+            }
+            inside.store(false, Ordering::SeqCst);
+            let mut order = self.lock();
+            self.changed.notify_all();
+            while self.held.load(Ordering::SeqCst) {
+                order = self
+                    .changed
+                    .wait(order)
+                    .expect("no thread panics at the gate");
+            }
+        }
+    }
+
+    /// After KVM_RUN.
+    fn leave(&self, inside: &AtomicBool) {
+        inside.store(false, Ordering::SeqCst);
+        if self.held.load(Ordering::SeqCst) {
+            // Who holds the gate looks and waits with it locked.
+            let _order = self.lock();
+            self.changed.notify_all();
+        }
+    }
+
+    fn wait_until_outside(&self, runners: &[Runner]) {
+        let mut order = self.lock();
+        let inside = |runner: &Runner| runner.inside.load(Ordering::SeqCst);
+        while runners.iter().any(inside) {
+            order = self
+                .changed
+                .wait(order)
+                .expect("no thread panics at the gate");
+        }
+    }
+
+    fn release(&self) {
+        let _order = self.lock();
+        self.held.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().expect("no thread panics at the gate")
     }
 
     fn set(&self, order: Order) {
-        self.lock().order = order;
+        *self.lock() = order;
         self.changed.notify_all();
     }
 
     /// Waits while the order is to pause, or for good when `ended`. Returns whether to run.
     fn pass(&self, ended: bool) -> bool {
-        let mut state = self.lock();
-        if state.order == Order::Run && !ended {
-            return true;
-        }
-        state.parked += 1;
-        self.changed.notify_all();
-        while state.order == Order::Pause || ended && state.order == Order::Run {
-            state = self
+        let mut order = self.lock();
+        while *order == Order::Pause || ended && *order == Order::Run {
+            order = self
                 .changed
-                .wait(state)
+                .wait(order)
                 .expect("no thread panics at the gate");
         }
-        state.parked -= 1;
-        state.order == Order::Run
-    }
-
-    fn wait_for_parked(&self, count: usize) {
-        let mut state = self.lock();
-        while state.parked < count {
-            state = self
-                .changed
-                .wait(state)
-                .expect("no thread panics at the gate");
-        }
+        *order == Order::Run
     }
 }
 
@@ -120,6 +150,8 @@ struct Runner {
     thread: Option<JoinHandle<Option<VcpuFd>>>,
     /// `kvm_run.immediate_exit` of the vCPU, in the page that its descriptor has mapped.
     immediate_exit: *const AtomicU8,
+    /// Whether the vCPU is in the guest.
+    inside: Arc<AtomicBool>,
 }
 
 // SAFETY: the pointer is only used as an atomic, by whoever holds the runner.
@@ -163,11 +195,9 @@ impl Vcpus {
     ) -> Result<Vcpus, VcpuError> {
         register_signal_handler(SIGRTMIN(), ignore).map_err(VcpuError::Signal)?;
         let gate = Arc::new(Gate {
-            state: Mutex::new(GateState {
-                order: Order::Pause,
-                parked: 0,
-            }),
+            order: Mutex::new(Order::Pause),
             changed: Condvar::new(),
+            held: AtomicBool::new(false),
         });
         let mut vcpus = Vcpus {
             gate,
@@ -183,15 +213,18 @@ impl Vcpus {
                 immediate_exit: immediate_exit.cast(),
                 buses: buses.clone(),
                 exits: Arc::default(),
+                gate: vcpus.gate.clone(),
+                inside: Arc::default(),
                 on_end: on_end.clone(),
             };
             vcpus.exits.push(vcpu.exits.clone());
-            let gate = vcpus.gate.clone();
-            let work = move |()| vcpu.thread(&gate);
+            let inside = vcpu.inside.clone();
+            let work = move |()| vcpu.thread();
             let thread = seccomp::spawn(format!("vcpu{id}"), Role::Vcpu, || Ok(()), work)?;
             vcpus.runners.push(Runner {
                 thread: Some(thread),
                 immediate_exit: immediate_exit.cast(),
+                inside,
             });
         }
         Ok(vcpus)
@@ -202,11 +235,22 @@ impl Vcpus {
         self.gate.set(Order::Run);
     }
 
-    /// Stops the vCPUs until [`Vcpus::resume`]; returns when none runs.
+    /// Keeps the vCPUs out of the guest until [`Vcpus::resume`]; returns when none is there. One that waits for a device is not
+    /// waited for: the device may wait for whoever calls this.
     pub fn pause(&self) {
         self.gate.set(Order::Pause);
+        // Who goes in after that comes out at once: it was kicked.
+        self.hold(|| ());
+    }
+
+    /// Does `work` while no vCPU is in the guest, whatever their order is.
+    pub fn hold<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.gate.held.store(true, Ordering::SeqCst);
         self.kick_all();
-        self.gate.wait_for_parked(self.runners.len());
+        self.gate.wait_until_outside(&self.runners);
+        let done = work();
+        self.gate.release();
+        done
     }
 
     /// Stops the vCPUs for good and joins their threads. Returns the vCPUs, the first time.
@@ -249,6 +293,8 @@ struct Vcpu {
     immediate_exit: *const AtomicU8,
     buses: Arc<Buses>,
     exits: Arc<UserExits>,
+    gate: Arc<Gate>,
+    inside: Arc<AtomicBool>,
     on_end: EndListener,
 }
 
@@ -271,9 +317,9 @@ struct PortAccess {
 }
 
 impl Vcpu {
-    fn thread(mut self, gate: &Gate) -> VcpuFd {
+    fn thread(mut self) -> VcpuFd {
         let mut ended = false;
-        while gate.pass(ended) {
+        while self.gate.pass(ended) {
             loop {
                 match self.step() {
                     Next::Run => {}
@@ -291,7 +337,10 @@ impl Vcpu {
 
     /// One KVM_RUN.
     fn step(&mut self) -> Next {
-        let access = match self.fd.run() {
+        self.gate.enter(&self.inside);
+        let exit = self.fd.run();
+        self.gate.leave(&self.inside);
+        let access = match exit {
             Ok(VcpuExit::IoIn(port, data)) => PortAccess {
                 port,
                 write: false,

@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use bulkhead_vmm_config::{Event, GuestEnd, Phase, Role};
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
-use vmm_sys_util::epoll::EventSet;
 
 use crate::arch::x86_64::{cpu, cpuid, layout};
 use crate::boot::{self, BootError, CmdlineError, Image};
@@ -28,10 +27,12 @@ use crate::control::{ControlError, ControlSocket};
 use crate::devices::virtio::activator::Activator;
 use crate::devices::virtio::balloon::Gauge;
 use crate::devices::virtio::mem::Plug;
+use crate::devices::virtio::mmio::TransportState;
 use crate::devices::virtio::net::{NetPorts, Workers};
 use crate::devices::virtio::vsock::Ports;
 use crate::event_loop::EventLoop;
-use crate::log::Log;
+use crate::lending::lender::{Lender, LenderError};
+use crate::log::{Log, chain};
 use crate::memory::{Memory, MemoryError};
 use crate::metrics::{KvmStats, KvmStatsOfAll};
 use crate::ramoops;
@@ -39,7 +40,7 @@ use crate::reports::{Ending, Reports, monotonic_ns};
 use crate::seccomp::{self, SeccompError};
 use crate::spec::VmSpec;
 use crate::supervisor::{self, Outcome, Supervisor};
-use crate::template::{Saver, TemplateError};
+use crate::template::{BoardState, Learner, Saver, TemplateError};
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 
 mod bare;
@@ -47,6 +48,7 @@ mod board;
 mod resting;
 
 use bare::{Bare, Start};
+use board::Board;
 pub use board::BoardError;
 use resting::Resting;
 
@@ -100,6 +102,9 @@ pub enum VmError {
     /// The shim and we do not understand each other any more.
     #[error("the control socket cannot be used any more: {0}")]
     Lost(String),
+    /// The fs process.
+    #[error(transparent)]
+    Lender(#[from] LenderError),
     /// A template that does not fit, or cannot be made.
     #[error("the template cannot be used")]
     Template(#[from] TemplateError),
@@ -130,6 +135,8 @@ pub struct Vm {
     memory: Memory,
     resting: Resting,
     saver: Option<Saver>,
+    lender: Option<Lender>,
+    learner: Option<Learner>,
     template_refused: Option<String>,
 }
 
@@ -162,10 +169,11 @@ impl Vm {
         let saver = spec
             .save
             .take()
-            .map(|files| Saver::new(files, &spec.kvm, &vcpus[0]));
+            .map(|files| Saver::new(files, &spec.kvm, &vcpus[0], &memory));
         let saver = saver.transpose()?;
+        let (lender, learner) = lend(&mut spec, &template, (&memory, &vcpus[0]), &board)?;
         match &template {
-            Start::Template(rested) => board.resting.resume(rested)?,
+            Start::Template { rested, .. } => board.resting.resume(rested)?,
             _ => load(&mut spec, &memory, &vcpus[0], &board.pins, &log)?,
         }
         Ok(Vm {
@@ -185,6 +193,8 @@ impl Vm {
             memory,
             resting: board.resting,
             saver,
+            lender,
+            learner,
             template_refused: template.refused(),
         })
     }
@@ -207,15 +217,14 @@ impl Vm {
         self.net_workers.start()?;
         let vcpus = Vcpus::start(self.vcpus, self.stats, self.buses, on_end)?;
         let poller = self.events.next_poller();
-        poller.add(&control, supervisor::CONTROL, EventSet::IN)?;
-        poller.add(self.reports.bell(), supervisor::BELL, EventSet::IN)?;
+        supervisor::watch(&poller, &control, &self.reports, self.lender.as_ref())?;
         let supervisor = Arc::new(Mutex::new(Supervisor::new(
             control,
             self.reports.clone(),
             vcpus,
             (self.ports, self.net, self.balloon, self.plug),
             poller,
-            (self.log.clone(), self.saver.is_some()),
+            (self.lender, self.log.clone(), self.saver.is_some()),
         )));
         self.events.attach(supervisor.clone());
         let lock = || supervisor.lock().expect("the supervisor does not panic");
@@ -235,6 +244,7 @@ impl Vm {
         let limit = Instant::now() + Duration::from_millis(200);
         self.events.drain(limit)?;
 
+        learn(self.learner.as_ref(), &self.memory, &self.log);
         let mut supervisor = lock();
         supervisor.pass_reports();
         let words = ramoops::parse(&self.memory.ramoops());
@@ -249,6 +259,45 @@ impl Vm {
         };
         supervisor.tell_end(guest, words.lines);
         Ok(guest)
+    }
+}
+
+/// Has the machine's own processes know what a template lends, before the share's device starts, and what the guest touches of it
+/// at hand.
+fn lend(
+    spec: &mut VmSpec,
+    template: &Start,
+    (memory, vcpu): (&Memory, &VcpuFd),
+    board: &Board,
+) -> Result<(Option<Lender>, Option<Learner>), VmError> {
+    let mut learner = None;
+    if let Start::Template { rested, touched } = template {
+        own_rings(memory, rested);
+        // What was given at once would be learned for good.
+        if let Some(to) = spec.learn.take() {
+            learner = Some(Learner::new(to, memory)?);
+        } else if let Some(touched) = touched {
+            touched.prepare(memory, vcpu);
+        }
+    }
+    let pairs = board.net_workers.all();
+    let lender = spec.lender.take();
+    let lender = lender.map(|socket| Lender::new(socket, memory.loan().clone(), pairs));
+    Ok((lender.transpose()?, learner))
+}
+
+/// Writes down what the guest has touched of its template, where somebody wants to know.
+fn learn(learner: Option<&Learner>, memory: &Memory, log: &Log) {
+    if let Some(Err(error)) = learner.map(|learner| learner.finish(memory)) {
+        log.error(&format!("nothing was learned: {}", chain(&error)));
+    }
+}
+
+/// Makes the rings of a template's devices the pod's own: the fs process looks at its own before this process can answer.
+fn own_rings(memory: &Memory, rested: &BoardState) {
+    let mut lent = memory.loan().lock();
+    for (start, length) in rested.transports.iter().flat_map(TransportState::rings) {
+        lent.own(start..start.saturating_add(length));
     }
 }
 

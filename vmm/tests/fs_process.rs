@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bulkhead_vmm::fs::wire::*;
+use bulkhead_vmm::lending;
 use bulkhead_vmm_config::{FsEvent, FsRequest};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -276,6 +277,46 @@ fn chains_that_are_no_requests_are_counted_and_the_ring_goes_on() {
     assert_eq!(process.end(), 0);
 }
 
+/// As far as its filters go. That it asks before it touches a page, the transport's own tests see.
+#[test]
+fn it_asks_for_each_page_that_a_template_lends() {
+    let (vmm, lender) = seqpacket();
+    let list = lending::encode_runs(&[(0, RAM as u64)]);
+    nix::unistd::write(&vmm, &list).unwrap();
+    let vmm = std::thread::spawn(move || {
+        let mut asked = Vec::new();
+        let mut packet = [0; 64];
+        loop {
+            let length = nix::unistd::read(&vmm, &mut packet).unwrap();
+            if length == 0 {
+                return asked;
+            }
+            asked.push(lending::decode_question(&packet[..length]).unwrap());
+            nix::unistd::write(&vmm, &[lending::ANSWER]).unwrap();
+        }
+    });
+    let share = Share::new();
+    fs::write(share.at("f"), "from the host").unwrap();
+    let (mut process, mut driver) = started_with(&share, Some(lender));
+    let entry = driver.lookup(ROOT_ID, "f").unwrap();
+    let fh = driver.open(entry.nodeid, libc::O_RDWR);
+    for _ in 0..2 {
+        assert_eq!(driver.read(fh, 100).unwrap(), b"from the host");
+        // What it asked for once, it knows when the driver begins anew.
+        driver.frontend.get_vring_base(1).unwrap();
+        driver.start();
+    }
+    assert_eq!(process.end(), 0);
+    let asked = vmm.join().unwrap();
+    // In the order of its need; those of data differ by the size of replies.
+    let rings = [(USED, 0x1000), (AVAILABLE, 0x1000), (TABLE, 0x1000)];
+    assert_eq!(asked[..3], rings, "{asked:x?}");
+    let mut pages: Vec<u64> = asked.iter().map(|question| question.0).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    assert_eq!(pages.len(), asked.len(), "{asked:x?}");
+}
+
 #[test]
 fn a_config_that_cannot_be_served_is_refused_with_the_reason() {
     let (_front, back) = socketpair(
@@ -285,7 +326,7 @@ fn a_config_that_cannot_be_served_is_refused_with_the_reason() {
         SockFlag::SOCK_CLOEXEC,
     )
     .unwrap();
-    let mut process = FsProcess::start(Path::new("/does/not/exist"), back);
+    let mut process = FsProcess::start(Path::new("/does/not/exist"), back, None);
     let FsEvent::Failed { reason } = process.event() else {
         panic!("it serves");
     };

@@ -126,7 +126,11 @@ impl Files {
             setup.add(file.unwrap().into())
         };
         let (state, memory) = (open(&self.state), open(&self.memory));
-        let files = Some(TemplateFiles { state, memory });
+        let files = Some(TemplateFiles {
+            state,
+            memory,
+            touched: None,
+        });
         match way {
             Way::Save => setup.config.save = files,
             Way::GoOn => setup.config.template = files,
@@ -218,7 +222,7 @@ fn a_damaged_template(kernel: &Path, files: &Files) {
     let (mut setup, _start) = configured(kernel, 2);
     let _share = share::Share::start(&mut setup);
     short.give(&mut setup, Way::GoOn);
-    refused(setup, "its memory cannot be moved");
+    refused(setup, "not in its file");
 }
 
 /// The machine says why, and boots all the same.

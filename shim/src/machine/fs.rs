@@ -17,6 +17,7 @@ use crate::{
     machine::{
         control,
         end::{blocked, blocked_event},
+        hardware::indices,
         peer::{self, Peer, Place},
     },
     sys::process::Death,
@@ -94,15 +95,17 @@ struct Exchange {
 }
 
 impl Fs {
-    /// Starts it and sends its configuration; [`Fs::serving`] waits for it.
+    /// Starts it and sends its configuration; [`Fs::serving`] waits for it. `socket` is its end of vhost-user's, `lender` that of
+    /// its questions for what a template lends.
     pub async fn start(
         place: Place<'_>,
         share: &Path,
         (settings, accept_missing): (&config::Share, &[Layer]),
-        socket: OwnedFd,
+        (socket, lender): (OwnedFd, Option<OwnedFd>),
         ledger: &mut Ledger,
     ) -> Result<Fs, Error> {
         let peer = Peer::start(place, "fs", ledger)?;
+        let mut fds = vec![socket.as_raw_fd(), peer.log.as_raw_fd()];
         let config = FsConfig {
             version: WIRE_VERSION,
             sandbox_id: place.sandbox.into(),
@@ -118,8 +121,10 @@ impl Fs {
             max_handles: settings.max_handles,
             log: Fd(1),
             accept_missing: accept_missing.to_vec(),
+            lender: lender
+                .as_ref()
+                .map(|lender| indices(&mut fds)(lender.as_raw_fd())),
         };
-        let fds = [socket.as_raw_fd(), peer.log.as_raw_fd()];
         let fs = Fs {
             peer,
             exchange: tokio::sync::Mutex::default(),

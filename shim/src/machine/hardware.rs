@@ -82,8 +82,12 @@ pub struct Hardware<'a> {
     pub uid: u32,
     /// Layers of its jail that may be missing.
     pub accept_missing: &'a [Layer],
-    /// State and memory of a template from which it goes on; if it cannot, it boots.
-    pub template: Option<[BorrowedFd<'a>; 2]>,
+    /// The files of a template from which it goes on; if it cannot, it boots.
+    pub template: Option<[BorrowedFd<'a>; 3]>,
+    /// Where the fs process asks for what the template lends.
+    pub lender: Option<OwnedFd>,
+    /// Where it says at its end what it has touched of that.
+    pub learn: Option<BorrowedFd<'a>>,
     /// Where it is saved when [`super::vmm::Vm::save`] asks for it.
     pub save: Option<[BorrowedFd<'a>; 2]>,
 }
@@ -98,11 +102,13 @@ pub(super) fn indices(fds: &mut Vec<i32>) -> impl FnMut(i32) -> Fd {
 
 fn template(
     [state, memory]: [BorrowedFd<'_>; 2],
+    touched: Option<BorrowedFd<'_>>,
     mut index: impl FnMut(i32) -> Fd,
 ) -> TemplateFiles {
     TemplateFiles {
         state: index(state.as_raw_fd()),
         memory: index(memory.as_raw_fd()),
+        touched: touched.map(|file| index(file.as_raw_fd())),
     }
 }
 
@@ -152,7 +158,11 @@ pub(super) fn config(
         uid: hardware.uid,
         gid: hardware.uid,
         accept_missing: hardware.accept_missing.to_vec(),
-        template: hardware.template.map(|files| template(files, &mut index)),
-        save: hardware.save.map(|files| template(files, &mut index)),
+        template: hardware
+            .template
+            .map(|[state, memory, touched]| template([state, memory], Some(touched), &mut index)),
+        lender: hardware.lender.as_ref().map(|fd| index(fd.as_raw_fd())),
+        learn: hardware.learn.map(|file| index(file.as_raw_fd())),
+        save: hardware.save.map(|files| template(files, None, &mut index)),
     }
 }

@@ -4,15 +4,16 @@
 //! of these types in a pod has it from here.
 
 use std::{
-    fs::File,
+    io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
 };
 
 use bulkhead_vmm_config::{MAX_DEVICES, port};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::{
     Parts, Request, SHARE_TAG, Sandbox,
@@ -75,6 +76,7 @@ impl Taken {
         cgroup::require_v2()?;
         let (origin, template) = match start {
             Start::Pod => template::origin(config, parts, request, ledger.state())?,
+            Start::Learn(building) => template::first(building)?,
             Start::Boot | Start::Save(_) => (Origin::Boot, None),
         };
         let uid = claim_uid(config, request, ledger)?;
@@ -122,6 +124,8 @@ impl Taken {
         let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
         let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
         let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
+        let lending = template.as_ref().map(|_| packets()).transpose();
+        let (lender, borrower) = lending.map_err(Error::Stream)?.unzip();
         // The machine first: it has the longest way to go before it needs the other one.
         let hardware = Hardware {
             vcpus: request.size.vcpus,
@@ -140,15 +144,26 @@ impl Taken {
             serial: request.serial.as_ref().map(AsFd::as_fd),
             uid,
             accept_missing: &config.accept_missing,
-            template: template.as_ref().map(borrowed),
+            template: template
+                .as_ref()
+                .map(|files| files.each_ref().map(AsFd::as_fd)),
+            lender,
+            learn: match start {
+                Start::Learn(building) => Some(building.files()[2].as_fd()),
+                Start::Boot | Start::Pod | Start::Save(_) => None,
+            },
             save: match start {
-                Start::Save(files) => Some(borrowed(files)),
-                Start::Boot | Start::Pod => None,
+                Start::Save(building) => {
+                    let [state, memory, _] = building.files();
+                    Some([state.as_fd(), memory.as_fd()])
+                }
+                Start::Boot | Start::Pod | Start::Learn(_) => None,
             },
         };
         let vm = Vm::start(place, hardware, ledger).await?;
         let settings = (&config.share, &*config.accept_missing);
-        let fs = Fs::start(place, share.path(), settings, back.into(), ledger).await?;
+        let sockets = (back.into(), borrower);
+        let fs = Fs::start(place, share.path(), settings, sockets, ledger).await?;
         // What it takes of memory then counts for the engine, which is no reason to have no pod.
         if let Some(entering) = entering
             && let Ok(Err(error)) = entering.await
@@ -209,8 +224,10 @@ impl Sandbox {
     }
 }
 
-fn borrowed([state, memory]: &[File; 2]) -> [BorrowedFd<'_>; 2] {
-    [state.as_fd(), memory.as_fd()]
+/// Two ends that keep packets apart.
+fn packets() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+    Ok(socketpair(AddressFamily::Unix, kind, None, flags)?)
 }
 
 /// Most processes and threads that a pod needs on the host: of the VMM one for each vCPU and each pair of queues of a network

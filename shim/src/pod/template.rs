@@ -4,14 +4,14 @@
 //! pod ── a template of its shape? ── yes ──► the VMM goes on from it ──► StartSandbox ──► interfaces are plugged
 //!                                 └─ no ───► it boots ... ready ──► `bulkhead template build`, detached
 //!
-//! builder   lock ──► launch, as a pod ──► agent dialled ──► idle ──► saved ──► given back ──► published
+//! builder   lock ──► launch, as a pod ──► agent dialled ──► idle ──► saved ──► given back
+//!                ──► launch from it ──► ready ──► powered off, what it has touched is written ──► given back ──► published
 //! ```
 //!
-//! The builder tells the agent nothing: StartSandbox, which is the first word that an agent hears,
-//! is what makes a guest one pod's.
+//! The builder tells the agent that is saved nothing: StartSandbox, which is the first word that an
+//! agent hears, is what makes a guest one pod's.
 
 use std::{
-    fs::File,
     io,
     path::Path,
     process::{Command, Stdio},
@@ -21,14 +21,14 @@ use std::{
 use bulkhead_vmm_config::{GuestEnd, MAX_DEVICES, Phase};
 use tokio::time::{sleep, timeout};
 
-use super::{Error, Parts, Request, Room, SHARE_TAG, Sandbox, Size};
+use super::{Error, PATIENCE, Parts, Request, Room, SHARE_TAG, Sandbox, Size};
 use crate::{
     config::{self, Config},
     error::line,
     ledger,
     machine::vmm::{self, End},
     oci::limits::Limits,
-    template::{Begun, Building, Key, Origin, Shape, Store},
+    template::{Begun, Building, Files, Key, Origin, Shape, Store},
 };
 
 /// Whose sandboxes builders make.
@@ -58,8 +58,10 @@ pub(super) enum Start<'a> {
     Boot,
     /// From a template, where the configuration says so and there is one.
     Pod,
-    /// It boots, and is to be saved to these files.
-    Save(&'a [File; 2]),
+    /// It boots, and is to be saved as a template.
+    Save(&'a Building),
+    /// From that template, as the first one: what it touches is learned.
+    Learn(&'a Building),
 }
 
 /// What [`build`] has done.
@@ -97,7 +99,7 @@ pub(super) fn origin(
     parts: &Parts,
     request: &Request<'_>,
     state: &Path,
-) -> Result<(Origin, Option<[File; 2]>), Error> {
+) -> Result<(Origin, Option<Files>), Error> {
     let found = match (config.template, &request.serial) {
         (config::Template::Off, _) => return Ok((Origin::Boot, None)),
         // Who has had none made expects none, and pays for no key.
@@ -127,6 +129,20 @@ pub(super) fn origin(
         Origin::Boot => {}
     }
     Ok(found)
+}
+
+/// From what the first machine goes on that has this template.
+///
+/// # Errors
+/// open(2)'s.
+pub(super) fn first(building: &Building) -> Result<(Origin, Option<Files>), Error> {
+    let failed = |source| Error::Store {
+        action: "open",
+        path: building.path().into(),
+        source,
+    };
+    let files = building.reopened().map_err(failed)?;
+    Ok((Origin::Template(building.key()), Some(files)))
 }
 
 /// Places that the machine must have for interfaces that come later.
@@ -218,6 +234,22 @@ impl Sandbox {
         }
     }
 
+    /// Has the guest power off, at which the VMM writes down what it has learned.
+    async fn end_well(&self) -> Result<(), Error> {
+        self.power_off().await;
+        match self.vm.end() {
+            Some(End::Guest {
+                end: GuestEnd::PowerOff,
+                ..
+            }) => Ok(()),
+            Some(end) => Err(vmm::Error::Gone(end).into()),
+            None => Err(Error::from(vmm::Error::Silent {
+                request: "to power off",
+                secs: PATIENCE.as_secs(),
+            })),
+        }
+    }
+
     async fn dialled(&self) -> Result<(), Error> {
         let looking = async {
             let has_dialled =
@@ -284,6 +316,7 @@ pub async fn build(config: &Config, shape: Shape) -> Result<Built, Error> {
     }
 }
 
+/// Has one machine saved, and a second one go on from it: to see that it can, and what it touches.
 async fn make(
     config: &Config,
     parts: &Parts,
@@ -297,8 +330,9 @@ async fn make(
     config.return_memory = shape.balloon;
     // The machine's memory is there a second time while it is being written.
     config.host_overhead_mib += shape.memory_mib;
+    config.template = config::Template::Required;
     let size = |vcpus, memory_mib| Size { vcpus, memory_mib };
-    let request = Request {
+    let request = || Request {
         namespace: NAMESPACE,
         id: &key,
         size: size(shape.vcpus, shape.memory_mib),
@@ -316,11 +350,22 @@ async fn make(
     };
     // An older builder's: this one has the lock.
     ledger::reclaim(state, NAMESPACE, &key)?;
-    let start = Start::Save(building.files());
-    let sandbox = Sandbox::launch_as(&config, parts, request, start).await?;
+    let start = Start::Save(building);
+    let sandbox = Sandbox::launch_as(&config, parts, request(), start).await?;
     let saved = sandbox.save(shape.vcpus.into()).await;
+    given_back(sandbox, saved)?;
+    let start = Start::Learn(building);
+    let mut sandbox = Sandbox::launch_as(&config, parts, request(), start).await?;
+    let learned = match sandbox.ready(NAMESPACE).await {
+        Ok(_) => sandbox.end_well().await,
+        Err(error) => Err(error),
+    };
+    given_back(sandbox, learned)
+}
+
+fn given_back(sandbox: Sandbox, done: Result<(), Error>) -> Result<(), Error> {
     let left = sandbox.give_back();
-    saved?;
+    done?;
     match left.first() {
         None => Ok(()),
         Some(leftover) => Err(Error::Left(leftover.to_string())),

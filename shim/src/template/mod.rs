@@ -15,10 +15,8 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
-
 pub use key::{Basis, Host, Identity, Key, Shape};
-pub use store::{Begun, Building, Listed, Store, Swept};
+pub use store::{Begun, Building, Files, Listed, Store, Swept};
 
 /// From what a pod's machine goes on.
 #[derive(Clone, Debug, Default)]
@@ -39,7 +37,7 @@ pub enum Origin {
 
 impl Origin {
     /// Looks for the template of a machine: its files as well, if there is one.
-    pub fn find(store: &Store, basis: Basis) -> (Origin, Option<[File; 2]>) {
+    pub fn find(store: &Store, basis: Basis) -> (Origin, Option<Files>) {
         let key = basis.key();
         if let Some(files) = store.open(&basis) {
             store.touch(&key);

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! KEY/state, memory    what the VMM has written; read-only
-//! KEY/manifest.json    what it was made from, and what the two files were when it was finished
+//! KEY/touched          what a machine has touched that went on from it, as its VMM has learned
+//! KEY/manifest.json    what it was made from, and what the files were when it was finished
 //! KEY.tmp-PID          one that is being made, or removed
 //! KEY.lock             locked by who makes it; what stays says why that failed
 //! ```
@@ -28,6 +29,7 @@ use super::key::{Basis, Host, Key, Shape, ns};
 const DIRECTORY: &str = ".templates";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const TOUCHED: &str = "touched";
 const MANIFEST: &str = "manifest.json";
 const TEMPORARY: &str = ".tmp-";
 const LOCK: &str = ".lock";
@@ -62,7 +64,11 @@ struct Manifest {
     basis: Basis,
     state: Seal,
     memory: Seal,
+    touched: Seal,
 }
+
+/// State, memory, and what machines touch of it.
+pub type Files = [File; 3];
 
 /// A template, for who only looks.
 #[derive(Debug, Serialize)]
@@ -108,7 +114,7 @@ pub struct Building {
     store: Store,
     basis: Basis,
     directory: PathBuf,
-    files: [File; 2],
+    files: Files,
     lock: File,
 }
 
@@ -119,8 +125,8 @@ impl Store {
         Store { directory }
     }
 
-    /// State and memory of the template of this basis. One that is damaged is dropped.
-    pub fn open(&self, basis: &Basis) -> Option<[File; 2]> {
+    /// The files of the template of this basis. One that is damaged is dropped.
+    pub fn open(&self, basis: &Basis) -> Option<Files> {
         let key = basis.key();
         let refused = match self.checked(&key) {
             Ok((found, files)) if found == *basis => return Some(files),
@@ -156,7 +162,7 @@ impl Store {
     }
 
     /// A template whose files are what they were.
-    fn checked(&self, key: &Key) -> io::Result<(Basis, [File; 2])> {
+    fn checked(&self, key: &Key) -> io::Result<(Basis, Files)> {
         let path = self.path(key);
         let file = regular(&path.join(MANIFEST))?;
         let mut text = Vec::new();
@@ -176,7 +182,8 @@ impl Store {
         };
         let state = sealed(STATE, &manifest.state)?;
         let memory = sealed(MEMORY, &manifest.memory)?;
-        Ok((manifest.basis, [state, memory]))
+        let touched = sealed(TOUCHED, &manifest.touched)?;
+        Ok((manifest.basis, [state, memory, touched]))
     }
 
     /// Notes that a pod goes on from it: those that nobody uses go first.
@@ -292,7 +299,7 @@ impl Store {
             options.open(directory.join(name))
         };
         DirBuilder::new().mode(0o700).create(&directory)?;
-        let files = [make(STATE)?, make(MEMORY)?];
+        let files = [make(STATE)?, make(MEMORY)?, make(TOUCHED)?];
         Ok(Begun::Building(Box::new(Building {
             store: self.clone(),
             basis,
@@ -348,7 +355,7 @@ impl Store {
             Err(error) => (None, Some(error.to_string())),
         };
         Listed {
-            bytes: size(STATE) + size(MEMORY),
+            bytes: [STATE, MEMORY, TOUCHED].map(size).iter().sum(),
             idle_secs: used.map_or(u64::MAX, |used| {
                 used.elapsed().unwrap_or_default().as_secs()
             }),
@@ -425,14 +432,25 @@ impl Store {
 }
 
 impl Building {
-    /// Where the VMM writes: state and memory.
-    pub fn files(&self) -> &[File; 2] {
+    /// Where VMMs write.
+    pub fn files(&self) -> &Files {
         &self.files
+    }
+
+    /// The same from their start, to be read.
+    pub fn reopened(&self) -> io::Result<Files> {
+        let open = |name: &str| regular(&self.directory.join(name));
+        Ok([open(STATE)?, open(MEMORY)?, open(TOUCHED)?])
     }
 
     /// Its name.
     pub fn key(&self) -> Key {
         self.basis.key()
+    }
+
+    /// Where it is made.
+    pub fn path(&self) -> &Path {
+        &self.directory
     }
 
     /// Of the machine that is wanted.
@@ -462,7 +480,7 @@ impl Building {
         for file in &self.files {
             file.set_permissions(Permissions::from_mode(0o400))?;
         }
-        let [state, memory] = &self.files;
+        let [state, memory, touched] = &self.files;
         if state.metadata()?.len() == 0 || memory.metadata()?.len() == 0 {
             return Err(io::Error::other("the machine has written nothing"));
         }
@@ -470,6 +488,7 @@ impl Building {
             basis: self.basis.clone(),
             state: Seal::of(state)?,
             memory: Seal::of(memory)?,
+            touched: Seal::of(touched)?,
         };
         let mut options = OpenOptions::new();
         let options = options.write(true).create_new(true).mode(0o400);
@@ -526,7 +545,7 @@ fn mark(mut lock: &File, reason: &str) -> io::Result<()> {
 
 /// Removes the directory of a template and what belongs into it, nothing else.
 fn remove(directory: &Path) -> io::Result<()> {
-    for name in [STATE, MEMORY, MANIFEST] {
+    for name in [STATE, MEMORY, TOUCHED, MANIFEST] {
         match fs::remove_file(directory.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

@@ -54,7 +54,7 @@ impl World {
 
     fn make(&self, vcpus: u32) -> Key {
         let building = self.begin(self.basis(vcpus));
-        let [mut state, mut memory] = building.files().each_ref();
+        let [mut state, mut memory, _] = building.files().each_ref();
         state.write_all(b"state").unwrap();
         memory.write_all(b"memory").unwrap();
         building.publish().unwrap()
@@ -158,7 +158,7 @@ fn a_template_is_found_by_what_it_was_made_of_and_its_files_are_read_only() {
     let world = World::new();
     assert!(world.store.open(&world.basis(1)).is_none());
     let key = world.make(1);
-    let [mut state, mut memory] = world.store.open(&world.basis(1)).unwrap();
+    let [mut state, mut memory, _] = world.store.open(&world.basis(1)).unwrap();
     let mut text = String::new();
     state.read_to_string(&mut text).unwrap();
     memory.read_to_string(&mut text).unwrap();
@@ -273,7 +273,7 @@ fn two_builders_make_one_template_and_nobody_sees_a_half() {
     );
     // Others are not in its way.
     world.make(2);
-    let [mut state, memory] = building.files().each_ref();
+    let [mut state, memory, _] = building.files().each_ref();
     state.write_all(b"state").unwrap();
     assert!(world.store.open(&world.basis(1)).is_none());
     assert!(!world.store.has(&key));

@@ -17,6 +17,10 @@ pub struct FsConfig {
     pub share: String,
     /// The back end's end of the vhost-user socketpair.
     pub socket: Fd,
+    /// The fs process's end of the `SOCK_SEQPACKET` socketpair by which it asks the VMM for pages that a template has
+    /// lent, if the VMM may go on from one.
+    #[serde(default)]
+    pub lender: Option<Fd>,
     /// Number of request queues, at least 1.
     pub queues: u32,
     /// What the guest may cache of names and attributes.

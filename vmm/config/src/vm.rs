@@ -65,6 +65,15 @@ pub struct VmConfig {
     /// be used, [`Event::TemplateRefused`] says why, and the machine boots.
     #[serde(default)]
     pub template: Option<TemplateFiles>,
+    /// The VMM's end of the socketpair of packets by which the fs process asks for pages that the
+    /// template lends. A machine with a template and a share needs it; one that boots after all
+    /// says on it that nothing is lent.
+    #[serde(default)]
+    pub lender: Option<Fd>,
+    /// Where the VMM writes at the end of a machine with a template what that has touched of it: an
+    /// empty file.
+    #[serde(default)]
+    pub learn: Option<Fd>,
     /// Where [`Request::Save`] puts the machine: empty files, open for reading and writing.
     #[serde(default)]
     pub save: Option<TemplateFiles>,
@@ -78,6 +87,9 @@ pub struct TemplateFiles {
     pub state: Fd,
     /// RAM, sparse: pages that are zero are holes.
     pub memory: Fd,
+    /// Of a machine that goes on: what another one has touched first ([`VmConfig::learn`]).
+    #[serde(default)]
+    pub touched: Option<Fd>,
 }
 
 /// Permission for one guest connection to one host port, and what it is joined to.

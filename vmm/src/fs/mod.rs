@@ -110,6 +110,7 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
     let (config, fds) = control.receive::<FsConfig>()?;
     let mut fds = Descriptors::new(fds);
     let socket = fds.take(config.socket, "socket")?;
+    let lender = config.lender.map(|fd| fds.take(fd, "lender")).transpose()?;
     let log = Log::new(fds.take(config.log, "log")?, "fs", &config.sandbox_id);
     let hook_log = log.clone();
     std::panic::set_hook(Box::new(move |info| bug(&hook_log, &info.to_string())));
@@ -129,7 +130,7 @@ fn run(control: &ControlSocket) -> Result<(), FsError> {
     let engine = Engine::new(root, config.cache, limits).map_err(FsError::Root)?;
     let engine = Arc::new(engine);
     seccomp::report_blocked()?;
-    serve_queues(socket, &config, &engine, log.clone())?;
+    serve_queues((socket, lender), &config, &engine, log.clone())?;
     let worker = Worker::new().map_err(FsError::Worker)?;
     // proc_pid_mountinfo(5): each change of the mounts is an exceptional condition of the open
     // file.
@@ -181,7 +182,7 @@ fn check(config: &FsConfig) -> Result<(), FsError> {
 
 /// Serves the VMM from a thread of its own: when it goes, the shim is still answered.
 fn serve_queues(
-    socket: OwnedFd,
+    (socket, lender): (OwnedFd, Option<OwnedFd>),
     config: &FsConfig,
     engine: &Arc<Engine>,
     log: Log,
@@ -189,7 +190,7 @@ fn serve_queues(
     // One more than the request queues: the one for FORGETs.
     let queues = config.queues as usize + 1;
     let servers = Servers::start(queues, engine)?;
-    let serve = move |()| match transport::serve(socket, servers) {
+    let serve = move |()| match transport::serve(socket, lender, servers) {
         Ok(()) => log.info("the VMM has gone"),
         Err(error) => log.error(&format!("vhost-user failed: {error}")),
     };

@@ -114,9 +114,9 @@ pub const CALLS: &[Call] = calls! {
         "the allocator's other heaps and large blocks; never executable";
     "mprotect" SYS_mprotect ALL, READ_WRITE, "the allocator's heaps grow; never executable";
     "munmap" SYS_munmap ALL, ANY, "the allocator gives back; stacks of threads that end";
-    "mremap" SYS_mremap ALL, ANY, "large blocks grow";
+    "mremap" SYS_mremap ALL, ANY, "large blocks grow; lent pages become the pod's own (vmm)";
     "madvise" SYS_madvise ALL, ANY, "the allocator and ending threads give pages back";
-    "write" SYS_write ALL, ANY, "log lines; eventfds: interrupts, kicks, bells";
+    "write" SYS_write ALL, ANY, "log lines; eventfds: interrupts, kicks, bells; questions about lent pages";
     "close" SYS_close ALL, ANY, "descriptors that are not needed any more";
     "clock_gettime" SYS_clock_gettime ALL, ANY, "time, on hosts whose vDSO has no clock";
     "restart_syscall" SYS_restart_syscall ALL, ANY, "the process was stopped and goes on";
@@ -154,13 +154,13 @@ pub const CALLS: &[Call] = calls! {
         "the shim's requests; vsock streams; vhost-user messages";
     "sendmsg" SYS_sendmsg &[Vmm, Template, Device, FsControl, FsVhost], ANY,
         "answers to the shim; vsock streams; vhost-user messages";
-    "read" SYS_read &[Vmm, Template, Device, FsControl], ANY,
-        "eventfds; the list of mounts (fs-control)";
+    "read" SYS_read &[Vmm, Template, Device, FsControl, FsVhost, FsQueue], ANY,
+        "eventfds; the list of mounts (fs-control); what the VMM says of pages that a template lends (fs-vhost, fs-queue)";
     "readv" SYS_readv &[Net], ANY, "frames from the tap";
     "writev" SYS_writev ALL, ANY, "frames to the tap; the C library's last word before abort(3)";
     "pread64" SYS_pread64 &[Vmm, Template, Vcpu], ANY, "KVM's counters";
-    "recvfrom" SYS_recvfrom &[Vmm, Template, Device], ANY, "vsock streams; what is unread when the device is reset";
-    "sendto" SYS_sendto &[Vmm, Template], &[&[Is(4, 0)]], "vsock streams, to no address";
+    "recvfrom" SYS_recvfrom &[Vmm, Template, Device], ANY, "vsock streams; what is unread when the device is reset; questions for lent pages";
+    "sendto" SYS_sendto &[Vmm, Template], &[&[Is(4, 0)]], "vsock streams and answers about lent pages, to no address";
     "shutdown" SYS_shutdown &[Vmm, Template, Device], ANY, "one direction of a vsock stream ends; all of it when the device is reset";
     "getsockopt" SYS_getsockopt &[Vmm, Template], ANY, "what the shim offers is a stream socket";
     "getsockname" SYS_getsockname &[Vmm, Template], ANY, "what the shim offers is a Unix socket";

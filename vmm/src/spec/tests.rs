@@ -57,6 +57,8 @@ fn packet() -> Option<Packet> {
             gid: 1000,
             accept_missing: Vec::new(),
             template: None,
+            lender: None,
+            learn: None,
             save: None,
         },
         fds: vec![
@@ -69,6 +71,11 @@ fn packet() -> Option<Packet> {
             null(),
         ],
     })
+}
+
+fn add(p: &mut Packet, fd: OwnedFd) -> Fd {
+    p.fds.push(fd);
+    Fd(p.fds.len() as u32 - 1)
 }
 
 fn check(change: impl FnOnce(&mut Packet)) -> Option<Result<VmSpec, SpecError>> {
@@ -101,17 +108,19 @@ fn a_good_configuration_passes() {
 #[test]
 fn a_machine_with_a_serial_console_is_not_saved() {
     let files = |p: &mut Packet| {
-        let file = || tempfile::tempfile().unwrap();
-        let first = p.fds.len() as u32;
-        p.fds.extend([file().into(), file().into()]);
+        let file = || tempfile::tempfile().unwrap().into();
         TemplateFiles {
-            state: Fd(first),
-            memory: Fd(first + 1),
+            state: add(p, file()),
+            memory: add(p, file()),
+            touched: None,
         }
     };
     refused!(SpecError::SavedSerial, |p| p.config.save = Some(files(p)));
     // One that goes on is refused its template when it starts, and boots.
-    let Some(spec) = check(|p| p.config.template = Some(files(p))) else {
+    let Some(spec) = check(|p| {
+        p.config.template = Some(files(p));
+        p.config.lender = Some(add(p, socket(SockType::SeqPacket)));
+    }) else {
         return;
     };
     assert!(spec.unwrap().template.is_some());
@@ -121,7 +130,39 @@ fn a_machine_with_a_serial_console_is_not_saved() {
             state: Fd(6),
             ..file
         });
+        p.config.lender = Some(add(p, socket(SockType::SeqPacket)));
         p.config.serial = None;
+    });
+    refused!(SpecError::SavedAgain, |p| {
+        p.config.template = Some(files(p));
+        p.config.save = Some(files(p));
+    });
+}
+
+#[test]
+fn a_machine_with_a_template_and_a_share_needs_a_lender() {
+    let template = |p: &mut Packet| {
+        let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+        p.config.template = Some(TemplateFiles {
+            state: add(p, file()),
+            memory: add(p, file()),
+            touched: None,
+        });
+    };
+    refused!(SpecError::NoLender, template);
+    refused!(SpecError::Kind { what: "lender", .. }, |p| {
+        template(p);
+        p.config.lender = Some(add(p, socket(SockType::Stream)));
+    });
+    refused!(SpecError::OneBorrower(2), |p| {
+        template(p);
+        p.config.lender = Some(add(p, socket(SockType::SeqPacket)));
+        let socket = add(p, socket(SockType::Stream));
+        p.config.fs.push(FsDevice {
+            tag: "other".into(),
+            socket,
+            queues: 1,
+        });
     });
 }
 

@@ -4,7 +4,7 @@
 //! builder: boot ──► agent has dialled, nobody has said anything ──► Save ──► vCPUs joined, queues
 //!                   served ──► at rest? ──► memory file: pages that are not zero
 //!                                           state file: vCPUs, clock, IOAPIC, drivers, connections
-//! clone:   memory, KVM ──► pages copied, vCPUs given their state ──► devices ──► drivers and
+//! clone:   memory, KVM ──► pages lent, vCPUs given their state ──► devices ──► drivers and
 //!          connections go on ──► KVM_RUN
 //! ```
 //!
@@ -16,6 +16,8 @@
 //! Time stands still with the machine: kvm-clock, the counters of the vCPUs and their deadlines go
 //! on together. What must differ between two clones is the agent's to change when it hears of its
 //! pod (docs/adr/0020-templates.md).
+
+use std::fs::File;
 
 use kvm_bindings::{CpuId, kvm_clock_data, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -33,10 +35,12 @@ use crate::spec::TemplateSpec;
 mod cpu;
 mod file;
 mod memory;
+mod touched;
 
 use cpu::{CpuState, CpuStateError};
-use file::FileError;
-use memory::{Run, RunError};
+pub use file::FileError;
+use memory::{Run, RunError, Target};
+pub use touched::{Learner, Touched};
 
 /// A machine cannot be saved, or cannot go on.
 #[derive(Debug, Error)]
@@ -102,23 +106,30 @@ struct State {
 
 /// By which a machine can be saved when it has been locked down.
 pub struct Saver {
-    files: TemplateSpec,
+    state: File,
+    memory: Target,
     msrs: Vec<u32>,
     build: String,
     cpuid: Vec<kvm_cpuid_entry2>,
 }
 
 impl Saver {
-    /// Asks the host what there is to be saved of machines whose first vCPU, which has not run, is
-    /// this.
+    /// Asks the host what there is to be saved of machines with this memory whose first vCPU, which
+    /// has not run, is this.
     ///
     /// # Errors
     /// It is more than a template can have.
-    pub fn new(files: TemplateSpec, kvm: &Kvm, first: &VcpuFd) -> Result<Saver, TemplateError> {
+    pub fn new(
+        files: TemplateSpec,
+        kvm: &Kvm,
+        first: &VcpuFd,
+        memory: &Memory,
+    ) -> Result<Saver, TemplateError> {
         cpu::fits(kvm)?;
         let msrs = cpu::msrs(kvm)?;
         Ok(Saver {
-            files,
+            state: files.state,
+            memory: Target::new(files.memory, memory).map_err(RunError::Io)?,
             msrs,
             build: build_id(),
             cpuid: cpu::cpuid(first)?,
@@ -143,7 +154,7 @@ impl Saver {
             .iter()
             .map(|vcpu| CpuState::of(vcpu, &self.msrs))
             .collect::<Result<_, _>>()?;
-        let runs = memory::save(memory, &self.files.memory)?;
+        let runs = self.memory.save(memory)?;
         let state = State {
             cpuid: self.cpuid.clone(),
             cpus,
@@ -151,7 +162,7 @@ impl Saver {
             board,
             runs,
         };
-        Ok(file::write(&self.files.state, &self.build, &state)?)
+        Ok(file::write(&self.state, &self.build, &state)?)
     }
 }
 
@@ -175,7 +186,7 @@ pub fn resume(
     if first.as_ref() != Some(&state.cpuid) {
         return Err(TemplateError::Features);
     }
-    memory::fill(memory, &files.memory, &state.runs)?;
+    memory::lend(memory, &files.memory, &state.runs)?;
     let amd = cpuid::is_amd(supported);
     for (state, vcpu) in state.cpus.iter().zip(vcpus) {
         state.give_to(vcpu, amd)?;

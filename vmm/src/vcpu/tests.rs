@@ -2,7 +2,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use super::*;
 use crate::arch::x86_64::{cpu, interrupts, layout};
@@ -37,6 +37,14 @@ fn guest(code: &[u8]) -> Option<Guest> {
 }
 
 fn guest_in(code: &[u8], long_mode: bool) -> Option<Guest> {
+    guest_with(code, long_mode, None)
+}
+
+fn guest_with(
+    code: &[u8],
+    long_mode: bool,
+    ports: Option<Arc<Mutex<dyn BusDevice>>>,
+) -> Option<Guest> {
     const START: u64 = 0x1000;
     let kvm = test_kvm::open()?;
     let vm = kvm.create_vm().unwrap();
@@ -67,7 +75,8 @@ fn guest_in(code: &[u8], long_mode: bool) -> Option<Guest> {
     let (writes, written) = mpsc::channel();
     let mut buses = Buses::default();
     let device = || Arc::new(Mutex::new(Tell(writes.clone())));
-    buses.ports.insert(0x8900, 4, device()).unwrap();
+    let ports = ports.unwrap_or_else(|| device());
+    buses.ports.insert(0x8900, 4, ports).unwrap();
     buses.mmio.insert(0xd000_0000, 0x1000, device()).unwrap();
     let (ends, ended) = mpsc::channel();
     let stats = Arc::new(vec![KvmStats::open(&fd)]);
@@ -170,4 +179,110 @@ fn a_string_instruction_is_several_accesses() {
     for byte in [0xbe, 0x00, 0x10] {
         assert_eq!(guest.written.recv_timeout(SOON).unwrap(), (0, vec![byte]));
     }
+}
+
+/// Counts in each of eight pages, 0x4000 to 0xb000, and writes to 0x8900 when one has another
+/// count than it.
+const COUNT: &[u8] = &[
+    0x31, 0xdb, // xor bx, bx
+    0x43, // 1: inc bx
+    0xbf, 0x00, 0x40, // mov di, 0x4000
+    0x8b, 0x05, // 2: mov ax, [di]
+    0x40, // inc ax
+    0x39, 0xd8, // cmp ax, bx
+    0x75, 0x0e, // jne 3
+    0x89, 0x05, // mov [di], ax
+    0x81, 0xc7, 0x00, 0x10, // add di, 0x1000
+    0x81, 0xff, 0x00, 0xc0, // cmp di, 0xc000
+    0x75, 0xed, // jne 2
+    0xeb, 0xe7, // jmp 1
+    0xba, 0x00, 0x89, // 3: mov dx, 0x8900
+    0xee, // out dx, al
+    0xf4, // hlt
+];
+
+#[test]
+fn nothing_that_the_guest_writes_is_lost_while_pages_become_its_own() {
+    let Some(guest) = guest(COUNT) else { return };
+    let ram = guest._memory.ram();
+    let region = ram.iter().next().unwrap();
+    let template = tempfile::tempfile().unwrap();
+    template.set_len(1 << 20).unwrap();
+    let loan = guest._memory.loan();
+    let pages = || (0x4000_u64..0xc000).step_by(0x1000);
+    let lend = |page| loan.lock().lend(region, (page, 0x1000), &template, page);
+    pages().for_each(|page| lend(page).unwrap());
+    guest.vcpus.resume();
+    let count = |page| ram.read_obj::<u16>(GuestAddress(page)).unwrap();
+    for page in pages() {
+        let before = count(page);
+        while count(page) == before {
+            thread::yield_now();
+        }
+        guest.vcpus.hold(|| {
+            let held = count(page);
+            loan.lock().own(page..page + 1);
+            assert_eq!(count(page), held);
+        });
+    }
+    let before = count(0x4000);
+    while count(0x4000) == before {
+        thread::yield_now();
+    }
+    assert!(guest.written.try_recv().is_err());
+    assert!(loan.lock().runs().is_empty());
+}
+
+#[test]
+fn no_vcpu_is_in_the_guest_while_it_is_held_whatever_its_order_is() {
+    let Some(guest) = guest(COUNT) else { return };
+    let ram = guest._memory.ram();
+    let count = || ram.read_obj::<u16>(GuestAddress(0xb000)).unwrap();
+    // Before it has ever run, while it runs, and while it is paused.
+    guest.vcpus.hold(|| assert_eq!(count(), 0));
+    guest.vcpus.resume();
+    for _ in 0..100 {
+        guest.vcpus.hold(|| {
+            let held = count();
+            thread::sleep(Duration::from_micros(100));
+            assert_eq!(count(), held);
+        });
+    }
+    guest.vcpus.pause();
+    let paused = count();
+    guest.vcpus.hold(|| ());
+    thread::sleep(Duration::from_millis(5));
+    assert_eq!(count(), paused);
+}
+
+/// A device whose answer takes until somebody lets it go.
+struct Slow(mpsc::Sender<()>, mpsc::Receiver<()>);
+
+impl BusDevice for Slow {
+    fn read(&mut self, _: u64, _: &mut [u8]) {}
+    fn write(&mut self, _: u64, _: &[u8]) {
+        self.0.send(()).unwrap();
+        self.1.recv().unwrap();
+    }
+}
+
+#[test]
+fn a_vcpu_that_waits_for_a_device_is_not_waited_for() {
+    // out 0x8900, al; hlt
+    let code = &[0xba, 0x00, 0x89, 0xee, 0xf4];
+    let (told, waits) = mpsc::channel();
+    let (go, goes) = mpsc::channel();
+    let slow = Arc::new(Mutex::new(Slow(told, goes)));
+    let Some(guest) = guest_with(code, false, Some(slow)) else {
+        return;
+    };
+    guest.vcpus.resume();
+    waits.recv().unwrap();
+    guest.vcpus.hold(|| ());
+    // It goes on only when the gate is free.
+    guest.vcpus.hold(|| {
+        go.send(()).unwrap();
+        thread::sleep(Duration::from_millis(1));
+    });
+    guest.vcpus.pause();
 }

@@ -10,7 +10,7 @@ use crate::arch::x86_64::{cpu, cpuid, interrupts, layout};
 use crate::log::chain;
 use crate::memory::Memory;
 use crate::spec::VmSpec;
-use crate::template::{self, BoardState};
+use crate::template::{self, BoardState, Touched};
 
 /// What a machine has before its devices. Whoever has it drops `memory` last, and joins the vCPUs'
 /// threads before it drops anything.
@@ -26,8 +26,13 @@ pub enum Start {
     Boot,
     /// The same, for this reason.
     Refused(String),
-    /// Where a template was saved; what its devices were.
-    Template(BoardState),
+    /// Where a template was saved.
+    Template {
+        /// What its devices were.
+        rested: BoardState,
+        /// What machines touch of it first, if that is known.
+        touched: Option<Touched>,
+    },
 }
 
 impl Start {
@@ -35,7 +40,7 @@ impl Start {
     pub fn refused(self) -> Option<String> {
         match self {
             Start::Refused(reason) => Some(reason),
-            Start::Boot | Start::Template(_) => None,
+            Start::Boot | Start::Template { .. } => None,
         }
     }
 }
@@ -62,7 +67,12 @@ pub fn start(
             .map_err(|error| chain(&error)),
     };
     match resumed {
-        Ok(rested) => Ok((bare, Start::Template(rested))),
+        Ok(rested) => {
+            let touched = files.touched.as_ref().map(Touched::read);
+            // It is advice: without it the guest is slower.
+            let touched = touched.and_then(Result::ok);
+            Ok((bare, Start::Template { rested, touched }))
+        }
         Err(reason) => {
             // Memory and vCPUs may have a part of it.
             bare.memory.clear()?;

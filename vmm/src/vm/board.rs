@@ -273,7 +273,9 @@ fn memory_devices(
 ) -> Result<(Option<Gauge>, Option<Unwired>), BoardError> {
     let (mut gauge, mut plug) = (None, None);
     if spec.balloon {
-        let balloon = Balloon::new(events.next_poller());
+        let loan = memory.loan().clone();
+        let forget = Arc::new(move |range| loan.lock().forget(range));
+        let balloon = Balloon::new(events.next_poller(), forget);
         events.attach(balloon.handler());
         gauge = Some(balloon.gauge());
         devices.push(Box::new(balloon));

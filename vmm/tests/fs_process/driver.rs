@@ -63,7 +63,7 @@ pub struct FsProcess {
 }
 
 impl FsProcess {
-    pub fn start(share: &Path, socket: OwnedFd) -> FsProcess {
+    pub fn start(share: &Path, socket: OwnedFd, lender: Option<OwnedFd>) -> FsProcess {
         let (ours, theirs) = seqpacket();
         let (log, log_end) = nix::unistd::pipe().unwrap();
         let program = std::ffi::CString::new(env!("CARGO_BIN_EXE_bulkhead-vmm")).unwrap();
@@ -92,6 +92,7 @@ impl FsProcess {
             sandbox_id: "test".to_owned(),
             share: share.to_str().unwrap().to_owned(),
             socket: Fd(0),
+            lender: lender.as_ref().map(|_| Fd(2)),
             queues: 1,
             cache: CachePolicy {
                 entry_ms: 1000,
@@ -103,9 +104,9 @@ impl FsProcess {
             log: Fd(1),
             accept_missing: Vec::new(),
         };
-        control
-            .send_with(&config, &[socket.as_fd(), log_end.as_fd()])
-            .unwrap();
+        let mut fds = vec![socket.as_fd(), log_end.as_fd()];
+        fds.extend(lender.as_ref().map(OwnedFd::as_fd));
+        control.send_with(&config, &fds).unwrap();
         FsProcess {
             pid,
             control: Some(control),
@@ -501,6 +502,11 @@ impl Driver {
 }
 
 pub fn started(share: &Share) -> (FsProcess, Driver) {
+    started_with(share, None)
+}
+
+/// By `lender` the process asks for lent pages.
+pub fn started_with(share: &Share, lender: Option<OwnedFd>) -> (FsProcess, Driver) {
     let (front, back) = socketpair(
         AddressFamily::Unix,
         SockType::Stream,
@@ -508,7 +514,7 @@ pub fn started(share: &Share) -> (FsProcess, Driver) {
         SockFlag::SOCK_CLOEXEC,
     )
     .unwrap();
-    let process = FsProcess::start(share.0.path(), back);
+    let process = FsProcess::start(share.0.path(), back, lender);
     assert!(matches!(process.event(), FsEvent::Serving { .. }));
     let mut driver = Driver::new(front);
     driver.init();

@@ -101,6 +101,8 @@ impl Setup {
                 gid: 64123,
                 accept_missing: Vec::new(),
                 template: None,
+                lender: None,
+                learn: None,
                 save: None,
             },
             fds: vec![

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsDevice, FsEvent, WIRE_VERSION};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tempfile::TempDir;
 
 use super::support::{Process, Setup, vmm};
@@ -30,6 +31,9 @@ impl Share {
         fs::write(path.join("from-host"), pattern(1, plan::FILE)).unwrap();
 
         let (front, back) = UnixStream::pair().unwrap();
+        let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let lending = socketpair(AddressFamily::Unix, kind, None, flags);
+        let (lender, borrower) = lending.unwrap();
         let (log, log_end) = nix::unistd::pipe().unwrap();
         let process = Process::start(&vmm(), "fs");
         let queues = 2;
@@ -48,14 +52,16 @@ impl Share {
             max_handles: 1000,
             log: Fd(1),
             accept_missing: Vec::new(),
+            lender: Some(Fd(2)),
         };
-        let fds = [back.as_fd(), log_end.as_fd()];
+        let fds = [back.as_fd(), log_end.as_fd(), borrower.as_fd()];
         process.control().send_with(&config, &fds).unwrap();
-        drop((back, log_end));
+        drop((back, log_end, borrower));
         match process.control().receive::<FsEvent>().unwrap().0 {
             FsEvent::Serving { .. } => {}
             other => panic!("{other:?}"),
         }
+        setup.config.lender = Some(setup.add(lender));
         let socket = setup.add(front.into());
         setup.config.fs.push(FsDevice {
             tag: plan::TAG.into(),

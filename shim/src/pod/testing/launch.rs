@@ -72,11 +72,12 @@ impl Taken {
         ledger.claim("uid-1", request.id)?;
         let (origin, _) = match start {
             Start::Pod => template::origin(config, parts, request, ledger.state())?,
+            Start::Learn(building) => template::first(building)?,
             Start::Boot | Start::Save(_) => (Origin::Boot, None),
         };
         let (guest, connection) = Guest::boot().await;
-        if let Start::Save(files) = start {
-            guest.save_to(files);
+        if let Start::Save(building) = start {
+            guest.save_to(building.files());
         }
         Ok(Taken {
             share: Share::default(),

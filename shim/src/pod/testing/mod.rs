@@ -233,8 +233,8 @@ impl Guest {
     }
 
     /// It may be saved there.
-    pub(super) fn save_to(&self, files: &[File; 2]) {
-        let files = files.each_ref().map(|file| file.try_clone().unwrap());
+    pub(super) fn save_to(&self, [state, memory, _]: &[File; 3]) {
+        let files = [state, memory].map(|file| file.try_clone().unwrap());
         *self.saves.lock().unwrap() = Some(files);
     }
 

@@ -79,6 +79,14 @@ pub struct TransportState {
     queues: Vec<(Layout, bool)>,
 }
 
+impl TransportState {
+    /// Address and bytes of what its queues are made of.
+    pub fn rings(&self) -> impl Iterator<Item = (u64, u64)> {
+        let ready = self.queues.iter().filter(|(_, ready)| *ready);
+        ready.flat_map(|(layout, _)| layout.parts())
+    }
+}
+
 /// A driver of another machine cannot go on with a device.
 #[derive(Debug, Error)]
 pub enum ResumeError {

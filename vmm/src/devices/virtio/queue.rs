@@ -31,17 +31,24 @@ pub struct Layout {
 impl Layout {
     /// Checks sizes, alignments and that each part lies in one region of RAM, so that no ring access can fail later.
     pub fn is_valid(&self, memory: &GuestMemoryMmap, max_size: u16) -> bool {
-        let size = u64::from(self.size);
-        let part = |address: u64, align: u64, length: u64| {
+        let fits = |((address, length), align): ((u64, u64), u64)| {
             address != 0
                 && address.is_multiple_of(align)
                 && in_one_region(memory, GuestAddress(address), length)
         };
         self.size.is_power_of_two()
             && self.size <= max_size
-            && part(self.table, 16, 16 * size)
-            && part(self.available, 2, 6 + 2 * size)
-            && part(self.used, 4, 6 + 8 * size)
+            && self.parts().into_iter().zip([16, 2, 4]).all(fits)
+    }
+
+    /// Address and bytes of the table and of both rings.
+    pub fn parts(&self) -> [(u64, u64); 3] {
+        let size = u64::from(self.size);
+        [
+            (self.table, 16 * size),
+            (self.available, 6 + 2 * size),
+            (self.used, 6 + 8 * size),
+        ]
     }
 }
 

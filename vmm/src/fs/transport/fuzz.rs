@@ -78,7 +78,8 @@ fn vhost_messages(data: &[u8]) {
     let backend = Backend {
         servers: Vec::new(),
         vrings: (0..3).map(|_| Vring::default()).collect(),
-        memory: Arc::new(GuestMemoryMmap::new()),
+        memory: Arc::new(GuestMemory::new()),
+        lending: Lending::new(None),
         mappings: Vec::new(),
         features: 0,
     };

@@ -27,15 +27,17 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::tree::Engine;
 use crate::memory::keep_out_of_dumps;
 use crate::seccomp::SeccompError;
+use lent::{GuestMemory, Lending, Region};
 use ring::{Call, Ring, Server};
 
 #[cfg(test)]
 mod fuzz;
+mod lent;
 mod parts;
 mod ring;
 
@@ -62,12 +64,13 @@ impl Servers {
     }
 }
 
-/// Serves the VMM at the other end of `socket` until it closes.
+/// Serves the VMM at the other end of `socket` until it closes. By `lender` the VMM is asked for
+/// pages that a template lends; see [`crate::lending`].
 ///
 /// # Errors
 /// The VMM broke the protocol, or the socket failed.
-pub fn serve(socket: OwnedFd, servers: Servers) -> Result<()> {
-    let backend = Arc::new(Mutex::new(Backend::new(servers)));
+pub fn serve(socket: OwnedFd, lender: Option<OwnedFd>, servers: Servers) -> Result<()> {
+    let backend = Arc::new(Mutex::new(Backend::new(servers, Lending::new(lender))));
     let mut handler = BackendReqHandler::from_stream(UnixStream::from(socket), backend.clone());
     let end = loop {
         match handler.handle_request() {
@@ -111,17 +114,19 @@ struct Vring {
 struct Backend {
     servers: Vec<Server>,
     vrings: Vec<Vring>,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemory>,
+    lending: Lending,
     mappings: Vec<Mapping>,
     features: u64,
 }
 
 impl Backend {
-    fn new(Servers(servers): Servers) -> Backend {
+    fn new(Servers(servers): Servers, lending: Lending) -> Backend {
         Backend {
             vrings: servers.iter().map(|_| Vring::default()).collect(),
             servers,
-            memory: Arc::new(GuestMemoryMmap::new()),
+            memory: Arc::new(GuestMemory::new()),
+            lending,
             mappings: Vec::new(),
             features: 0,
         }
@@ -177,7 +182,7 @@ impl Backend {
 }
 
 impl Vring {
-    fn queue(&self, memory: &GuestMemoryMmap, event_idx: bool) -> Result<Queue> {
+    fn queue(&self, memory: &GuestMemory, event_idx: bool) -> Result<Queue> {
         let invalid = |_| Error::InvalidParam;
         let mut queue = Queue::new(MAX_QUEUE_SIZE).map_err(invalid)?;
         queue.try_set_size(self.size).map_err(invalid)?;
@@ -253,20 +258,22 @@ impl VhostUserBackendReqHandlerMut for Backend {
             .filter(|index| self.vrings[*index as usize].running.is_some())
             .collect();
         self.stop_all();
+        let lent = self.lending.lent().map_err(Error::ReqHandlerError)?;
         let mut mapped = Vec::new();
         let mut mappings = Vec::new();
         for (region, file) in regions.iter().zip(files) {
             let start = GuestAddress(region.guest_phys_addr);
             let mapping = region.mmap_region(file)?;
             keep_out_of_dumps(mapping.as_ptr(), mapping.size()).map_err(Error::ReqHandlerError)?;
-            mapped.push(GuestRegionMmap::new(mapping, start).ok_or(Error::InvalidParam)?);
+            let mapping = GuestRegionMmap::new(mapping, start).ok_or(Error::InvalidParam)?;
+            mapped.push(Region::new(mapping, lent.clone()));
             mappings.push(Mapping {
                 user: region.user_addr,
                 guest: region.guest_phys_addr,
                 size: region.memory_size,
             });
         }
-        let memory = GuestMemoryMmap::from_regions(mapped)
+        let memory = GuestMemory::from_regions(mapped)
             .map_err(|error| Error::ReqHandlerError(io::Error::other(error)))?;
         self.memory = Arc::new(memory);
         self.mappings = mappings;

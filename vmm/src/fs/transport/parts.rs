@@ -2,15 +2,16 @@
 
 use std::os::fd::BorrowedFd;
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemory as _, VolatileSlice};
 
+use super::lent::GuestMemory;
 use crate::fs::tree::Payload;
 use crate::fs::tree::sys::{self, Result};
 
-/// Pieces of the memory that is lent, in order. The guest may change them at any time; the host never holds a reference into
-/// them.
+/// Pieces of guest memory, in order. No template lends them any more ([`super::lent`]): their addresses are safe to keep. The
+/// guest may change them at any time; the host never holds a reference into them.
 pub struct Parts<'m> {
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestMemory,
     list: Vec<libc::iovec>,
     total: usize,
 }
@@ -21,7 +22,7 @@ pub struct OutsideMemory;
 
 impl<'m> Parts<'m> {
     /// No pieces yet.
-    pub fn new(memory: &'m GuestMemoryMmap) -> Parts<'m> {
+    pub fn new(memory: &'m GuestMemory) -> Parts<'m> {
         Parts {
             memory,
             list: Vec::new(),
@@ -184,17 +185,14 @@ fn transfer(
 
 #[cfg(test)]
 mod tests {
+    use super::super::lent::tests as lent;
     use super::*;
     use std::io::{Seek, Write};
     use std::os::fd::AsFd;
     use vm_memory::Bytes;
 
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[
-            (GuestAddress(0x1000), 0x10000),
-            (GuestAddress(0x20000), 0x1000),
-        ])
-        .unwrap()
+    fn memory() -> GuestMemory {
+        lent::memory(&[(0x1000, 0x10000), (0x20000, 0x1000)])
     }
 
     #[test]

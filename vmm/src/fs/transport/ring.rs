@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
 
+use super::lent::GuestMemory;
 use super::parts::{Data, OutsideMemory, Parts};
 use crate::fs::guard::{self, HEADER, REPLY_HEADER, Rule, WRITE_HEAD};
 use crate::fs::tree::identity::Worker;
@@ -31,7 +31,7 @@ pub struct Ring {
     /// The queue, ready.
     pub queue: Queue,
     /// The guest's memory.
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Arc<GuestMemory>,
     /// An eventfd that the guest's notifications write.
     pub kick: File,
     /// See [`Call`].
@@ -235,6 +235,9 @@ impl Ring {
                 served = true;
                 let head = chain.head_index();
                 let used = buffers.serve(chain, engine, worker);
+                if super::lent::failed(&memory) {
+                    return Err(End::Broken);
+                }
                 self.queue.add_used(&*memory, head, used).map_err(broken)?;
                 if self.queue.needs_notification(&*memory).map_err(broken)? {
                     self.interrupt();
@@ -290,7 +293,7 @@ struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    fn new(memory: &'m GuestMemoryMmap) -> Buffers<'m> {
+    fn new(memory: &'m GuestMemory) -> Buffers<'m> {
         Buffers {
             readable: Parts::new(memory),
             writable: Parts::new(memory),
@@ -303,7 +306,7 @@ impl<'m> Buffers<'m> {
     /// Serves a chain; how many bytes of it were written.
     fn serve(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        chain: DescriptorChain<&GuestMemory>,
         engine: &Engine,
         worker: &mut Worker,
     ) -> u32 {
@@ -339,7 +342,7 @@ impl<'m> Buffers<'m> {
 
     /// Sorts a chain's buffers: all that the guest wrote come before all that it will read (VIRTIO
     /// 1.2 §2.7.4.2).
-    fn collect(&mut self, chain: DescriptorChain<&GuestMemoryMmap>) -> Result<(), OutsideMemory> {
+    fn collect(&mut self, chain: DescriptorChain<&GuestMemory>) -> Result<(), OutsideMemory> {
         self.readable.clear();
         self.writable.clear();
         // A chain that loops, leaves its table or has 4 GiB is cut: what is left of it is no

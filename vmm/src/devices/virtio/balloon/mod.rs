@@ -17,6 +17,7 @@
 //! all ranges of a chain before the first hole. Whoever still has such a page mapped, KVM, the fs
 //! process, this process, finds zeros there.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bulkhead_vmm_config::BalloonStats;
@@ -52,9 +53,13 @@ const REPORTING: u32 = 3;
 
 const PAGE: u32 = 4096;
 
+/// Hears of ranges of guest physical addresses that the guest gives back, before they become holes.
+pub type Forget = Arc<dyn Fn(Range<u64>) + Send + Sync>;
+
 struct Worker {
     poller: Poller,
     running: Option<Running>,
+    forget: Forget,
     /// They outlive a reset.
     stats: BalloonStats,
 }
@@ -68,10 +73,11 @@ pub struct Gauge(Arc<Mutex<Worker>>);
 
 impl Balloon {
     /// A device that was not activated yet.
-    pub fn new(poller: Poller) -> Balloon {
+    pub fn new(poller: Poller, forget: Forget) -> Balloon {
         Balloon(Arc::new(Mutex::new(Worker {
             poller,
             running: None,
+            forget,
             stats: BalloonStats::default(),
         })))
     }
@@ -121,8 +127,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let running = Running::new(activation)?;
         let mut worker = lock(&self.0);
+        let running = Running::new(activation, worker.forget.clone())?;
         let poller = worker.poller.clone();
         let kicks = worker.running.insert(running).kicks();
         let watched = kicks.into_iter().try_for_each(|(key, kick)| {

@@ -12,7 +12,9 @@ use super::super::fault::Fault;
 use super::super::lane::{Failure, Lane, Place, Turn, give_back};
 use super::super::queue::VirtQueue;
 use super::super::signal::Signal;
-use super::{DEFLATE, INFLATE, PAGE, PAGE_REPORTING, REPORTING, STATISTICS, STATS_VQ, telling};
+use super::{
+    DEFLATE, Forget, INFLATE, PAGE, PAGE_REPORTING, REPORTING, STATISTICS, STATS_VQ, telling,
+};
 
 /// Nothing is written into a buffer, not even into those that the guest lets us write.
 const DONE: Option<u32> = Some(0);
@@ -26,7 +28,7 @@ const TELLINGS: usize = 8;
 
 /// The queues and what they are about.
 pub struct Running {
-    memory: GuestMemoryMmap,
+    memory: Backed,
     signal: Signal,
     inflate: Lane,
     deflate: Lane,
@@ -43,7 +45,7 @@ impl Running {
     ///
     /// # Errors
     /// One is missing.
-    pub fn new(mut activation: Activation) -> Result<Running, Fault> {
+    pub fn new(mut activation: Activation, forget: Forget) -> Result<Running, Fault> {
         let has = |feature| activation.features & feature != 0;
         let (has_statistics, has_reporting) = (has(STATS_VQ), has(PAGE_REPORTING));
         let mut indices = 0..;
@@ -53,7 +55,10 @@ impl Running {
             deflate: Lane::new(take()?),
             statistics: has_statistics.then(&mut take).transpose()?,
             reporting: has_reporting.then(&mut take).transpose()?.map(Lane::new),
-            memory: activation.memory,
+            memory: Backed {
+                memory: activation.memory,
+                forget,
+            },
             signal: activation.signal,
             told: Chain::default(),
             told_held: false,
@@ -132,7 +137,7 @@ impl Running {
                 break;
             }
             if queue.pop(&mut chain)? {
-                stats.guest = telling::read(&self.memory, chain.only_readable()?)?;
+                stats.guest = telling::read(&self.memory.memory, chain.only_readable()?)?;
                 std::mem::swap(&mut self.told, &mut chain);
                 // A driver with more than one gets the older one back.
                 if std::mem::replace(&mut self.told_held, true) {
@@ -160,9 +165,24 @@ impl Running {
     }
 }
 
+/// Guest memory, and who else must know what is given back of it.
+struct Backed {
+    memory: GuestMemoryMmap,
+    forget: Forget,
+}
+
+impl Backed {
+    /// Gives whole pages back to the host.
+    fn give_back(&self, start: GuestAddress, length: u32) -> Result<(), Failure> {
+        let range = start.0..start.0.saturating_add(length.into());
+        (self.forget)(range);
+        give_back(&self.memory, start, length)
+    }
+}
+
 /// Gives back a part of the blocks that a chain names.
 fn report(
-    memory: &GuestMemoryMmap,
+    memory: &Backed,
     chain: &Chain,
     place: &mut Place,
     turn: &mut Turn,
@@ -180,7 +200,7 @@ fn report(
     };
     let length = turn.part((piece.length - place.offset).into());
     let start = piece.address.unchecked_add(place.offset.into());
-    give_back(memory, start, length)?;
+    memory.give_back(start, length)?;
     turn.spend(length);
     stats.returned_bytes += u64::from(length);
     place.offset += length;
@@ -195,7 +215,7 @@ fn report(
 
 /// Gives back the pages of the next block of a list of page numbers.
 fn swallow(
-    memory: &GuestMemoryMmap,
+    memory: &Backed,
     chain: &Chain,
     place: &mut Place,
     turn: &mut Turn,
@@ -210,17 +230,17 @@ fn swallow(
     if !count.is_multiple_of(NUMBER) {
         return Err(Fault::ChainTooShort.into());
     }
-    list.read_at(memory, place.offset as usize, &mut block[..count])?;
+    list.read_at(&memory.memory, place.offset as usize, &mut block[..count])?;
     let runs = runs(&block[..count]);
     for run in &runs {
         let (start, length) = (GuestAddress(run.start), run.end - run.start);
-        if !in_one_region(memory, start, length) {
+        if !in_one_region(&memory.memory, start, length) {
             return Err(Fault::OutsideMemory(start, length as u32).into());
         }
     }
     for run in &runs {
         let length = (run.end - run.start) as u32;
-        give_back(memory, GuestAddress(run.start), length)?;
+        memory.give_back(GuestAddress(run.start), length)?;
         turn.spend(length);
         stats.returned_bytes += u64::from(length);
     }

@@ -58,7 +58,7 @@ pub(in super::super) fn subject() -> Box<dyn Subject> {
 
 fn device() -> (Driver, Loop, Gauge) {
     let mut events = Loop::new();
-    let balloon = Balloon::new(events.poller());
+    let balloon = Balloon::new(events.poller(), Arc::new(|_| ()));
     events.attach(balloon.handler());
     let gauge = balloon.gauge();
     (Driver::new(balloon, fresh_memory()), events, gauge)

@@ -128,7 +128,10 @@ pub type Pairs = Vec<Arc<Mutex<Pair>>>;
 /// The threads of all network devices of a machine: one for the first pairs of queues, one for the
 /// second, and so on.
 #[derive(Default)]
-pub struct Workers(Vec<EventLoop>);
+pub struct Workers {
+    threads: Vec<EventLoop>,
+    pairs: Pairs,
+}
 
 impl Workers {
     /// Makes places for a device of this many pairs.
@@ -136,15 +139,22 @@ impl Workers {
     /// # Errors
     /// epoll_create1(2)'s.
     pub fn pairs(&mut self, count: usize) -> std::io::Result<Pairs> {
-        while self.0.len() < count {
-            self.0.push(EventLoop::new()?);
+        while self.threads.len() < count {
+            self.threads.push(EventLoop::new()?);
         }
         let place = |events: &mut EventLoop| {
             let pair = Arc::new(Mutex::new(Pair::new(events.next_poller())));
             events.attach(pair.clone());
             pair
         };
-        Ok(self.0.iter_mut().take(count).map(place).collect())
+        let pairs: Pairs = self.threads.iter_mut().take(count).map(place).collect();
+        self.pairs.extend(pairs.iter().cloned());
+        Ok(pairs)
+    }
+
+    /// The pairs of all devices: while one is locked, its thread serves nothing.
+    pub fn all(&self) -> Pairs {
+        self.pairs.clone()
     }
 
     /// Starts the threads.
@@ -152,7 +162,7 @@ impl Workers {
     /// # Errors
     /// The host refuses threads.
     pub fn start(self) -> Result<(), SeccompError> {
-        for (index, mut events) in self.0.into_iter().enumerate() {
+        for (index, mut events) in self.threads.into_iter().enumerate() {
             let serve = move |()| {
                 events
                     .run(|| false)

@@ -9,6 +9,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::*;
+use crate::fs::transport::lent::tests::memory;
 use crate::fs::tree::Limits;
 use crate::fs::wire::{InHeader, InitIn, Opcode};
 
@@ -54,11 +55,7 @@ fn request(input: &mut Unstructured<'_>) -> arbitrary::Result<Vec<u8>> {
 }
 
 /// Describes a chain: the request in pieces, then room for the reply; some of it wrong.
-fn chain(
-    memory: &GuestMemoryMmap,
-    first: u16,
-    input: &mut Unstructured<'_>,
-) -> arbitrary::Result<u16> {
+fn chain(memory: &GuestMemory, first: u16, input: &mut Unstructured<'_>) -> arbitrary::Result<u16> {
     let bytes = request(input)?;
     let base = REQUESTS + u64::from(first) * 0x400;
     memory.write_slice(&bytes, GuestAddress(base)).unwrap();
@@ -139,7 +136,7 @@ fn ring(data: &[u8]) {
     };
     let engine = Engine::new(root, cache, limits).unwrap();
     let mut worker = Worker::new().expect("tests of the file system need root");
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let memory = memory(&[(0, RAM as usize)]);
     memory
         .write_slice(&[0xc5; 256], GuestAddress(CANARY))
         .unwrap();
