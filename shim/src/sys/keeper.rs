@@ -130,7 +130,7 @@ impl Child<'_> {
         *report = aside(*report)?;
         let monitor = aside(self.monitor)?;
         let terminal = self.terminal.map(aside).transpose()?;
-        let signals = catch_signals()?;
+        let signals = aside(catch_signals()?)?;
         for (fd, number) in [(monitor, MONITOR), (signals, SIGNALS)] {
             put(fd, number)?;
         }
