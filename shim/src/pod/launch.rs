@@ -5,15 +5,11 @@
 
 use std::{
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
 };
 
 use bulkhead_vmm_config::{MAX_DEVICES, port};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::{
     Parts, Request, SHARE_TAG, Sandbox,
@@ -124,7 +120,8 @@ impl Taken {
         let (front, back) = UnixStream::pair().map_err(Error::Stream)?;
         let (rpc, rpc_guest) = streams::stream().map_err(Error::Stream)?;
         let (log, log_guest) = streams::stream().map_err(Error::Stream)?;
-        let lending = template.as_ref().map(|_| packets()).transpose();
+        let lending = template.as_ref().map(|_| linux::packet::pair());
+        let lending = lending.transpose().map_err(io::Error::from);
         let (lender, borrower) = lending.map_err(Error::Stream)?.unzip();
         // The machine first: it has the longest way to go before it needs the other one.
         let hardware = Hardware {
@@ -222,12 +219,6 @@ impl Sandbox {
             .get_or_insert_with(|| format!("/proc/{}/ns/net", stub.pid()).into());
         Ok(stub)
     }
-}
-
-/// Two ends that keep packets apart.
-fn packets() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
-    Ok(socketpair(AddressFamily::Unix, kind, None, flags)?)
 }
 
 /// Most processes and threads that a pod needs on the host: of the VMM one for each vCPU and each pair of queues of a network
