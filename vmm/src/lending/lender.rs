@@ -123,7 +123,6 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
     use super::*;
@@ -152,9 +151,7 @@ mod tests {
             lent.lend(region, (START, LENGTH), &template, START)
                 .unwrap();
             drop(lent);
-            let flags = SockFlag::SOCK_CLOEXEC;
-            let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
-            let (ours, fs) = pair.unwrap();
+            let (ours, fs) = linux::packet::pair().unwrap();
             let nobody = (Vec::new(), Arc::default(), Arc::new(Buses::default()));
             let (fds, stats, buses) = nobody;
             let vcpus = Vcpus::start(fds, stats, buses, Arc::new(|_| ())).unwrap();

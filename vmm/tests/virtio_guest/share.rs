@@ -7,7 +7,6 @@ use std::path::Path;
 
 use bulkhead_vmm_config::{CachePolicy, Fd, FsConfig, FsDevice, FsEvent, WIRE_VERSION};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tempfile::TempDir;
 
 use super::support::{Process, Setup, vmm};
@@ -31,9 +30,7 @@ impl Share {
         fs::write(path.join("from-host"), pattern(1, plan::FILE)).unwrap();
 
         let (front, back) = UnixStream::pair().unwrap();
-        let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
-        let lending = socketpair(AddressFamily::Unix, kind, None, flags);
-        let (lender, borrower) = lending.unwrap();
+        let (lender, borrower) = linux::packet::pair().unwrap();
         let (log, log_end) = nix::unistd::pipe().unwrap();
         let process = Process::start(&vmm(), "fs");
         let queues = 2;

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::sys::socket::{MsgFlags, send};
 use nix::unistd::{Whence, lseek};
 use vhost::vhost_user::VhostUserBackendReqHandlerMut as _;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserVringAddrFlags};
@@ -46,8 +46,7 @@ fn file() -> File {
 }
 
 fn pair() -> (OwnedFd, OwnedFd) {
-    let kind = SockType::SeqPacket;
-    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    linux::packet::pair().unwrap()
 }
 
 fn say(socket: &OwnedFd, packet: &[u8]) {
