@@ -251,17 +251,13 @@ impl Tasks {
             parts: &parts,
             plan: &plan,
             request: Request {
-                namespace: &self.place.namespace,
-                id: &wanted.id,
                 cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_deref()),
                 joins: true,
-                host_limits: &[],
-                size,
                 room: Room::of(size, limits, &config),
                 network: plan.paths.network.as_deref(),
                 net_slots: plan.later_interfaces(),
-                serial: None,
                 oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+                ..Request::plain(&self.place.namespace, &wanted.id, size)
             },
         };
         let (pod, ()) = Pod::boot(&config, order, stand_in, pending()).await?;
@@ -293,17 +289,14 @@ impl Tasks {
             parts: &parts,
             plan: &pod_plan,
             request: Request {
-                namespace: &self.place.namespace,
-                id: &wanted.id,
                 cgroups_path: cgroups_path.as_deref(),
                 joins: true,
                 host_limits: &host_limits,
-                size,
                 room: Room::of(size, Limits::default(), &config),
                 network: pod_plan.paths.network.as_deref(),
                 net_slots: pod_plan.later_interfaces(),
-                serial: None,
                 oom_score_adj: Some(oom_score_adj(&wanted.bundle)),
+                ..Request::plain(&self.place.namespace, &wanted.id, size)
             },
         };
         let opened = Ends::open(&wanted.names, self.owner(&wanted.id)).await?;

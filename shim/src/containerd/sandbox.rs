@@ -234,17 +234,12 @@ impl Tasks {
             parts: &parts,
             plan: &sandbox.plan,
             request: Request {
-                namespace: &self.place.namespace,
-                id,
                 cgroups_path: sandbox.cgroups_path.as_deref(),
                 joins: true,
-                host_limits: &[],
-                size: sandbox.size,
                 room: sandbox.room.clone(),
                 network: sandbox.plan.paths.network.as_deref(),
                 net_slots: sandbox.plan.later_interfaces(),
-                serial: None,
-                oom_score_adj: None,
+                ..Request::plain(&self.place.namespace, id, sandbox.size)
             },
         };
         let pod = match Pod::boot(&sandbox.config, order, stand_in, pending()).await {

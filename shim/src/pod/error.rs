@@ -150,6 +150,9 @@ pub enum Error {
         "the guest was not idle within {0} s after its agent had dialled: it cannot become a template"
     )]
     Restless(u64),
+    /// A container in the machine that was to show that a template works.
+    #[error("a container in the first machine that went on from the template did not run: {0}")]
+    Trial(String),
     /// The builder's machine has gone, and something of it stays.
     #[error("the machine was saved, but left {0}; run `bulkhead gc`")]
     Left(String),

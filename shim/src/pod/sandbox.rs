@@ -82,6 +82,25 @@ pub struct Request<'a> {
     pub oom_score_adj: Option<i32>,
 }
 
+impl<'a> Request<'a> {
+    /// A machine that no engine has asked for, and nothing around it.
+    pub fn plain(namespace: &'a str, id: &'a str, size: Size) -> Request<'a> {
+        Request {
+            namespace,
+            id,
+            size,
+            room: Room::default(),
+            cgroups_path: None,
+            joins: false,
+            host_limits: &[],
+            network: None,
+            net_slots: 0,
+            serial: None,
+            oom_score_adj: None,
+        }
+    }
+}
+
 /// A pod.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -515,14 +534,18 @@ impl Sandbox {
     /// Lets the guest end by itself: it kills what runs, writes back and powers off. [`Sandbox::give_back`] comes next, whatever
     /// the guest did.
     pub async fn power_off(&self) {
+        self.power_off_within(FAREWELL).await;
+    }
+
+    pub(super) async fn power_off_within(&self, limit: Duration) {
         let farewell = async {
-            if let Err(error) = self.agent.shutdown(FAREWELL).await {
+            if let Err(error) = self.agent.shutdown(limit).await {
                 tracing::warn!(sandbox = %self.id, %error, "the guest refused to power off");
                 return;
             }
             self.vm.ended().await;
         };
-        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+        if tokio::time::timeout(limit, farewell).await.is_err() {
             tracing::warn!(sandbox = %self.id, "the guest did not power off in time and is stopped");
         }
     }

@@ -5,7 +5,8 @@
 //!                                 └─ no ───► it boots ... ready ──► `bulkhead template build`, detached
 //!
 //! builder   lock ──► launch, as a pod ──► agent dialled ──► idle ──► saved ──► given back
-//!                ──► launch from it ──► ready ──► powered off, what it has touched is written ──► given back ──► published
+//!                ──► launch from it ──► ready ──► a container runs ──► powered off: what it has touched is written
+//!                ──► given back ──► published
 //! ```
 //!
 //! The builder tells the agent that is saved nothing: StartSandbox, which is the first word that an
@@ -21,7 +22,7 @@ use std::{
 use bulkhead_vmm_config::{GuestEnd, MAX_DEVICES, Phase};
 use tokio::time::{sleep, timeout};
 
-use super::{Error, PATIENCE, Parts, Request, Room, SHARE_TAG, Sandbox, Size};
+use super::{Error, Parts, Request, Room, SHARE_TAG, Sandbox, Size};
 use crate::{
     config::{self, Config},
     error::line,
@@ -44,7 +45,7 @@ const IDLE_EXITS: u64 = 60;
 const IDLE: Duration = Duration::from_millis(500);
 /// How long a guest may take until it is.
 const RESTLESS: Duration = Duration::from_secs(20);
-/// How long the VMM may take to write a machine down.
+/// How long the VMM may take to write a machine down, or what it has touched: nobody waits.
 const SAVING: Duration = Duration::from_secs(60);
 
 /// Places for interfaces: all, the share being a device too, so that pods of any number of
@@ -236,7 +237,7 @@ impl Sandbox {
 
     /// Has the guest power off, at which the VMM writes down what it has learned.
     async fn end_well(&self) -> Result<(), Error> {
-        self.power_off().await;
+        self.power_off_within(SAVING).await;
         match self.vm.end() {
             Some(End::Guest {
                 end: GuestEnd::PowerOff,
@@ -245,7 +246,7 @@ impl Sandbox {
             Some(end) => Err(vmm::Error::Gone(end).into()),
             None => Err(Error::from(vmm::Error::Silent {
                 request: "to power off",
-                secs: PATIENCE.as_secs(),
+                secs: SAVING.as_secs(),
             })),
         }
     }
@@ -333,20 +334,12 @@ async fn make(
     config.template = config::Template::Required;
     let size = |vcpus, memory_mib| Size { vcpus, memory_mib };
     let request = || Request {
-        namespace: NAMESPACE,
-        id: &key,
-        size: size(shape.vcpus, shape.memory_mib),
         room: Room {
             spare: size(shape.spare_vcpus, shape.spare_memory_mib),
             announced: Limits::default(),
         },
-        cgroups_path: None,
-        joins: false,
-        host_limits: &[],
-        network: None,
         net_slots: shape.net_slots as usize,
-        serial: None,
-        oom_score_adj: None,
+        ..Request::plain(NAMESPACE, &key, size(shape.vcpus, shape.memory_mib))
     };
     // An older builder's: this one has the lock.
     ledger::reclaim(state, NAMESPACE, &key)?;
@@ -356,11 +349,15 @@ async fn make(
     given_back(sandbox, saved)?;
     let start = Start::Learn(building);
     let mut sandbox = Sandbox::launch_as(&config, parts, request(), start).await?;
-    let learned = match sandbox.ready(NAMESPACE).await {
-        Ok(_) => sandbox.end_well().await,
-        Err(error) => Err(error),
-    };
+    let learned = learn(&mut sandbox, building, &config.installed()?.vmm).await;
     given_back(sandbox, learned)
+}
+
+/// Has a machine do what every pod does.
+async fn learn(sandbox: &mut Sandbox, building: &Building, program: &Path) -> Result<(), Error> {
+    sandbox.ready(NAMESPACE).await?;
+    trial::run(sandbox, &building.trial(), program).await?;
+    sandbox.end_well().await
 }
 
 fn given_back(sandbox: Sandbox, done: Result<(), Error>) -> Result<(), Error> {
@@ -414,6 +411,8 @@ pub fn detach() -> io::Result<()> {
     }
     Ok(())
 }
+
+mod trial;
 
 #[cfg(test)]
 mod tests;

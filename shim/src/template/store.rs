@@ -5,6 +5,7 @@
 //! KEY/touched          what a machine has touched that went on from it, as its VMM has learned
 //! KEY/manifest.json    what it was made from, and what the files were when it was finished
 //! KEY.tmp-PID          one that is being made, or removed
+//! KEY.tmp-PID/trial    the root of a container that shows that it works
 //! KEY.lock             locked by who makes it; what stays says why that failed
 //! ```
 //!
@@ -31,6 +32,7 @@ const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const TOUCHED: &str = "touched";
 const MANIFEST: &str = "manifest.json";
+const TRIAL: &str = "trial";
 const TEMPORARY: &str = ".tmp-";
 const LOCK: &str = ".lock";
 /// Bytes that are free where a template is made: several times what one takes.
@@ -448,6 +450,11 @@ impl Building {
         self.basis.key()
     }
 
+    /// Where a container may have its root until this is published.
+    pub fn trial(&self) -> PathBuf {
+        self.directory.join(TRIAL)
+    }
+
     /// Where it is made.
     pub fn path(&self) -> &Path {
         &self.directory
@@ -480,6 +487,7 @@ impl Building {
         for file in &self.files {
             file.set_permissions(Permissions::from_mode(0o400))?;
         }
+        remove_trial(&self.directory)?;
         let [state, memory, touched] = &self.files;
         if state.metadata()?.len() == 0 || memory.metadata()?.len() == 0 {
             return Err(io::Error::other("the machine has written nothing"));
@@ -543,8 +551,16 @@ fn mark(mut lock: &File, reason: &str) -> io::Result<()> {
     lock.set_modified(SystemTime::now())
 }
 
+fn remove_trial(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory.join(TRIAL)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Removes the directory of a template and what belongs into it, nothing else.
 fn remove(directory: &Path) -> io::Result<()> {
+    remove_trial(directory)?;
     for name in [STATE, MEMORY, TOUCHED, MANIFEST] {
         match fs::remove_file(directory.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

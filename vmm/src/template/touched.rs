@@ -27,6 +27,9 @@ ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 const MADV_POPULATE_READ: libc::c_int = 22;
 const MADV_POPULATE_WRITE: libc::c_int = 23;
 
+/// How many pages are looked at at once.
+const LOOK: usize = 512;
+
 /// How a page was touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Touch {
@@ -151,33 +154,45 @@ impl Learner {
     fn touched(&self, memory: &Memory) -> io::Result<Touched> {
         let lent = memory.loan().lock();
         let mut touched = Touched::default();
-        let pages = |&(start, length): &(u64, u64)| (start..start + length).step_by(PAGE as usize);
-        for page in self.lent.iter().flat_map(pages) {
-            let touch = match lent.has(&(page..page + PAGE)) {
-                true => self.look(memory, page)?,
-                false => Some(Touch::Owned),
-            };
-            if let Some(touch) = touch {
-                touched.add(touch, page);
+        let pages = |&(start, length): &(u64, u64)| {
+            let pages = (start..start + length).step_by(PAGE as usize);
+            pages.collect::<Vec<u64>>()
+        };
+        for pages in self.lent.iter().map(pages) {
+            for pages in pages.chunks(LOOK) {
+                let mut entries = [[0; 8]; LOOK];
+                let entries = &mut entries[..pages.len()];
+                self.look(memory, pages[0], entries.as_flattened_mut())?;
+                for (&page, entry) in pages.iter().zip(entries) {
+                    let touch = match lent.has(&(page..page + PAGE)) {
+                        true => touch(u64::from_le_bytes(*entry)),
+                        false => Some(Touch::Owned),
+                    };
+                    if let Some(touch) = touch {
+                        touched.add(touch, page);
+                    }
+                }
             }
         }
         Ok(touched)
     }
 
-    /// How a page that is lent still was touched (pagemap.rst: bit 63 is a page that is mapped, bit
-    /// 62 one that is swapped, bit 61 says that it is a file's).
-    fn look(&self, memory: &Memory, page: u64) -> io::Result<Option<Touch>> {
+    /// Reads the entries of a page and those behind it.
+    fn look(&self, memory: &Memory, page: u64, entries: &mut [u8]) -> io::Result<()> {
         let slice = memory.ram().get_slice(GuestAddress(page), PAGE as usize);
         let slice = slice.map_err(io::Error::other)?;
         let at = slice.ptr_guard().as_ptr().addr() as u64 / PAGE;
-        let mut entry = [0; 8];
-        self.pagemap.read_exact_at(&mut entry, at * 8)?;
-        let entry = u64::from_le_bytes(entry);
-        Ok(match (entry >> 62, entry >> 61 & 1) {
-            (0, _) => None,
-            (_, 0) => Some(Touch::Written),
-            _ => Some(Touch::Read),
-        })
+        self.pagemap.read_exact_at(entries, at * 8)
+    }
+}
+
+/// How a page that is lent still was touched (pagemap.rst: bit 63 is a page that is mapped, bit 62
+/// one that is swapped, bit 61 says that it is a file's).
+fn touch(entry: u64) -> Option<Touch> {
+    match (entry >> 62, entry >> 61 & 1) {
+        (0, _) => None,
+        (_, 0) => Some(Touch::Written),
+        _ => Some(Touch::Read),
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_shim::{
     cgroup,
     config::Config,
-    pod::{Parts, Request, Room, Sandbox, Size},
+    pod::{Parts, Request, Sandbox, Size},
 };
 use serde::Serialize;
 
@@ -250,22 +250,11 @@ async fn boot(config: &Config) -> Result<(String, Vec<Item>), String> {
     let line = |error: bulkhead_shim::pod::Error| failure::line(&error);
     let parts = Parts::open(config).map_err(line)?;
     let id = format!("check-{}", std::process::id());
-    let request = Request {
-        namespace: "check",
-        id: &id,
-        size: Size {
-            vcpus: 1,
-            memory_mib: PROOF_MIB,
-        },
-        room: Room::default(),
-        cgroups_path: None,
-        joins: false,
-        host_limits: &[],
-        network: None,
-        net_slots: 0,
-        serial: None,
-        oom_score_adj: None,
+    let size = Size {
+        vcpus: 1,
+        memory_mib: PROOF_MIB,
     };
+    let request = Request::plain("check", &id, size);
     let start = std::time::Instant::now();
     let mut sandbox = Sandbox::launch(config, &parts, request)
         .await

@@ -10,7 +10,7 @@ use bulkhead_shim::{
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
     pod::{
-        self, Container, Held, Order, Parts, Pod, Request, Room, Size, size::least_memory_mib,
+        self, Container, Held, Order, Parts, Pod, Request, Size, size::least_memory_mib,
         timeline::Timeline,
     },
     sys::own,
@@ -290,15 +290,10 @@ impl Run<'_> {
         let order = Order {
             parts: &self.parts,
             plan: &pod_plan,
+            // Nobody changes its limits: no room.
             request: Request {
-                namespace: NAMESPACE,
-                id: &self.arguments.id,
                 cgroups_path: cgroups_path.as_deref(),
-                joins: false,
                 host_limits: &host_limits,
-                size,
-                // Nobody changes its limits.
-                room: Room::default(),
                 network: pod_plan.paths.network.as_deref(),
                 // There is no order to start, before which others could add some.
                 net_slots: match self.plan.hooks.create.is_empty() {
@@ -307,6 +302,7 @@ impl Run<'_> {
                 },
                 serial,
                 oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
+                ..Request::plain(NAMESPACE, &self.arguments.id, size)
             },
         };
         let (config, container, plan) = (self.config, &self.container, &mut self.plan);

@@ -27,19 +27,7 @@ const SIZE: Size = Size {
 };
 
 async fn boot(config: &Config, change: impl FnOnce(&mut Request<'_>)) -> Result<Pod, Error> {
-    let mut request = Request {
-        namespace: "default",
-        id: "pod",
-        size: SIZE,
-        room: Room::default(),
-        cgroups_path: None,
-        joins: false,
-        host_limits: &[],
-        network: None,
-        net_slots: 0,
-        serial: None,
-        oom_score_adj: None,
-    };
+    let mut request = Request::plain("default", "pod", SIZE);
     change(&mut request);
     let order = Order {
         parts: &Parts,
