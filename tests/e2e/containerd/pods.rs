@@ -6,7 +6,7 @@ mod vsock;
 use std::fs;
 use std::process::Command;
 
-use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, fresh_id, must, soak};
+use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, fresh_id, must, run, soak};
 use tempfile::TempDir;
 
 use crate::{Running, eventually, processes, pss_kib, shim_of, shims_end};
@@ -92,8 +92,9 @@ impl Pod {
 #[test]
 fn a_pod_goes_on_from_the_template_that_was_built() {
     let engine = Engine::get();
-    let template = |words: &[&str]| must(Command::new("bulkhead").arg("template").args(words));
-    template(&["build"]);
+    let template = |words: &[&str]| run(Command::new("bulkhead").arg("template").args(words)).ok();
+    // Whoever runs the suite on templates has made it.
+    let is_ours = template(&["build"]).ends_with(": made");
     let host = Host::now();
     let logged = engine.log().len();
     let pod = Pod::start(BULKHEAD, &[]);
@@ -102,8 +103,10 @@ fn a_pod_goes_on_from_the_template_that_was_built() {
     assert!(ran.text().ends_with("-bulkhead"), "{ran}");
     pod.remove();
     host.assert_nothing_left();
-    // Other tests' pods boot.
-    template(&["drop", "--all"]);
+    if is_ours {
+        // Other tests' pods boot.
+        template(&["drop", "--all"]);
+    }
     let log = engine.log()[logged..].to_owned();
     assert!(log.contains("template=true"), "{log}");
 }
