@@ -38,7 +38,7 @@ soak: deps ## the long versions of the suites
 	@tests/run --soak
 
 # Unit tests, so built that more is noticed. Each has a target directory of its own.
-UNIT_TESTS := -p bulkhead-vmm -p bulkhead-vmm-config -p bulkhead-linux -p bulkhead-agent -p bulkhead-shim -p bulkhead-rootfs-builder --lib --bins
+UNIT_TESTS := -p bulkhead-vmm -p bulkhead-vmm-config -p bulkhead-linux -p bulkhead-agent -p bulkhead-shim -p bulkhead-rootfs-builder -p bulkhead-images --lib --bins
 
 .PHONY: test-overflow
 test-overflow: deps ## unit tests with overflow checks and debug assertions, std's included, in every crate

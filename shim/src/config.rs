@@ -64,6 +64,8 @@ pub struct Config {
     pub initramfs: Option<PathBuf>,
     /// Where ledgers and shares are; a file system that a reboot empties.
     pub state_dir: PathBuf,
+    /// Where images are unpacked, and what their containers write.
+    pub data_dir: PathBuf,
     /// The KVM device.
     pub kvm_device: PathBuf,
     /// Guest memory when nobody asks for another size, in MiB.
@@ -212,6 +214,7 @@ impl Default for Config {
             kernel: None,
             initramfs: None,
             state_dir: "/run/bulkhead".into(),
+            data_dir: "/var/lib/bulkhead".into(),
             kvm_device: "/dev/kvm".into(),
             memory_mib: 512,
             vcpus: 1,
@@ -311,6 +314,7 @@ impl Config {
             ("kernel", self.kernel.as_deref()),
             ("initramfs", self.initramfs.as_deref()),
             ("state_dir", Some(self.state_dir.as_path())),
+            ("data_dir", Some(self.data_dir.as_path())),
             ("kvm_device", Some(self.kvm_device.as_path())),
             // An empty one is none.
             (
@@ -322,6 +326,10 @@ impl Config {
             if value.is_some_and(|value| !value.is_absolute()) {
                 return wrong(key, "must be an absolute path".into());
             }
+        }
+        // An overlay's options have them between words.
+        if self.data_dir.to_string_lossy().contains([':', ',', '\\']) {
+            return wrong("data_dir", "must have no colon, comma or backslash".into());
         }
         if let Some((key, reason)) = self.wrong_size() {
             return wrong(key, reason);
@@ -625,6 +633,8 @@ mod tests {
             ("uid_base = 0", "uid_base"),
             ("uid_base = 4294967295", "uid_base"),
             ("state_dir = \"run\"", "state_dir"),
+            ("data_dir = \"run\"", "data_dir"),
+            ("data_dir = \"/a:b\"", "data_dir"),
             ("vcpus = \"two\"", "line 1"),
             ("memory_mib = -1", "line 1"),
             ("[audit]\npath = \"audit\"", "audit.path"),

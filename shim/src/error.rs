@@ -13,5 +13,6 @@ pub fn line(error: &dyn Error) -> String {
         }
         cause = error.source();
     }
-    text.replace('\n', " ")
+    // Some of it may be a stranger's, and a terminal reads it.
+    text.replace(char::is_control, " ")
 }

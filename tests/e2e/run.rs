@@ -1,5 +1,6 @@
 //! `bulkhead run`: what goes in comes out, and the exit status is the container's.
 
+mod images;
 mod returned_memory;
 mod system_calls;
 mod templates;

@@ -201,7 +201,8 @@ pub fn fresh_id() -> String {
     )
 }
 
-pub(crate) fn busybox_root(root: &Path) {
+/// Unpacks busybox into a directory that becomes a root.
+pub fn busybox_root(root: &Path) {
     for made in ["bin", "dev", "etc", "proc", "sys", "tmp", "root"] {
         fs::create_dir_all(root.join(made)).expect("a directory in the root");
     }

@@ -10,8 +10,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread;
 
-use crate::bundle::{busybox_root, debian_root, must};
-use crate::process::{Ran, Started, sha256};
+use crate::bundle::{busybox_root, debian_root};
+use crate::image::save_image;
+use crate::process::{Ran, Started};
 use crate::{eventually, failure};
 
 /// How containerd names the runtimes.
@@ -213,21 +214,9 @@ impl Engine {
     /// Makes an image of one layer.
     fn import(&self, name: &str, root: &Path) {
         let dir = tempfile::TempDir::with_prefix("image-").expect("a temporary directory");
-        let path = |name: &str| dir.path().join(name);
-        pack(&path("layer.tar"), root, &["."]);
-        let layer = sha256(&fs::read(path("layer.tar")).expect("the layer"));
-        let config = json!({
-            "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/usr/bin:/bin"], "Cmd": ["/bin/sleep", "1000000"]},
-            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{layer}")]},
-        });
-        let manifest =
-            json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
-        fs::write(path("config.json"), config.to_string()).expect("writable");
-        fs::write(path("manifest.json"), manifest.to_string()).expect("writable");
-        let names = ["manifest.json", "config.json", "layer.tar"];
-        pack(&path("image.tar"), dir.path(), &names);
-        let image = path("image.tar");
+        let image = dir.path().join("image.tar");
+        let config = json!({"Env": ["PATH=/usr/bin:/bin"], "Cmd": ["/bin/sleep", "1000000"]});
+        save_image(&image, name, root, &config);
         let image = image.to_str().expect("plain");
         self.ok(&["image", "import", image]);
         // CRI has a namespace of its own.
@@ -356,17 +345,6 @@ fn start_daemon(root: &Path, programs: Option<&Path>) -> Child {
         }
     });
     receiver.recv().expect("the thread sends")
-}
-
-fn pack(archive: &Path, directory: &Path, names: &[&str]) {
-    must(
-        Command::new("tar")
-            .args(["--create", "--numeric-owner", "--file"])
-            .arg(archive)
-            .arg("--directory")
-            .arg(directory)
-            .args(names),
-    );
 }
 
 /// The last lines of a text.

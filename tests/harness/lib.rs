@@ -10,14 +10,16 @@ pub mod cri;
 mod engine;
 mod failure;
 mod host;
+mod image;
 mod kubelet;
 mod netns;
 mod process;
 
-pub use bundle::{Bundle, debian_root, fresh_id, must};
+pub use bundle::{Bundle, busybox_root, debian_root, fresh_id, must};
 pub use cni::Attachment;
 pub use engine::{BULKHEAD, Engine, IMAGE, RUNC, sandboxer, tail};
 pub use host::Host;
+pub use image::save_image;
 pub use kubelet::KubeletVolume;
 pub use netns::Netns;
 pub use process::{PATIENCE, Ran, Runtime, Started, run, sha256};

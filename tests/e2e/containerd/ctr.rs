@@ -1,10 +1,12 @@
 //! What a user of `ctr` sees.
 
+use std::fs;
 use std::process::Command;
 use std::thread;
 
 use bulkhead_tests::{BULKHEAD, Engine, Host, IMAGE, RUNC, Ran, Started, fresh_id, tail};
 use nix::sys::signal::Signal;
+use tempfile::TempDir;
 
 use crate::{Running, eventually, run_once, shims_end};
 
@@ -419,4 +421,19 @@ fn an_image_of_debian_runs() {
         let gone = "ls: cannot access '/usr/share/doc': No such file or directory";
         assert_eq!(lines[4..], ["3", gone], "{runtime}");
     }
+}
+
+#[test]
+fn bulkhead_runs_an_image_that_containerd_keeps() {
+    let engine = Engine::get();
+    let dir = TempDir::with_prefix_in("bulkhead-images-", "/run").expect("a tmpfs");
+    let config = dir.path().join("config.toml");
+    let text = format!("data_dir = {:?}\n", dir.path().join("data"));
+    fs::write(&config, text).expect("writable");
+    let mut command = Command::new("bulkhead");
+    command.env("CONTAINERD_ADDRESS", engine.socket());
+    command.arg("--config").arg(&config);
+    let image = format!("containerd:{IMAGE}");
+    let ran = bulkhead_tests::run(command.args(["run", &image, "echo", "hello"]));
+    assert_eq!(ran.ok(), "hello");
 }

@@ -1,5 +1,6 @@
 //! Descriptors: what is closed at an exec, what waits in them, what they refer to.
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use nix::Result;
@@ -65,6 +66,23 @@ pub fn status(fd: BorrowedFd<'_>, mask: u32) -> Result<libc::statx> {
         )
     })?;
     Ok(found)
+}
+
+/// fsetxattr(2): gives what `fd` refers to an extended attribute, or a new value of it.
+///
+/// # Errors
+/// The file system's.
+pub fn set_attribute(fd: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> Result<()> {
+    // SAFETY: name and value outlive the call, which only reads them.
+    done(unsafe {
+        libc::fsetxattr(
+            fd.as_raw_fd(),
+            name.as_ptr(),
+            value.as_ptr().cast(),
+            value.len(),
+            0,
+        )
+    })
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `bulkhead gc`.
 
+use bulkhead_images as images;
 use bulkhead_shim::{config::Config, ledger, template::Store};
 use serde::Serialize;
 use serde_json::Value;
@@ -17,13 +18,9 @@ pub struct Arguments {
 }
 
 pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
-    let Ok(state) = config.state_dir.canonicalize() else {
-        // No pod has run since the host started.
-        if arguments.json {
-            println!("[]");
-        }
-        return Ok(0);
-    };
+    // Without it no pod has run since the host started.
+    let state = config.state_dir.canonicalize();
+    let state = state.unwrap_or_else(|_| config.state_dir.clone());
     let collected = ledger::collect(&state, arguments.dry_run)?;
     // After the sandboxes: a dead builder's machine writes to no template then.
     let swept = Store::at(&state).sweep(arguments.dry_run);
@@ -33,50 +30,54 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
             state.display()
         ))
     })?;
+    let unpacked = images::Store::at(&config.data_dir).sweep(arguments.dry_run);
+    let unpacked = unpacked.map_err(|error| Failure::new(crate::failure::line(&error)))?;
     if arguments.json {
-        let all = [json(&collected)?, json(&swept)?].concat();
+        let all = [json(&collected)?, json(&swept)?, json(&unpacked)?].concat();
         let text = serde_json::to_string_pretty(&all)?;
         println!("{text}");
     } else {
+        let done = |left: &Option<String>| match (arguments.dry_run, left) {
+            (true, _) => "of no use".into(),
+            (false, None) => "removed".into(),
+            (false, Some(error)) => format!("left, {error}"),
+        };
         for one in &swept {
-            let done = match (arguments.dry_run, &one.left) {
-                (true, _) => "of no use".into(),
-                (false, None) => "removed".into(),
-                (false, Some(error)) => format!("left, {error}"),
-            };
+            let done = done(&one.left);
             println!(".templates/{}: {done}: {}", one.name, one.reason);
         }
-        for sandbox in &collected {
-            let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
-            match arguments.dry_run {
-                true => println!(
-                    "{name}: its owner is dead; it holds {} resources",
-                    sandbox.held.len()
-                ),
-                false => println!(
-                    "{name}: gave back {} of {} resources",
-                    sandbox.held.len().saturating_sub(sandbox.left.len()),
-                    sandbox.held.len()
-                ),
-            }
-            if arguments.dry_run {
-                sandbox
-                    .held
-                    .iter()
-                    .for_each(|resource| println!("  {resource}"));
-            }
-            sandbox
-                .left
-                .iter()
-                .for_each(|leftover| println!("  left: {leftover}"));
+        for one in &unpacked {
+            println!("{}: {}: {}", one.name, done(&one.left), one.reason);
         }
+        collected
+            .iter()
+            .for_each(|sandbox| print(sandbox, arguments.dry_run));
     }
     let left = collected.iter().any(|sandbox| !sandbox.left.is_empty())
-        || swept.iter().any(|one| one.left.is_some());
+        || swept.iter().any(|one| one.left.is_some())
+        || unpacked.iter().any(|one| one.left.is_some());
     Ok(u8::from(left))
 }
 
-/// What has a sandbox, and what has a template, in one list.
+fn print(sandbox: &ledger::Collected, dry_run: bool) {
+    let name = format!("{}/{}", sandbox.namespace, sandbox.sandbox);
+    let held = sandbox.held.len();
+    match dry_run {
+        true => println!("{name}: its owner is dead; it holds {held} resources"),
+        false => println!(
+            "{name}: gave back {} of {held} resources",
+            held.saturating_sub(sandbox.left.len())
+        ),
+    }
+    if dry_run {
+        let resources = sandbox.held.iter();
+        resources.for_each(|resource| println!("  {resource}"));
+    }
+    let left = sandbox.left.iter();
+    left.for_each(|leftover| println!("  left: {leftover}"));
+}
+
+/// What has a sandbox, what has a template and what has an image, in one list.
 fn json<T: Serialize>(all: &[T]) -> Result<Vec<Value>, serde_json::Error> {
     all.iter().map(serde_json::to_value).collect()
 }

@@ -5,6 +5,7 @@ mod diff;
 mod events;
 mod failure;
 mod gc;
+mod image;
 mod install;
 mod layers;
 mod network;
@@ -46,6 +47,7 @@ Files:
   /run/bulkhead/NAMESPACE/SANDBOX      ledger and mounts of a pod
   /run/bulkhead/.templates             templates
   /run/bulkhead-oci/ID                 a container of an engine; --root is another place
+  /var/lib/bulkhead                    unpacked images, and what their containers write
   /var/log/bulkhead/audit.jsonl        audit log of all pods
   PREFIX/libexec/bulkhead              bulkhead-vmm, vmlinux, initramfs";
 
@@ -72,7 +74,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the container of an OCI bundle in a new microVM, and exit with its status
+    /// Run a container in a new microVM, from an OCI bundle or an image, and exit with its status
     Run(run::Arguments),
     /// Say what this host can do, with a remedy for each missing thing; runs a small guest
     Check(check::Arguments),
@@ -82,6 +84,8 @@ enum Command {
     Network(network::Arguments),
     /// Make, show and remove templates: machines from which pods go on in the place of booting
     Template(template::Arguments),
+    /// Show and remove the images that `run` has unpacked
+    Image(image::Arguments),
     /// Show the audit log and what comes: refusals, layers in force, blocked calls, limits, ends
     Events(events::Arguments),
     /// Make Bulkhead known to containerd and write a RuntimeClass for Kubernetes
@@ -158,7 +162,7 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
         Some(Command::Version(arguments)) => version::print(&arguments, path),
         Some(Command::Run(arguments)) => match arguments.detached()? {
             Some(words) => engine.run(|engine| oci::run_detached(engine, &words)),
-            None => run::run(&arguments, &load()?, began_ns),
+            None => run::run(arguments, &load()?, began_ns),
         },
         Some(Command::Engine(verb)) => engine.run(|engine| engine.act(verb)),
         Some(Command::Monitor(arguments)) => oci::monitor(&engine, &arguments),
@@ -173,6 +177,10 @@ fn act(cli: Cli, began_ns: u64) -> Result<u8, Failure> {
         Some(Command::Template(arguments)) => {
             own::narrow()?;
             template::template(&arguments, &load()?)
+        }
+        Some(Command::Image(arguments)) => {
+            own::narrow()?;
+            image::image(&arguments, &load()?)
         }
         Some(Command::Network(arguments)) => network::network(&arguments, &load()?),
         Some(Command::Events(arguments)) => match arguments.of_container()? {

@@ -1,6 +1,11 @@
-//! `bulkhead run`: a bundle from its directory to its exit status.
+//! `bulkhead run`: a container from its bundle, or its image, to its exit status.
 
-use std::{fs::File, io::Write, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    fs::File,
+    io::{IsTerminal, Write},
+    os::fd::OwnedFd,
+    path::PathBuf,
+};
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
 use bulkhead_shim::{
@@ -10,14 +15,15 @@ use bulkhead_shim::{
     machine::agent,
     oci::{self, Bundle, Plan, PodPaths, PodPlan},
     pod::{
-        self, Container, Held, Order, Parts, Pod, Request, Size, size::least_memory_mib,
-        timeline::Timeline,
+        self, Container, Held, Order, Parts, Pod, Request, Size, layers::Layer,
+        size::least_memory_mib, timeline::Timeline,
     },
     sys::own,
 };
 
 use crate::{
     failure::{self, Failure},
+    image::{self, Prepared},
     oci::{Create, refuse_descriptors},
     signals::{Arrival, Signals},
     streams::Streams,
@@ -28,9 +34,9 @@ const NAMESPACE: &str = "default";
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Directory of the bundle: config.json and the root file system
-    #[arg(short, long, value_name = "DIR", default_value = ".")]
-    bundle: PathBuf,
+    /// Directory of the bundle: config.json and the root file system [default: .]
+    #[arg(short, long, value_name = "DIR")]
+    bundle: Option<PathBuf>,
     /// Memory of the guest in MiB, at least 48, whatever config.json limits
     #[arg(short, long, value_name = "MIB")]
     memory: Option<u64>,
@@ -74,8 +80,15 @@ pub struct Arguments {
     /// runc's: only 0
     #[arg(long, value_name = "N", default_value_t = 0, hide = true)]
     preserve_fds: u32,
-    /// Name of the container and its pod, unique on this host
-    id: String,
+    #[command(flatten)]
+    wanted: image::Wanted,
+    /// Name of the container and its pod, unique on this host; or an image, which has a `/` or a
+    /// `:` in its name: a directory with an OCI layout, an archive (oci-archive, docker save), or
+    /// podman:NAME, docker:NAME, containerd:NAME
+    ///
+    /// With an image, what follows is the program and its words in the place of the image's own.
+    #[arg(value_name = "ID|IMAGE", required = true, trailing_var_arg = true)]
+    words: Vec<String>,
 }
 
 impl Arguments {
@@ -84,6 +97,11 @@ impl Arguments {
         if !self.detach {
             return Ok(None);
         }
+        if self.is_image() {
+            let text = "--detach does not go with an image: leave it out, or give the container to an engine";
+            return Err(Failure::new(text));
+        }
+        self.refuse_wishes()?;
         let of_the_foreground = [
             ("--memory", self.memory.is_some()),
             ("--vcpus", self.vcpus.is_some()),
@@ -98,26 +116,82 @@ impl Arguments {
             return Err(Failure::new(text));
         }
         Ok(Some(Create {
-            bundle: self.bundle.clone(),
+            bundle: self.directory(),
             console_socket: self.console_socket.clone(),
             pid_file: self.pid_file.clone(),
             no_pivot: self.no_pivot,
             no_new_keyring: self.no_new_keyring,
             preserve_fds: self.preserve_fds,
-            id: self.id.clone(),
+            id: self.id().into(),
         }))
+    }
+
+    /// The container's, or the image.
+    fn id(&self) -> &str {
+        self.words.first().map_or("", String::as_str)
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.bundle.clone().unwrap_or_else(|| ".".into())
+    }
+
+    fn is_image(&self) -> bool {
+        self.bundle.is_none() && image::is_one(self.id())
+    }
+
+    /// What only an image takes, where there is none.
+    fn refuse_wishes(&self) -> Result<(), Failure> {
+        let wrong = match (self.wanted.given(), self.words.get(1)) {
+            (Some(option), _) => option,
+            (None, Some(_)) => "a command",
+            (None, None) => return Ok(()),
+        };
+        Err(Failure::new(format!(
+            "{wrong} goes with an image, and {:?} names a container, whose config.json has it; an image is named as DIR/FILE or podman:NAME, and options come before both",
+            self.id()
+        )))
+    }
+
+    /// What to run, and the image that it comes from.
+    fn bundle(&mut self, config: &Config) -> Result<(Bundle, Option<Prepared>), Failure> {
+        if !self.is_image() {
+            ids::check("id", self.id())?;
+            self.refuse_wishes()?;
+            return Ok((Bundle::load(&self.directory())?, None));
+        }
+        let id = self.wanted.id();
+        ids::check("id", &id)?;
+        let words = std::mem::replace(&mut self.words, vec![id]);
+        // Who sits before a terminal wants the container's.
+        self.tty |= std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+        let prepared = image::prepare(&words[0], &self.wanted, &words[1..], self.tty, config)?;
+        Ok((prepared.0, Some(prepared.1)))
     }
 }
 
 /// Runs to the end; the exit code of this command.
-pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, Failure> {
-    ids::check("id", &arguments.id)?;
+pub fn run(mut arguments: Arguments, config: &Config, began_ns: u64) -> Result<u8, Failure> {
     check_size(arguments.vcpus, arguments.memory, config)?;
     refuse_descriptors(arguments.preserve_fds)?;
-    let bundle = Bundle::load(&arguments.bundle)?;
-    let plan = oci::plan(&bundle, &arguments.id);
-    let mut plan = plan.inspect_err(|error| heed(config, &arguments.id, error.refusal()))?;
-    let size = size(arguments, config, &bundle)?;
+    let (bundle, image) = arguments.bundle(config)?;
+    let layers = image.as_ref().map_or(&[][..], |image| &image.layers);
+    let status = run_bundle(&arguments, &bundle, layers, config, began_ns);
+    if let Some(image) = image {
+        image.remove();
+    }
+    status
+}
+
+fn run_bundle(
+    arguments: &Arguments,
+    bundle: &Bundle,
+    layers: &[Layer],
+    config: &Config,
+    began_ns: u64,
+) -> Result<u8, Failure> {
+    let plan = oci::plan(bundle, arguments.id());
+    let mut plan = plan.inspect_err(|error| heed(config, arguments.id(), error.refusal()))?;
+    let size = size(arguments, config, bundle)?;
     if arguments.tty {
         process_mut(&mut plan).terminal = true;
     }
@@ -131,13 +205,14 @@ pub fn run(arguments: &Arguments, config: &Config, began_ns: u64) -> Result<u8, 
     };
     // The files above have the modes that their user's mask wants. There is one thread yet.
     own::narrow()?;
-    let container = Container::new(&arguments.id, bundle.directory.clone(), &plan);
+    let container = Container::new(arguments.id(), bundle.directory.clone(), &plan);
     let run = Run {
         arguments,
         pictures,
         config,
-        network: oci::network(&bundle),
+        network: oci::network(bundle),
         container,
+        layers,
         plan,
         parts,
         timeline: Timeline::started_at(began_ns),
@@ -222,6 +297,7 @@ struct Run<'a> {
     pictures: Pictures,
     config: &'a Config,
     container: Container,
+    layers: &'a [Layer],
     plan: Plan,
     network: Option<PathBuf>,
     parts: Parts,
@@ -302,17 +378,18 @@ impl Run<'_> {
                 },
                 serial,
                 oom_score_adj: Some(self.plan.container.process.oom_score_adj.unwrap_or(0)),
-                ..Request::plain(NAMESPACE, &self.arguments.id, size)
+                ..Request::plain(NAMESPACE, self.arguments.id(), size)
             },
         };
         let (config, container, plan) = (self.config, &self.container, &mut self.plan);
+        let layers = self.layers;
         let mut access = None;
         let meanwhile = async |held: &mut Held| {
             access = Some(held.access());
             if container.has_hooks() {
                 held.stand_in()?;
             }
-            let placed = container.place(held, plan, &[]).await;
+            let placed = container.place(held, plan, layers).await;
             placed.inspect_err(|error| heed(config, &container.id, error.refusal()))?;
             Ok::<(), Stop>(container.run_create_hooks(held.pid()).await?)
         };
@@ -378,7 +455,7 @@ impl Run<'_> {
         }
         self.timeline.mark("output drained");
         if exit.oom_killed {
-            pod.access.tell_memory(&self.arguments.id);
+            pod.access.tell_memory(self.arguments.id());
         }
         Ok(exit_code(&exit))
     }
@@ -390,7 +467,7 @@ impl Run<'_> {
         signals: &mut Signals,
         terminal: bool,
     ) -> Result<WaitProcessResponse, Stop> {
-        let id = self.arguments.id.as_str();
+        let id = self.arguments.id();
         let wait = pod.agent().wait(id);
         let mut wait = std::pin::pin!(wait);
         let trouble = pod.access.trouble();
@@ -432,7 +509,7 @@ impl Run<'_> {
             serde_json::to_writer_pretty(file, &self.timeline.moments())?;
         }
         if let Some(mut file) = self.pictures.svg.as_ref() {
-            let title = format!("bulkhead run {}", self.arguments.id);
+            let title = format!("bulkhead run {}", self.arguments.id());
             file.write_all(self.timeline.svg(&title).as_bytes())?;
         }
         Ok(())
