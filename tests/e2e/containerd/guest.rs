@@ -32,17 +32,21 @@ pub fn code_of_the_agent() -> Vec<Vec<u8>> {
 pub fn spoil(vmm: i32, pages: &[Vec<u8>]) -> usize {
     let key = |page: &[u8]| <[u8; 16]>::try_from(&page[..16]).expect("sixteen");
     let known: HashMap<[u8; 16], &Vec<u8>> = pages.iter().map(|page| (key(page), page)).collect();
+    let own = ram_of(vmm);
+    let size = own.metadata().expect("a memfd").len();
+    let mut places = vec![(&own, 0, size)];
     let path = format!("/proc/{vmm}/mem");
     let memory = File::options().read(true).write(true).open(path);
     let memory = memory.expect("root may");
+    let lent = lent_to(vmm).into_iter();
+    places.extend(lent.map(|(start, end)| (&memory, start, end)));
     let mut chunk = vec![0; 1 << 20];
     let mut found = 0;
-    for (start, end) in ram_of(vmm) {
+    for (memory, start, end) in places {
         for at in (start..end).step_by(chunk.len()) {
             let length = chunk.len().min((end - at) as usize);
-            let chunk = &mut chunk[..length];
-            memory.read_exact_at(chunk, at).expect("readable");
-            for (n, page) in chunk.chunks_exact(PAGE).enumerate() {
+            let length = memory.read_at(&mut chunk[..length], at).expect("readable");
+            for (n, page) in chunk[..length].chunks_exact(PAGE).enumerate() {
                 if known.get(&key(page)).is_some_and(|known| *known == page) {
                     // UD2.
                     let undefined = [0x0f, 0x0b].repeat(PAGE / 2);
@@ -56,16 +60,25 @@ pub fn spoil(vmm: i32, pages: &[Vec<u8>]) -> usize {
     found
 }
 
-/// Where its RAM is in its own memory: the memfd, and what a template lends.
-fn ram_of(vmm: i32) -> Vec<(u64, u64)> {
-    let maps = fs::read_to_string(format!("/proc/{vmm}/maps")).expect("it runs");
-    let lines = maps.lines().filter(|line| {
-        let is_writable = line
-            .split(' ')
-            .nth(1)
-            .is_some_and(|mode| mode.starts_with("rw"));
-        is_writable && (line.contains("/memfd:RAM") || line.contains("/.templates/"))
+/// The memfd that is its RAM.
+fn ram_of(vmm: i32) -> File {
+    let directory = format!("/proc/{vmm}/fd");
+    let listed = fs::read_dir(&directory).expect("it runs");
+    let paths = listed.map(|entry| entry.expect("readable").path());
+    let mut memfds = paths.filter(|path| {
+        let target = fs::read_link(path).unwrap_or_default();
+        target.to_string_lossy().starts_with("/memfd:RAM")
     });
+    let path = memfds.next().expect("RAM is a memfd");
+    let opened = File::options().read(true).write(true).open(path);
+    opened.expect("root may")
+}
+
+/// Where in its own memory are pages that a template lends.
+fn lent_to(vmm: i32) -> Vec<(u64, u64)> {
+    let maps = fs::read_to_string(format!("/proc/{vmm}/maps")).expect("it runs");
+    // `memory`, which is mapped privately; each page that is written to is the machine's then.
+    let lines = maps.lines().filter(|line| line.ends_with("/memory"));
     let ranges = lines.map(|line| {
         let (start, rest) = line.split_once('-').expect("a range");
         let end = rest.split(' ').next().expect("its end");
