@@ -270,10 +270,8 @@ fn memory_and_vcpus_follow_the_limits_where_nothing_was_asked_for() {
 fn the_timeline_has_every_phase_in_order() {
     let dir = TempDir::new().expect("a temporary directory");
     let file = dir.path().join("timeline.json");
-    let ran = Bundle::busybox().args(&["/bin/true"]).run_with(
-        Runtime::Bulkhead,
-        &["--timeline-json", file.to_str().expect("a plain path")],
-    );
+    let bundle = Bundle::busybox().args(&["/bin/true"]);
+    let ran = bundle.boot(&["--timeline-json", file.to_str().expect("a plain path")]);
     ran.ok();
     let timeline: serde_json::Value =
         serde_json::from_slice(&fs::read(&file).expect("it was written")).expect("JSON");

@@ -164,6 +164,14 @@ impl Bundle {
         self.start(runtime, words).finish()
     }
 
+    /// Runs it in a machine that boots, whatever templates there are.
+    pub fn boot(&self, words: &[&str]) -> Ran {
+        let config = self.dir.path().join("bulkhead.toml");
+        fs::write(&config, "template = \"off\"\n").expect("writable");
+        let config = config.to_str().expect("a plain path");
+        self.run_with(Runtime::Bulkhead, &[&["--config", config], words].concat())
+    }
+
     /// Starts it; stdin, stdout and stderr are pipes.
     pub fn start(&self, runtime: Runtime, words: &[&str]) -> Started {
         self.write();
