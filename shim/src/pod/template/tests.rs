@@ -15,8 +15,11 @@ fn world(template: config::Template) -> (tempfile::TempDir, Config) {
     let mut config = Config {
         state_dir: dir.path().canonicalize().unwrap().join("state"),
         template,
+        libexec_dir: Some(dir.path().into()),
         ..Config::default()
     };
+    // What the container runs in which a template is tried.
+    fs::write(dir.path().join("bulkhead-vmm"), "").unwrap();
     config.audit.path = Default::default();
     (dir, config)
 }
@@ -43,6 +46,38 @@ fn plain(config: &Config) -> Shape {
     shape(config, SIZE, Size::default())
 }
 
+/// Builds the template of plain machines; the container in which it is tried ends with a status.
+async fn made(config: &Config, status: u32) -> Result<Built, Error> {
+    let tried = async {
+        loop {
+            for guest in testing::guests() {
+                guest.exit("trial", "", status);
+            }
+            sleep(LOOK).await;
+        }
+    };
+    tokio::select! {
+        built = build(config, plain(config)) => built,
+        () = tried => unreachable!("it looks for ever"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_template_on_which_no_container_runs_is_none() {
+    let (_dir, config) = world(config::Template::Auto);
+    let error = made(&config, 1).await.unwrap_err();
+    assert!(matches!(error, Error::Trial(_)), "{error}");
+    assert!(error.to_string().contains("status 1"), "{error}");
+    assert!(listed(&config).is_empty());
+    let left = fs::read_dir(config.state_dir.join(".templates")).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    // What keeps the next pod from trying again at once.
+    assert!(
+        left.len() == 1 && left[0].to_str().unwrap().ends_with(".lock"),
+        "{left:?}"
+    );
+}
+
 fn listed(config: &Config) -> Vec<Key> {
     let listed = Store::at(&config.state_dir).list().unwrap();
     listed.into_iter().map(|one| one.key).collect()
@@ -51,7 +86,7 @@ fn listed(config: &Config) -> Vec<Key> {
 #[tokio::test(start_paused = true)]
 async fn a_builder_says_nothing_to_the_agent_that_is_saved_and_leaves_only_the_template() {
     let (_dir, config) = world(config::Template::Auto);
-    let built = build(&config, plain(&config)).await.unwrap();
+    let built = made(&config, 0).await.unwrap();
     let Built::New(key) = built else {
         panic!("{built:?}")
     };
@@ -63,7 +98,7 @@ async fn a_builder_says_nothing_to_the_agent_that_is_saved_and_leaves_only_the_t
     let names = fs::read_dir(&config.state_dir).unwrap();
     let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, [".templates"], "its sandbox is given back");
-    let again = build(&config, plain(&config)).await.unwrap();
+    let again = made(&config, 0).await.unwrap();
     assert!(matches!(again, Built::There(there) if there == key));
     assert_eq!(testing::guests().len(), 2, "nothing is booted for it");
 }
@@ -74,7 +109,7 @@ async fn pods_go_on_from_it_each_with_a_seed_of_its_own() {
     let error = boot(&config, |_| {}).await.unwrap_err();
     assert!(error.to_string().contains("template build"), "{error}");
     assert!(testing::last_guest().is_none() && !config.state_dir.exists());
-    build(&config, plain(&config)).await.unwrap();
+    made(&config, 0).await.unwrap();
     for id in ["a", "b"] {
         let pod = boot(&config, |request| request.id = id).await.unwrap();
         let held = pod.held().await;
@@ -112,7 +147,7 @@ async fn a_template_that_the_vmm_refuses_goes_and_the_pod_boots_if_it_may() {
             false => config::Template::Auto,
         };
         let (_dir, config) = world(template);
-        build(&config, plain(&config)).await.unwrap();
+        made(&config, 0).await.unwrap();
         testing::refuse_next_template("KVM has no such register");
         let booted = boot(&config, |_| {}).await;
         assert!(listed(&config).is_empty());
@@ -139,7 +174,7 @@ async fn a_template_that_the_vmm_refuses_goes_and_the_pod_boots_if_it_may() {
 async fn a_guest_that_is_never_idle_is_no_template() {
     let (_dir, config) = world(config::Template::Auto);
     testing::keep_busy(IDLE_EXITS);
-    let error = build(&config, plain(&config)).await.unwrap_err();
+    let error = made(&config, 0).await.unwrap_err();
     testing::keep_busy(0);
     assert!(
         error.to_string().contains("not idle within 20 s"),
