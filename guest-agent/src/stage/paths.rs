@@ -16,8 +16,6 @@ use nix::sys::stat::{self, Mode, SFlag};
 
 /// The kernel's own limit of symbolic links in one path (MAXSYMLINKS).
 const MAX_LINKS: usize = 40;
-/// openat2 answers EAGAIN when a rename or mount elsewhere made "..", inside the root, uncertain; try again this often.
-const MAX_RETRIES: usize = 128;
 /// Modes of the directories and files that are made to mount on, those of runc.
 const MOUNT_POINT_DIR: Mode = Mode::from_bits_truncate(0o755);
 const MOUNT_POINT_FILE: Mode = Mode::from_bits_truncate(0o644);
@@ -57,21 +55,7 @@ impl RootDir {
 
     /// The file at `path`, following links inside the root. O_PATH.
     pub fn resolve(&self, path: &Path) -> Result<OwnedFd, Errno> {
-        self.resolve_with(path, OFlag::O_PATH)
-    }
-
-    /// Opens the file at `path` with `flags`, following links inside the root.
-    pub fn resolve_with(&self, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
-        for _ in 0..MAX_RETRIES {
-            let how = OpenHow::new()
-                .flags(flags | OFlag::O_CLOEXEC)
-                .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-            match fcntl::openat2(&self.0, path, how) {
-                Err(Errno::EAGAIN | Errno::EINTR) => continue,
-                other => return other,
-            }
-        }
-        Err(Errno::EAGAIN)
+        linux::path::open_in_root(self.as_fd(), path, OFlag::O_PATH)
     }
 
     /// The file at `path`; what is missing is made: parents as directories, the last component as `missing` says.

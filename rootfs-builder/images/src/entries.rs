@@ -147,7 +147,7 @@ impl Extensions {
                 Some(number) => number,
                 None => of_header.unwrap_or(0),
             };
-            // The last one means "nobody" to the kernel.
+            // The last one means "no change" to the kernel.
             let fits = u32::try_from(number)
                 .ok()
                 .filter(|number| *number != u32::MAX);

@@ -1,6 +1,6 @@
 //! One layer over what is there (OCI layer.md#applying-changesets).
 //!
-//! The kernel resolves each path within the root ([`ResolveFlag::RESOLVE_IN_ROOT`]): a link of the
+//! The kernel resolves each path within the root ([`open_in_root`]): a link of the
 //! image, `..` or an absolute one, cannot lead out of it, and names are made and removed in the
 //! directory that was found.
 
@@ -16,9 +16,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use linux::path::open_in_root;
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2},
+    fcntl::{AtFlags, OFlag, openat},
     sys::{
         stat::{
             FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstatat, makedev, mkdirat,
@@ -41,8 +42,6 @@ use super::{
 const WHITEOUT: &[u8] = b".wh.";
 /// A directory whose lower contents do not show.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// How often a path is resolved again that changed meanwhile.
-const MOST_TURNS: usize = 1000;
 
 /// A root that layers are unpacked to.
 pub(crate) struct Root {
@@ -285,7 +284,7 @@ impl Root {
             true => Path::new("."),
             false => path,
         };
-        in_root(
+        open_in_root(
             self.directory.as_fd(),
             path,
             OFlag::O_PATH | OFlag::O_DIRECTORY,
@@ -344,25 +343,6 @@ fn whiteout(place: &Place, hidden: &[u8]) -> io::Result<()> {
     }
     let (parent, name) = (place.parent.try_clone()?, OsStr::from_bytes(hidden).into());
     Place { parent, name }.clear()
-}
-
-/// Opens a path with `directory` as the root; it takes another turn when something is renamed
-/// meanwhile, anywhere on the host.
-pub(crate) fn in_root(
-    directory: BorrowedFd<'_>,
-    path: &Path,
-    flags: OFlag,
-) -> nix::Result<OwnedFd> {
-    for _ in 0..MOST_TURNS {
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        match openat2(directory, path, how) {
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            other => return other,
-        }
-    }
-    Err(Errno::EAGAIN)
 }
 
 /// Those that mean the same on every host: not the label of another one's policy, and not what

@@ -256,7 +256,6 @@ fn complete(key: String, text: Vec<u8>, names: Vec<String>) -> Result<Found, Err
 
 /// Checks that a layer was what its digest says.
 pub(crate) fn check(number: usize, expected: &str, found: io::Result<String>) -> Result<(), Error> {
-    let entry = || "its end".to_owned();
     match found {
         Ok(found) if found == expected => Ok(()),
         Ok(found) => Err(Error::Digest {
@@ -266,7 +265,7 @@ pub(crate) fn check(number: usize, expected: &str, found: io::Result<String>) ->
         }),
         Err(source) => Err(Error::Entry {
             layer: number,
-            entry: entry(),
+            entry: "its end".into(),
             source,
         }),
     }

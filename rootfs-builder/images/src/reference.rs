@@ -31,7 +31,7 @@ pub struct EngineImage {
 }
 
 /// Transports of files: what they name is looked at, so that they all mean the same.
-const FILES: [&str; 4] = ["oci", "oci-archive", "docker-archive", "dir-or-archive"];
+const FILES: [&str; 3] = ["oci", "oci-archive", "docker-archive"];
 const ENGINES: [(&str, Engine); 6] = [
     ("containers-storage", Engine::Podman),
     ("podman", Engine::Podman),
@@ -44,8 +44,8 @@ const ENGINES: [(&str, Engine); 6] = [
 const NOWHERE: &str = "there is no such file; name a directory or an archive, or an engine's image as podman:NAME, docker:NAME or containerd:NAME";
 
 impl Reference {
-    /// Whether a word names an image, and no container: ids have neither `/` nor `:`. Where there is
-    /// no bundle, a file that is there is an image as well.
+    /// Whether a word names an image, and no container: ids have neither `/` nor `:`. Where there
+    /// is no bundle, a file that is there is an image as well.
     pub fn is_one(word: &str) -> bool {
         let is_file = || !Path::new("config.json").exists() && Path::new(word).is_file();
         word.contains(['/', ':']) || is_file()

@@ -13,11 +13,11 @@
 //! alone may enter DATA: programs with set-id bits are of no use to others.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, DirBuilder, File, Permissions},
     io::{self, Seek},
     os::{
         fd::AsFd,
-        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+        unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
     time::SystemTime,
@@ -113,8 +113,8 @@ fn make(path: &Path) -> Result<(), Error> {
 }
 
 /// `false`: somebody else has it.
-fn locked(file: &File, operation: libc::c_int) -> io::Result<bool> {
-    match linux::descriptor::lock(file.as_fd(), operation) {
+fn locked(file: &File) -> io::Result<bool> {
+    match linux::descriptor::lock(file.as_fd(), libc::LOCK_EX | libc::LOCK_NB) {
         Ok(()) => Ok(true),
         Err(nix::errno::Errno::EWOULDBLOCK) => Ok(false),
         Err(error) => Err(error.into()),
@@ -172,21 +172,8 @@ impl Store {
     /// The lock of a key; `None`: somebody has it, and `operation` has `LOCK_NB`.
     fn lock(&self, key: &str, operation: libc::c_int) -> Result<Option<File>, Error> {
         let path = self.beside(key, LOCK);
-        let lock = || -> io::Result<Option<File>> {
-            loop {
-                let mut options = OpenOptions::new();
-                options.read(true).write(true).create(true).truncate(false);
-                let file = options.mode(0o600).open(&path)?;
-                if !locked(&file, operation)? {
-                    return Ok(None);
-                }
-                // Whoever had it has removed it between our open and our lock.
-                if file.metadata()?.nlink() > 0 {
-                    return Ok(Some(file));
-                }
-            }
-        };
-        lock().map_err(Error::io("lock", &path))
+        let taken = linux::descriptor::lock_file(&path, operation);
+        taken.map_err(Error::io("lock", &path))
     }
 
     /// An image that is there. `key` may be what somebody else says.
@@ -287,7 +274,7 @@ impl Store {
                 lock => lock.map_err(Error::io("open", &path))?,
             };
             let busy = || io::Error::other("a container of this name runs: choose another --name");
-            match locked(&lock, libc::LOCK_EX | libc::LOCK_NB) {
+            match locked(&lock) {
                 Ok(true) => {}
                 Ok(false) => return Err(Error::io("use", &path)(busy())),
                 Err(error) => return Err(Error::io("lock", &path)(error)),
@@ -422,8 +409,7 @@ impl Store {
         }
         for name in names(&self.data.join(CONTAINERS))? {
             let path = self.data.join(CONTAINERS).join(&name);
-            let free = File::open(&path)
-                .and_then(|file| Ok((locked(&file, libc::LOCK_EX | libc::LOCK_NB)?, file)));
+            let free = File::open(&path).and_then(|file| Ok((locked(&file)?, file)));
             if let Ok((true, _lock)) = free {
                 note(
                     format!("{CONTAINERS}/{name}"),

@@ -7,9 +7,10 @@ use std::{
     path::Path,
 };
 
+use linux::path::open_in_root;
 use nix::{errno::Errno, fcntl::OFlag};
 
-use super::{Error, Image, layer::in_root, source::open_place};
+use super::{Error, Image, source::open_place};
 
 /// Longest list that is read, in bytes.
 const MAX_LIST: u64 = 1 << 20;
@@ -92,7 +93,7 @@ impl Image {
     fn list(&self, path: &str) -> Result<String, Error> {
         let read = || -> std::io::Result<String> {
             let root: OwnedFd = File::open(&self.root)?.into();
-            let place = match in_root(root.as_fd(), Path::new(path), OFlag::O_PATH) {
+            let place = match open_in_root(root.as_fd(), Path::new(path), OFlag::O_PATH) {
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(String::new()),
                 place => File::from(place?),
             };

@@ -14,10 +14,13 @@ use std::{
     path::Path,
 };
 
-use linux::mount::{Depth, FsContext, attr, move_mount, open_tree};
+use linux::{
+    mount::{Depth, FsContext, attr, move_mount, open_tree},
+    path::open_in_root,
+};
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat2},
+    fcntl::{AT_FDCWD, OFlag, open},
     sys::stat::{Mode, SFlag, fstat},
     unistd::fchdir,
 };
@@ -83,11 +86,8 @@ impl View {
         let place = |path| open(path, flags, Mode::empty());
         move_mount(self.root.as_fd(), place(c"/proc")?.as_fd())?;
         let top = place(c"/proc")?;
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         for (path, over) in &self.over {
-            match openat2(top.as_fd(), path.as_c_str(), how) {
+            match open_in_root(top.as_fd(), path.as_c_str(), OFlag::O_PATH) {
                 Ok(target) => over.attach(target.as_fd())?,
                 // It is in what only the guest has, or behind a link of /proc, or masks nothing.
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}

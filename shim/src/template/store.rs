@@ -259,17 +259,8 @@ impl Store {
 
     /// `None`: somebody has it.
     fn lock(&self, key: &Key) -> io::Result<Option<File>> {
-        loop {
-            let file = self.open_lock(key)?;
-            match linux::descriptor::lock(file.as_fd(), libc::LOCK_EX | libc::LOCK_NB) {
-                Err(nix::errno::Errno::EWOULDBLOCK) => return Ok(None),
-                other => other?,
-            }
-            // Whoever had it has removed it between our open and our lock.
-            if file.metadata()?.nlink() > 0 {
-                return Ok(Some(file));
-            }
-        }
+        let path = self.beside(key, LOCK);
+        linux::descriptor::lock_file(&path, libc::LOCK_EX | libc::LOCK_NB)
     }
 
     /// Begins to make the template of this basis.

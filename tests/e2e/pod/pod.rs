@@ -14,7 +14,7 @@ use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse, namespac
 use bulkhead_shim::config::Config;
 use bulkhead_shim::ledger::Resource;
 use bulkhead_shim::oci::{self, Plan};
-use bulkhead_shim::pod::{self, Parts, Request, Room, Sandbox, Size};
+use bulkhead_shim::pod::{self, Parts, Request, Sandbox, Size};
 use bulkhead_tests::{Bundle, Host, PATIENCE, fresh_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -65,22 +65,11 @@ impl Pod {
         let id = fresh_id();
         let sandbox = runtime.block_on(async {
             let parts = Parts::open(&config).expect("an installed Bulkhead");
-            let request = Request {
-                namespace: "pods",
-                id: &id,
-                size: Size {
-                    vcpus: 2,
-                    memory_mib,
-                },
-                room: Room::default(),
-                cgroups_path: None,
-                joins: false,
-                host_limits: &[],
-                network: None,
-                net_slots: 0,
-                serial: None,
-                oom_score_adj: None,
+            let size = Size {
+                vcpus: 2,
+                memory_mib,
             };
+            let request = Request::plain("pods", &id, size);
             let launched = Sandbox::launch(&config, &parts, request).await;
             let mut sandbox = launched.expect("a pod");
             sandbox.ready("pod").await.expect("a guest that is ready");

@@ -1,9 +1,14 @@
 //! Descriptors: what is closed at an exec, what waits in them, what they refer to.
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 use nix::Result;
+use nix::errno::Errno;
 
 use crate::done;
 
@@ -45,6 +50,28 @@ pub fn unread(source: BorrowedFd<'_>) -> Result<u32> {
 pub fn lock(file: BorrowedFd<'_>, operation: libc::c_int) -> Result<()> {
     // SAFETY: takes numbers only.
     crate::retry(|| done(unsafe { libc::flock(file.as_raw_fd(), operation) }))
+}
+
+/// Takes the lock of the file at `path`, which is made if it is not there; `operation` is `LOCK_*`.
+/// `None`: somebody has it, and `operation` has `LOCK_NB`. Whoever has the lock may remove the file:
+/// the lock is of the file that has the name when it is taken.
+///
+/// # Errors
+/// open(2)'s and flock(2)'s.
+pub fn lock_file(path: &Path, operation: libc::c_int) -> io::Result<Option<File>> {
+    loop {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.mode(0o600).open(path)?;
+        match lock(file.as_fd(), operation) {
+            Err(Errno::EWOULDBLOCK) => return Ok(None),
+            other => other?,
+        }
+        // It was removed between our open and our lock.
+        if file.metadata()?.nlink() > 0 {
+            return Ok(Some(file));
+        }
+    }
 }
 
 /// statx(2) of what `fd` refers to; `mask` is `STATX_*`.

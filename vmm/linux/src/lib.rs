@@ -15,6 +15,7 @@ pub mod landlock;
 pub mod mount;
 pub mod netlink;
 pub mod packet;
+pub mod path;
 pub mod process;
 pub mod schedule;
 pub mod tap;

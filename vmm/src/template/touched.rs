@@ -154,11 +154,8 @@ impl Learner {
     fn touched(&self, memory: &Memory) -> io::Result<Touched> {
         let lent = memory.loan().lock();
         let mut touched = Touched::default();
-        let pages = |&(start, length): &(u64, u64)| {
-            let pages = (start..start + length).step_by(PAGE as usize);
-            pages.collect::<Vec<u64>>()
-        };
-        for pages in self.lent.iter().map(pages) {
+        for &(start, length) in &self.lent {
+            let pages: Vec<u64> = (start..start + length).step_by(PAGE as usize).collect();
             for pages in pages.chunks(LOOK) {
                 let mut entries = [[0; 8]; LOOK];
                 let entries = &mut entries[..pages.len()];

@@ -30,8 +30,7 @@ pub fn gc(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
             state.display()
         ))
     })?;
-    let unpacked = images::Store::at(&config.data_dir).sweep(arguments.dry_run);
-    let unpacked = unpacked.map_err(|error| Failure::new(crate::failure::line(&error)))?;
+    let unpacked = images::Store::at(&config.data_dir).sweep(arguments.dry_run)?;
     if arguments.json {
         let all = [json(&collected)?, json(&swept)?, json(&unpacked)?].concat();
         let text = serde_json::to_string_pretty(&all)?;

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use bulkhead_images::{Image, Reference, Scratch, Store, User};
+use bulkhead_images::{Image, Scratch, Store, User};
 use bulkhead_shim::{config::Config, oci::Bundle, pod::layers::Layer};
 use oci_spec::{
     image::Config as Wishes,
@@ -120,15 +120,14 @@ pub fn prepare(
     terminal: bool,
     config: &Config,
 ) -> Result<(Bundle, Prepared), Failure> {
-    let failed = |error: bulkhead_images::Error| Failure::new(crate::failure::line(&error));
     let store = Store::at(&config.data_dir);
     let told = |what: &str| eprintln!("bulkhead: {what}");
-    let image = store.image(word, &told).map_err(failed)?;
+    let image = store.image(word, &told)?;
     let wishes = image.config.config().clone().unwrap_or_default();
     let user = wanted.user.clone().or(wishes.user().clone());
-    let user = image.user(&user.unwrap_or_default()).map_err(failed)?;
+    let user = image.user(&user.unwrap_or_default())?;
     let id = wanted.id();
-    let scratch = store.scratch(&id, &image).map_err(failed)?;
+    let scratch = store.scratch(&id, &image)?;
     let mut spec = Spec::default();
     // Linux has 64 characters for it, fewer than a container's name may have.
     let hostname: String = id.chars().take(63).collect();
@@ -144,7 +143,7 @@ pub fn prepare(
     let root = RootBuilder::default().path(&image.root);
     spec.set_root(Some(root.readonly(wanted.read_only).build()?));
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    mounts.extend(files(&scratch, &id, wanted).map_err(failed)?);
+    mounts.extend(files(&scratch, &id, wanted)?);
     for volume in &wanted.volume {
         mounts.push(bind(volume)?);
     }
@@ -347,11 +346,6 @@ fn enter(spec: &mut Spec, path: PathBuf) {
     spec.set_linux(Some(linux));
 }
 
-/// Whether a word names an image and no container.
-pub fn is_one(word: &str) -> bool {
-    Reference::is_one(word)
-}
-
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(subcommand)]
@@ -379,11 +373,10 @@ enum Verb {
 }
 
 pub fn image(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
-    let failed = |error: bulkhead_images::Error| Failure::new(crate::failure::line(&error));
     let store = Store::at(&config.data_dir);
     match &arguments.verb {
         Verb::Ls { json: true } => {
-            let listed = store.list().map_err(failed)?;
+            let listed = store.list()?;
             println!("{}", serde_json::to_string_pretty(&listed)?);
         }
         Verb::Ls { json: false } => {
@@ -391,7 +384,7 @@ pub fn image(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
                 "{:12} {:>9} {:>9}  {:6} NAME",
                 "KEY", "SIZE", "UNUSED", "STATE"
             );
-            for one in store.list().map_err(failed)? {
+            for one in store.list()? {
                 let state = if one.in_use { "in use" } else { "-" };
                 let (key, mib) = (&one.key[..12], one.bytes >> 20);
                 println!(
@@ -404,13 +397,13 @@ pub fn image(arguments: &Arguments, config: &Config) -> Result<u8, Failure> {
             let free = |one: &bulkhead_images::Listed| !one.in_use;
             let images = match all {
                 true => {
-                    let listed = store.list().map_err(failed)?.into_iter();
+                    let listed = store.list()?.into_iter();
                     listed.filter(free).map(|one| one.key).collect()
                 }
                 false => images.clone(),
             };
             for word in images {
-                println!("{}: removed", store.remove(&word).map_err(failed)?);
+                println!("{}: removed", store.remove(&word)?);
             }
         }
     }

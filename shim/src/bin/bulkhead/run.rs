@@ -8,6 +8,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent::{self as wire, WaitProcessResponse};
+use bulkhead_images::Reference;
 use bulkhead_shim::{
     audit::{self, Audit},
     config::Config,
@@ -136,7 +137,7 @@ impl Arguments {
     }
 
     fn is_image(&self) -> bool {
-        self.bundle.is_none() && image::is_one(self.id())
+        self.bundle.is_none() && Reference::is_one(self.id())
     }
 
     /// What only an image takes, where there is none.
