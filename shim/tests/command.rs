@@ -80,7 +80,11 @@ fn what_is_missing_or_broken_is_named() {
 #[test]
 fn arguments_that_cannot_work_are_refused() {
     let place = Place::new();
-    assert!(place.failure(&["a/b"]).contains("'/'"));
+    let bundle = place.path("bundle");
+    let id_of_bundle = ["--bundle", bundle.to_str().unwrap(), "a/b"];
+    assert!(place.failure(&id_of_bundle).contains("'/'"));
+    // Without a bundle it is an image.
+    assert!(place.failure(&["a/b"]).contains("\"a/b\" names no image"));
     assert!(place.failure(&[".."]).contains("begins with a dot"));
     assert!(
         place
